@@ -1,0 +1,31 @@
+"""The errors a user can meet, each one sentence: what is wrong, where, and what to do.
+
+The CLI turns them into exit codes (2: bad usage or input, 1: the run failed) and never shows a traceback for them.
+Library callers can catch `AnchorScopeError`, or `ValueError` / `RuntimeError` as usual.
+"""
+
+from __future__ import annotations
+
+
+class AnchorScopeError(Exception):
+    """Base of every error raised on purpose."""
+
+    exit_code = 1
+
+
+class InputError(AnchorScopeError, ValueError):
+    """Bad usage or bad input: the caller can fix it (exit code 2)."""
+
+    exit_code = 2
+
+
+class DumpError(InputError):
+    """A dump folder that is missing, incomplete, damaged or not a dump (exit code 2)."""
+
+
+class MissingBackendError(InputError, RuntimeError):
+    """CUDA, Triton or an optional dependency was asked for and is absent (exit code 2)."""
+
+
+class RunFailure(AnchorScopeError, RuntimeError):
+    """The request was fine but the run could not finish: disk full, out of memory (exit code 1)."""

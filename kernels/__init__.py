@@ -1,0 +1,1 @@
+"""GPU kernels of AnchorScope; installed as ``anchorscope.kernels``. Import the modules by name."""
