@@ -1,0 +1,1 @@
+"""AnchorScope: what do your attention heads keep?"""
