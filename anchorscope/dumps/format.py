@@ -1,0 +1,359 @@
+"""Dump format v1: the manifest's vocabulary, its validation, and the checks of one tensor file's header.
+
+A dump is a folder with `manifest.json` and one safetensors file per (prompt, layer). docs/dump-format.md
+specifies it; this
+module is the only place that interprets it. Whatever comes from the folder is untrusted: every value is
+checked before use,
+file names cannot leave the folder, and only JSON and safetensors are parsed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from anchorscope.errors import DumpError
+
+FORMAT = "anchorscope-dump"
+VERSION = 1
+MANIFEST = "manifest.json"
+MAX_MANIFEST_BYTES = (
+    1 << 29
+)  # token ids and texts of many long prompts fit; a hostile file does not fill the memory
+DTYPES = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}  # safetensors' names -> ours
+DTYPE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt of a dump.
+
+    Attributes:
+        name: unique within the dump.
+        tokens: prefill length N in tokens.
+        token_ids: the N ids the model read, if recorded.
+        text: the text they came from, if recorded.
+        sha256: hash of the token ids (decimal, comma separated), if recorded.
+    """
+
+    name: str
+    tokens: int
+    token_ids: list[int] | None = None
+    text: str | None = None
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One attention layer of one prompt: a tensor file and what its scores mean.
+
+    Attributes:
+        prompt: name of the prompt.
+        layer: index of the layer in the model.
+        file: plain file name inside the dump's folder.
+        scale: softmax scale (score = scale * q.k, nats).
+        window: sliding window w (key j visible to query i only if i - j < w), or None.
+        softcap: logit soft-cap c (score becomes c * tanh(score / c)), or None.
+        query_heads: original index of each row of `q`.
+        kv_heads: original index of each row of `k` and `v`; row r of `q` reads row r // (H // Hkv).
+        tokens: N.
+        head_dim: d.
+        dtype: "fp32", "fp16" or "bf16", as stored.
+        has_values: whether the file holds `v`.
+        bytes: size of the file.
+        sha256: hash of the whole file, or None (then `verify` says "unverified").
+    """
+
+    prompt: str
+    layer: int
+    file: str
+    scale: float
+    window: int | None
+    softcap: float | None
+    query_heads: tuple[int, ...]
+    kv_heads: tuple[int, ...]
+    tokens: int
+    head_dim: int
+    dtype: str
+    has_values: bool
+    bytes: int
+    sha256: str | None = None
+
+
+def canonical_sha256(manifest: dict[str, Any]) -> str:
+    """SHA-256 (hex) of a manifest without its own `sha256` key: sorted keys, no spaces, UTF-8."""
+    body = {key: value for key, value in manifest.items() if key != "sha256"}
+    text = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def token_sha256(token_ids: list[int]) -> str:
+    """SHA-256 (hex) of token ids written in decimal with commas between them."""
+    return hashlib.sha256(",".join(map(str, token_ids)).encode()).hexdigest()
+
+
+def is_int(value: object, low: int = 0) -> bool:
+    """Whether a JSON value is an integer of at least `low` (true and false are not)."""
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value < 1 << 53
+
+
+def is_positive(value: object) -> bool:
+    """Whether a JSON value is a finite number above zero."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return math.isfinite(value) and value > 0
+    except OverflowError:
+        return False
+
+
+def is_name(value: object) -> bool:
+    """Whether a JSON value can name a prompt: 1 to 200 printable characters (it becomes a CSV field and a
+    plot title)."""
+    return isinstance(value, str) and 0 < len(value) <= 200 and value.isprintable() and value == value.strip()
+
+
+def plain_file(folder: Path, name: object) -> Path | None:
+    """The path of a regular file directly inside `folder`, or None if `name` could mean anything else.
+
+    Refused: separators of any system, drive letters, `..`, hidden names, symbolic links (they may lead
+        outside), devices, pipes.
+    """
+    if (
+        not isinstance(name, str)
+        or not name.endswith(".safetensors")
+        or not name.isprintable()
+        or len(name) > 200
+    ):
+        return None
+    if name.startswith(".") or any(c in name for c in '/\\:*?"<>|'):
+        return None
+    path = folder / name
+    try:
+        return path if stat.S_ISREG(os.lstat(path).st_mode) else None
+    except FileNotFoundError:
+        raise DumpError(f"{path} is missing: the manifest lists it; capture this dump again") from None
+    except OSError as error:
+        raise DumpError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Parse and check `manifest.json`, everything except the tensor files.
+
+    Raises:
+        DumpError: folder missing or not a dump, manifest truncated, edited, of a newer version or
+            inconsistent.
+    """
+    path = folder / MANIFEST
+    if not folder.is_dir():
+        what = "is a file, not a dump folder" if folder.exists() else "does not exist"
+        raise DumpError(f"{folder} {what}: give the folder that `anchorscope capture` wrote")
+    try:
+        info = os.lstat(path)
+        if not stat.S_ISREG(info.st_mode):
+            raise DumpError(f"{path} must be a regular file, not a link, folder or device")
+        if info.st_size > MAX_MANIFEST_BYTES:
+            raise DumpError(
+                f"{path} is {info.st_size} bytes long; more than {MAX_MANIFEST_BYTES} is not a manifest"
+            )
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise DumpError(f"{folder} is not a dump: it holds no {MANIFEST}") from None
+    except OSError as error:
+        raise DumpError(f"{path} cannot be read: {error.strerror}") from None
+    try:
+        manifest = json.loads(
+            raw.decode("utf-8"), parse_constant=_refuse_constant, object_pairs_hook=_unique_keys
+        )
+        if not isinstance(manifest, dict):
+            raise ValueError("it holds no JSON object")
+        checksum = canonical_sha256(manifest)
+    except RecursionError:
+        raise DumpError(f"{path} is nested too deeply to be a manifest") from None
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+        raise DumpError(f"{path} is truncated or not JSON ({error}); capture this dump again") from None
+
+    version = manifest.get("version")
+    if manifest.get("format") != FORMAT:
+        raise DumpError(f"{path} is not an AnchorScope manifest: its format is not {FORMAT!r}")
+    if is_int(version, 1) and version > VERSION:
+        raise DumpError(
+            f"{path} has format version {version}, this AnchorScope reads {VERSION}: upgrade anchorscope"
+        )
+    if not is_int(version, 1):
+        raise DumpError(f"{path} has no valid format version ({version!r}); it should be {VERSION}")
+    if "sha256" in manifest and manifest["sha256"] != checksum:
+        raise DumpError(
+            f"{path} does not match its own checksum: it is damaged or was edited"
+            " (delete its key sha256 to use it as unverified)"
+        )
+    complete = manifest.get("complete", True)
+    if not isinstance(complete, bool):
+        raise DumpError(f"{path}: complete must be true or false, not {complete!r}")
+    for key in ("model", "tokenizer"):
+        if not isinstance(manifest.get(key), (dict, type(None))):
+            raise DumpError(f"{path}: {key} must be an object or null")
+    for key in ("prompts", "entries"):
+        if not isinstance(manifest.get(key), list) or not (manifest[key] or not complete):
+            raise DumpError(f"{path}: {key} must be a list with at least one element")
+    return manifest
+
+
+def parse_prompts(manifest: dict[str, Any], folder: Path) -> list[Prompt]:
+    """The prompts of a manifest; `tokens` is 0 where the manifest leaves it to the tensor files.
+
+    Raises:
+        DumpError: a prompt is malformed or named twice.
+    """
+    prompts: list[Prompt] = []
+    for index, item in enumerate(manifest["prompts"]):
+        where = f"{folder / MANIFEST}: prompt {index}"
+        if not isinstance(item, dict) or not is_name(item.get("name")):
+            raise DumpError(f"{where} needs a name of 1 to 200 printable characters")
+        name, tokens, ids = item["name"], item.get("tokens"), item.get("token_ids")
+        if any(name == other.name for other in prompts):
+            raise DumpError(f"{where}: the name {name!r} is used twice")
+        if tokens is not None and not is_int(tokens, 1):
+            raise DumpError(f"{where} ({name}): tokens must be a whole number of at least 1, not {tokens!r}")
+        if ids is not None:
+            if (
+                not isinstance(ids, list)
+                or not all(is_int(i) for i in ids)
+                or len(ids) != (tokens or len(ids))
+            ):
+                raise DumpError(f"{where} ({name}): token_ids must be {tokens or 'a list of'} whole numbers")
+            if item.get("sha256", token_sha256(ids)) != token_sha256(ids):
+                raise DumpError(f"{where} ({name}): token_ids do not match their sha256")
+        for key in ("text", "sha256"):
+            if not isinstance(item.get(key), (str, type(None))):
+                raise DumpError(f"{where} ({name}): {key} must be text")
+        prompts.append(Prompt(name, tokens or 0, ids, item.get("text"), item.get("sha256")))
+    return prompts
+
+
+def parse_entry(item: object, index: int, folder: Path, prompts: dict[str, Prompt]) -> Entry:
+    """Check one entry of a manifest together with the header of its tensor file.
+
+    Raises:
+        DumpError: anything that does not fit, with the file or the prompt and layer named.
+    """
+    where = f"{folder / MANIFEST}: entry {index}"
+    if not isinstance(item, dict):
+        raise DumpError(f"{where} is not an object")
+    prompt, layer = item.get("prompt"), item.get("layer")
+    if not isinstance(prompt, str) or prompt not in prompts:
+        raise DumpError(f"{where}: no prompt is named {prompt!r}")
+    if not is_int(layer):
+        raise DumpError(f"{where}: layer must be a whole number, not {layer!r}")
+    where = f"{where} (prompt {prompt}, layer {layer})"
+    if not is_positive(item.get("scale")):
+        raise DumpError(f"{where}: scale must be a positive finite number, not {item.get('scale')!r}")
+    window, softcap, sha256, size = (item.get(key) for key in ("window", "softcap", "sha256", "bytes"))
+    if window is not None and not is_int(window, 1):
+        raise DumpError(f"{where}: window must be null or a whole number of at least 1, not {window!r}")
+    if softcap is not None and not is_positive(softcap):
+        raise DumpError(f"{where}: softcap must be null or a positive finite number, not {softcap!r}")
+    if sha256 is not None and not (isinstance(sha256, str) and len(sha256) == 64):
+        raise DumpError(f"{where}: sha256 must be null or 64 hexadecimal digits")
+    path = plain_file(folder, item.get("file"))
+    if path is None:
+        raise DumpError(
+            f"{where}: file must be the plain name of a .safetensors file inside the dump's folder"
+            f" (no path, no link), not {item.get('file')!r}"
+        )
+    actual = path.stat().st_size
+    if size is not None and size != actual:
+        raise DumpError(f"{path} is {actual} bytes long where the manifest says {size}: truncated or damaged")
+    shapes, dtype = read_header(path)
+    heads, tokens, head_dim = shapes["q"]
+    kv = shapes["k"][0]
+    if (shape := item.get("shape")) is not None and shape != {"q": list(shapes["q"]), "k": list(shapes["k"])}:
+        raise DumpError(f"{path}: tensor shapes {shapes} differ from the manifest's {shape}")
+    if (declared := item.get("dtype")) is not None and declared != dtype:
+        raise DumpError(f"{path} holds {dtype} where the manifest says {declared!r}")
+    if (values := item.get("values")) is not None and values is not ("v" in shapes):
+        raise DumpError(f"{path}: the manifest says values: {values!r}, the file disagrees")
+    if (expected := prompts[prompt].tokens) and expected != tokens:
+        raise DumpError(f"{path} holds {tokens} tokens where the prompt has {expected}")
+    rows: list[tuple[int, ...]] = []
+    for key, count in (("query_heads", heads), ("kv_heads", kv)):
+        indices = item.get(key, list(range(count)))
+        if not isinstance(indices, list) or not all(is_int(i) for i in indices) or len(indices) != count:
+            raise DumpError(f"{where}: {key} must list the {count} original head indices of {path.name}")
+        if any(b <= a for a, b in zip(indices, indices[1:], strict=False)):
+            raise DumpError(f"{where}: {key} must be ascending without repetition, not {indices}")
+        rows.append(tuple(indices))
+    return Entry(
+        prompt=prompt,
+        layer=layer,
+        file=path.name,
+        scale=float(item["scale"]),
+        window=window,
+        softcap=None if softcap is None else float(softcap),
+        query_heads=rows[0],
+        kv_heads=rows[1],
+        tokens=tokens,
+        head_dim=head_dim,
+        dtype=dtype,
+        has_values="v" in shapes,
+        bytes=actual,
+        sha256=sha256,
+    )
+
+
+def read_header(path: Path) -> tuple[dict[str, tuple[int, int, int]], str]:
+    """Shapes of `q`, `k` and (if present) `v`, and the dtype they share, checked against each other.
+
+    Raises:
+        DumpError: not a safetensors file, truncated, tensors missing or unexpected, shapes or dtypes that do
+            not fit.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            found = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise DumpError(
+            f"{path} is truncated or not a safetensors file ({error}); capture it again"
+        ) from None
+    if not {"q", "k"} <= found.keys() <= {"q", "k", "v"}:
+        raise DumpError(
+            f"{path} must hold the tensors q, k and optionally v; it holds {', '.join(sorted(found)) or 'none'}"
+        )
+    for name, (shape, dtype) in found.items():
+        if len(shape) != 3 or 0 in shape:
+            raise DumpError(
+                f"{path}: {name} must be (heads, tokens, head_dim) with none of them zero, not {shape}"
+            )
+        if dtype not in DTYPES:
+            raise DumpError(f"{path}: {name} is {dtype}; dumps hold fp32, fp16 or bf16")
+    (heads, tokens, head_dim), dtype = found["q"]
+    kv = found["k"][0][0]
+    for name in found.keys() - {"q"}:
+        if found[name] != ((kv, tokens, head_dim), dtype):
+            raise DumpError(
+                f"{path}: {name} is {found[name][0]} {DTYPES[found[name][1]]}"
+                f" where q {found['q'][0]} {DTYPES[dtype]} needs {(kv, tokens, head_dim)} {DTYPES[dtype]}"
+            )
+    if heads % kv:
+        raise DumpError(f"{path}: {heads} query heads cannot share {kv} kv heads evenly")
+    return {name: (shape[0], shape[1], shape[2]) for name, (shape, _) in found.items()}, DTYPES[dtype]
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("an object repeats a key")
+    return result
