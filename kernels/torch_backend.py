@@ -1,0 +1,408 @@
+"""Anchor attention in plain torch: any device, exact, memory-bounded. The back end where Triton cannot run.
+
+The three stages have the signatures of the Triton kernels. Sums are float32 (float64 for float64 inputs),
+pooled queries are not rounded, K and V are never repeated, and no tensor has n x N elements: scores exist for
+one chunk of rows of one kv head at a time.
+
+Layout: `q` (B, H, n, d), `k` and `v` (B, Hkv, N, d), any strides; query head h reads kv head h // (H // Hkv).
+The n queries are the last of the N positions, or start at the absolute position `offset`; groups start at the
+first query.
+Source: Zhang et al., AnchorAttention (EMNLP 2025), section 3, with the partition of docs/method.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .types import AnchorState, Stripes
+
+_CHUNK_SCORES = {
+    "cpu": 1 << 19,
+    "cuda": 1 << 26,
+}  # elements: a CPU wants them in cache, a GPU wants large products
+
+
+class Layout(NamedTuple):
+    """Checked sizes and positions of one call."""
+
+    batch: int
+    heads: int
+    kv_heads: int
+    queries: int
+    keys: int
+    offset: int
+    block: int
+    step: int
+    init: int
+    lookback: int
+    window: int | None
+
+    @property
+    def group(self) -> int:
+        """Queries per group."""
+        return self.block * self.step
+
+    @property
+    def ratio(self) -> int:
+        """Query heads per kv head."""
+        return self.heads // self.kv_heads
+
+    @property
+    def blocks(self) -> int:
+        return math.ceil(self.queries / self.block)
+
+    @property
+    def groups(self) -> int:
+        return math.ceil(self.queries / self.group)
+
+    def rows(self, group: int) -> tuple[int, int]:
+        """Queries [first, last) of a group, counted from the first query of the call."""
+        return group * self.group, min((group + 1) * self.group, self.queries)
+
+    def local_start(self, group: int) -> int:
+        """First key of the group's local region, G(g) - lookback."""
+        return max(self.offset + group * self.group - self.lookback, 0)
+
+    def candidates(self, group: int) -> tuple[int, int]:
+        """Candidate keys [start, stop) that some query of the group sees; empty when stop <= start."""
+        start = self.init
+        if self.window is not None:
+            start = max(start, self.offset + group * self.group - self.window + 1)
+        return start, self.local_start(group)
+
+
+def layout(
+    q_shape: torch.Size | tuple[int, ...],
+    k_shape: torch.Size | tuple[int, ...],
+    *,
+    block: int,
+    step: int,
+    init: int | None,
+    lookback: int | None,
+    window: int | None,
+    offset: int | None,
+) -> Layout:
+    """Check shapes and positions; fill in the defaults (`init` and `lookback`: `block`; `offset`: N - n).
+
+    Raises:
+        ValueError: the shapes do not fit together, a length is out of range, or queries lie beyond the last
+            key.
+    """
+    if len(q_shape) != 4 or len(k_shape) != 4:
+        raise ValueError(f"q and k must be (B, heads, tokens, d), not {tuple(q_shape)} and {tuple(k_shape)}")
+    (batch, heads, n, d), (k_batch, kv_heads, total, k_d) = q_shape, k_shape
+    if batch != k_batch or d != k_d:
+        raise ValueError(f"q {tuple(q_shape)} and k {tuple(k_shape)} differ in batch size or head dimension")
+    if kv_heads < 1 or heads % kv_heads:
+        raise ValueError(f"{heads} query heads are not a multiple of {kv_heads} kv heads")
+    for name, value, low in (("block", block, 1), ("step", step, 1)):
+        if value < low:
+            raise ValueError(f"{name} must be at least {low}, not {value}")
+    init, lookback = (block if x is None else x for x in (init, lookback))
+    if init < 0 or lookback < 0:
+        raise ValueError(f"init and lookback must not be negative, not {init} and {lookback}")
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1, not {window}")
+    offset = total - n if offset is None else offset
+    if n < 1 or offset < 0 or offset + n > total:
+        raise ValueError(
+            f"queries at positions {offset} to {offset + n - 1} do not lie within the {total} keys"
+        )
+    return Layout(batch, heads, kv_heads, n, total, offset, block, step, init, lookback, window)
+
+
+def _working_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _capped(scores: Tensor, softcap: float | None) -> Tensor:
+    """c * tanh(s / c), in place."""
+    return scores if softcap is None else scores.div_(softcap).tanh_().mul_(softcap)
+
+
+def _chunks(first: int, last: int, scores: int, device: torch.device) -> Iterator[tuple[int, int]]:
+    """Split [first, last) so that one chunk has a bounded number of scores (`scores` per element)."""
+    size = max(1, _CHUNK_SCORES.get(device.type, _CHUNK_SCORES["cuda"]) // max(scores, 1))
+    for low in range(first, last, size):
+        yield low, min(low + size, last)
+
+
+def anchor(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    block: int = 128,
+    step: int = 16,
+    init: int | None = None,
+    lookback: int | None = None,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    offset: int | None = None,
+) -> AnchorState:
+    """Exact softmax over the anchor region, A(i) = {j <= i : j < init or j >= G(g) - lookback}; pooled anchors.
+
+    Args:
+        q: (B, H, n, d) queries; `k`, `v`: (B, Hkv, N, d). bf16, fp16, float32 or float64.
+        block, step: queries pooled together, and blocks per group.
+        init, lookback: tokens always kept at the start and before each group; `block` by default.
+        scale: softmax scale; 1 / sqrt(d) by default.
+        window: key j is visible to query i only if i - j < window.
+        softcap: every score becomes c * tanh(s / c), in nats.
+        offset: absolute position of the first query; N - n by default.
+
+    Returns:
+        AnchorState, all of it float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: shapes or parameters that do not fit (see `layout`).
+    """
+    geo = layout(
+        q.shape, k.shape, block=block, step=step, init=init, lookback=lookback, window=window, offset=offset
+    )
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    dtype = _working_dtype(q)
+    out = torch.empty(q.shape[:3] + v.shape[3:], dtype=dtype, device=q.device)
+    lse = torch.empty(q.shape[:3], dtype=dtype, device=q.device)
+    top = torch.empty_like(lse)
+    for b in range(geo.batch):
+        for kv in range(geo.kv_heads):
+            heads = slice(kv * geo.ratio, (kv + 1) * geo.ratio)
+            keys, values = k[b, kv].to(dtype), v[b, kv].to(dtype)
+            for g in range(geo.groups):
+                first, last = geo.rows(g)
+                local = geo.local_start(g)
+                head_end = min(geo.init, local)  # init keys that are not local already
+                end = geo.offset + last
+                if head_end == local:
+                    head_end, local = 0, 0
+                region_k = torch.cat((keys[:head_end], keys[local:end])) if head_end else keys[local:end]
+                region_v = (
+                    torch.cat((values[:head_end], values[local:end])) if head_end else values[local:end]
+                )
+                position = torch.arange(local - head_end, end, device=q.device)
+                position[:head_end] = torch.arange(head_end, device=q.device)
+                for low, high in _chunks(first, last, geo.ratio * len(position), q.device):
+                    size = head_end + geo.offset + high - local
+                    rows = (q[b, heads, low:high].to(dtype) * scale).flatten(0, 1)  # (R * rows, d)
+                    s = _capped(rows @ region_k[:size].T, softcap).view(geo.ratio, high - low, size)
+                    i = torch.arange(low, high, device=q.device)[:, None] + geo.offset
+                    if window is None:  # only the last columns can be later than their query
+                        edge = max(size - (high - low), 0)
+                        s[..., edge:].masked_fill_(position[edge:size] > i, -math.inf)
+                    else:
+                        j = position[:size]
+                        s.masked_fill_((j > i) | (i - j >= window), -math.inf)
+                    peak = s.amax(-1, keepdim=True)
+                    p = s.sub_(peak).exp_()
+                    total = p.sum(-1, keepdim=True)
+                    o = (p.flatten(0, 1) @ region_v[:size]).view(geo.ratio, high - low, -1)
+                    out[b, heads, low:high] = o / total
+                    lse[b, heads, low:high] = (peak + total.log())[..., 0]
+                    top[b, heads, low:high] = peak[..., 0]
+    q_bar = torch.stack([x.to(dtype).mean(-2) for x in q.split(geo.block, dim=-2)], -2)
+    a_bar = torch.stack([x.mean(-1) for x in top.split(geo.block, dim=-1)], -1)
+    return AnchorState(out, lse, q_bar, a_bar)
+
+
+def identify(
+    state: AnchorState,
+    k: Tensor,
+    *,
+    theta: float | Tensor,
+    queries: int,
+    block: int = 128,
+    step: int = 16,
+    init: int | None = None,
+    lookback: int | None = None,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    offset: int | None = None,
+) -> Stripes:
+    """Stripes of every group: the candidate columns whose margin is at most theta.
+
+    The margin is the least difference a_bar - score(q_bar, k_j) over the group's blocks that see column j.
+
+    Args:
+        state: what `anchor` returned for the same arguments.
+        k: (B, Hkv, N, d).
+        theta: nats; a number or a (B, H) tensor. +inf selects every visible candidate, -inf none.
+        queries: n, the number of queries behind `state`.
+
+    Returns:
+        Stripes. With a window, a column that no query of the group sees is never selected.
+
+    Raises:
+        ValueError: theta is NaN or has the wrong shape, or shapes do not fit.
+    """
+    batch, heads, blocks, d = state.q_bar.shape
+    geo = layout(
+        (batch, heads, queries, d),
+        k.shape,
+        block=block,
+        step=step,
+        init=init,
+        lookback=lookback,
+        window=window,
+        offset=offset,
+    )
+    if blocks != geo.blocks:
+        raise ValueError(
+            f"state has {blocks} blocks but {queries} queries in blocks of {block} make {geo.blocks}"
+        )
+    scale = d**-0.5 if scale is None else scale
+    device = k.device
+    limit = torch.as_tensor(theta, dtype=state.a_bar.dtype, device=device)
+    if limit.ndim and limit.shape != (batch, heads):
+        raise ValueError(f"theta must be a number or have shape {(batch, heads)}, not {tuple(limit.shape)}")
+    if bool(limit.isnan().any()):
+        raise ValueError("theta must not be NaN")
+    limit = limit.expand(batch, heads)
+    found: list[list[Tensor]] = [[] for _ in range(batch * heads)]  # per (b, h): one tensor per group
+    for b in range(batch):
+        for kv in range(geo.kv_heads):
+            own = slice(kv * geo.ratio, (kv + 1) * geo.ratio)
+            keys = k[b, kv].to(state.q_bar.dtype)
+            pooled, anchors, most = state.q_bar[b, own] * scale, state.a_bar[b, own], limit[b, own, None]
+            for g in range(geo.groups):
+                span = slice(g * step, min((g + 1) * step, blocks))
+                tile = pooled[:, span].flatten(0, 1)  # (R * blocks of the group, d)
+                level = anchors[:, span, None]
+                start, stop = geo.candidates(g)
+                parts: list[list[Tensor]] = [[] for _ in range(geo.ratio)]
+                for low, high in _chunks(start, stop, len(tile), device):
+                    s = _capped(tile @ keys[low:high].T, softcap).view(geo.ratio, -1, high - low)
+                    delta = level - s
+                    if window is not None:
+                        t0 = geo.offset + torch.arange(span.start, span.stop, device=device)[:, None] * block
+                        hidden = t0 - torch.arange(low, high, device=device) >= window
+                        delta.masked_fill_(hidden, math.inf)
+                    keep = delta.amin(1) <= most
+                    if window is not None:  # inf <= inf must not select what no block sees
+                        keep &= ~hidden.all(0)
+                    for part, row in zip(parts, keep, strict=True):
+                        part.append(row.nonzero()[:, 0] + low)
+                for r, part in enumerate(parts):
+                    joined = torch.cat(part) if part else torch.empty(0, dtype=torch.int64, device=device)
+                    found[b * heads + kv * geo.ratio + r].append(joined.int())
+    lists = [x for row in found for x in row]
+    counts = torch.tensor([len(x) for x in lists], dtype=torch.int64)
+    offsets = torch.zeros(len(lists) + 1, dtype=torch.int64)
+    offsets[1:] = counts.cumsum(0)
+    return Stripes(
+        torch.cat(lists), offsets.to(device), counts.int().view(batch, heads, geo.groups).to(device)
+    )
+
+
+def sparse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: AnchorState,
+    stripes: Stripes,
+    *,
+    block: int = 128,
+    step: int = 16,
+    init: int | None = None,
+    lookback: int | None = None,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    offset: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Continue the softmax of `state` over the stripes of each group: exact attention over everything kept.
+
+    Returns:
+        out (B, H, n, d) in the dtype of `q`, and the LSE over the kept keys (B, H, n), float32 (float64 for
+        float64 inputs).
+
+    Raises:
+        ValueError: shapes or parameters that do not fit (see `layout`).
+    """
+    geo = layout(
+        q.shape, k.shape, block=block, step=step, init=init, lookback=lookback, window=window, offset=offset
+    )
+    if stripes.counts.shape != (geo.batch, geo.heads, geo.groups):
+        expected = (geo.batch, geo.heads, geo.groups)
+        raise ValueError(
+            f"stripes are for (B, H, groups) {tuple(stripes.counts.shape)}, the queries make {expected}"
+        )
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    dtype = state.lse.dtype
+    out = torch.empty(q.shape[:3] + v.shape[3:], dtype=q.dtype, device=q.device)
+    lse = torch.empty_like(state.lse)
+    ends = stripes.offsets.tolist()
+    for b in range(geo.batch):
+        for h in range(geo.heads):
+            keys, values = k[b, h // geo.ratio], v[b, h // geo.ratio]
+            for g in range(geo.groups):
+                first, last = geo.rows(g)
+                row = (b * geo.heads + h) * geo.groups + g
+                columns = stripes.columns[ends[row] : ends[row + 1]]
+                if not len(columns):
+                    out[b, h, first:last] = state.out[b, h, first:last].to(q.dtype)
+                    lse[b, h, first:last] = state.lse[b, h, first:last]
+                    continue
+                stripe_k, stripe_v = (x.index_select(0, columns).to(dtype) for x in (keys, values))
+                for low, high in _chunks(first, last, len(columns), q.device):
+                    s = _capped((q[b, h, low:high].to(dtype) * scale) @ stripe_k.T, softcap)
+                    if window is not None:
+                        i = torch.arange(low, high, device=q.device)[:, None] + geo.offset
+                        s.masked_fill_(i - columns >= window, -math.inf)
+                    before = state.lse[b, h, low:high, None]
+                    peak = torch.maximum(s.amax(-1, keepdim=True), before)
+                    weight = (before - peak).exp_()  # of everything in the anchor region
+                    p = s.sub_(peak).exp_()
+                    total = p.sum(-1, keepdim=True) + weight
+                    o = (p @ stripe_v + weight * state.out[b, h, low:high].to(dtype)) / total
+                    out[b, h, low:high] = o.to(q.dtype)
+                    lse[b, h, low:high] = (peak + total.log())[:, 0]
+    return out, lse
+
+
+def anchor_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    theta: float | Tensor = 12.0,
+    block: int = 128,
+    step: int = 16,
+    init: int | None = None,
+    lookback: int | None = None,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    offset: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The three stages in a row: exact causal attention over the anchor region and the stripes of each group.
+
+    Args: as in `anchor` and `identify`. theta = +inf is dense causal attention, -inf the anchor region alone.
+
+    Returns:
+        out (B, H, n, d) in the dtype of `q`, LSE over the kept keys (B, H, n) float32 (float64 for float64
+        inputs).
+
+    Raises:
+        ValueError: shapes or parameters that do not fit.
+    """
+    place: dict[str, Any] = {
+        "block": block,
+        "step": step,
+        "init": init,
+        "lookback": lookback,
+        "scale": scale,
+        "window": window,
+        "softcap": softcap,
+        "offset": offset,
+    }
+    state = anchor(q, k, v, **place)
+    stripes = identify(state, k, theta=theta, queries=q.shape[-2], **place)
+    return sparse(q, k, v, state, stripes, **place)
