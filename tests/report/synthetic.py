@@ -1,0 +1,190 @@
+"""Realistic head profiles without a model: attention mass with a sink, a local band and stripes, at any
+prompt length.
+
+The mass lives on the cells of the heat map, and every curve and count is derived from those cells with the
+project's own
+integer geometry, so the profiles satisfy the invariants of real ones (partition, monotone curves, end
+points).
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from anchorscope.params import (
+    AnchorParams,
+    anchor_pairs,
+    candidate_range,
+    column_pairs,
+    row_anchor,
+    row_visible,
+    visible_pairs,
+)
+from anchorscope.profiles import MAX_COLUMNS, MAX_ROWS, HeadProfile, bin_edges
+
+CURVE = np.concatenate([[-np.inf], np.arange(-4.0, 24.1, 0.25), [np.inf]])
+
+
+def make_profile(
+    *,
+    prompt: str = "prose",
+    layer: int = 0,
+    head: int = 0,
+    tokens: int = 8192,
+    block: int = 64,
+    step: int = 4,
+    thetas: tuple[float, ...] = (8.0, 4.0, 12.0),
+    window: int | None = None,
+    values: bool = True,
+    seed: int = 0,
+) -> HeadProfile:
+    """A synthetic head; its share of local, sink and stripe mass follows from the seed, layer and head."""
+    rng = np.random.default_rng([seed, layer, head])
+    params = AnchorParams(block, step)
+    groups, n = params.groups(tokens), tokens
+    rows = bin_edges(n, MAX_ROWS, params.group)
+    columns = bin_edges(n, MAX_COLUMNS)
+    visible, anchored = visible_pairs(n, window), anchor_pairs(n, params, window)
+
+    # What the head is like: deep layers are more streaming, some heads are retrieval heads with wide-spread
+    # mass.
+    spread = rng.beta(1.2, 4.0)
+    sink = rng.beta(2.0, 3.0)
+    stripes = max(3, int(n * rng.uniform(0.002, 0.012)))
+    hot = np.sort(rng.choice(n, size=min(stripes, n), replace=False))
+    strength = rng.gamma(0.6, 1.0, size=hot.size)
+
+    shape = (rows.size - 1, columns.size - 1)
+    mass, kept = np.zeros(shape), np.zeros(shape)
+    margin, share = np.full(shape, np.inf), np.zeros(shape)
+    curve_stripes = np.zeros(CURVE.size, dtype=np.int64)
+    curve_mass = np.zeros(CURVE.size)  # summed over queries
+    stripe_pairs = np.zeros(len(thetas), dtype=np.int64)
+    stripe_mass = np.zeros((len(thetas), groups))
+    anchor_mass = np.zeros(groups)
+    oracle: list[tuple[np.ndarray, np.ndarray]] = []
+    per_column = np.zeros(n)
+    bins = np.searchsorted(columns, np.arange(n), side="right") - 1
+
+    for g in range(groups):
+        first, last = g * params.group, min((g + 1) * params.group, n)
+        queries = last - first
+        start, stop = candidate_range(g, params)
+        pairs = column_pairs(g, n, params, window)
+        weight = np.zeros(last)  # mass per query of the group, by key
+        weight[0] += sink
+        distance = (first + last) / 2 - np.arange(last)
+        weight += (
+            np.where(distance > -queries, np.exp(-np.abs(distance) / (2.5 * params.group)), 0) / params.group
+        )
+        weight += spread * rng.gamma(0.15, 1.0, size=last) / last * 3
+        live = rng.random(hot.size) < 0.6  # each stripe is read by some groups only
+        earlier = live & (hot < last)
+        weight[hot[earlier]] += (
+            strength[earlier] * rng.uniform(0.3, 1.0, earlier.sum()) * 2 / max(hot.size, 1)
+        )
+        if window is not None:
+            weight[: max(first - window, 0)] = 0
+        weight /= weight.sum()
+        candidate = np.zeros(last, dtype=bool)
+        candidate[start:stop] = pairs > 0
+        count = np.zeros(last, dtype=np.int64)
+        count[start:stop] = pairs
+
+        # Margins follow the mass with noise, as real ones do: a stripe of mass m sits about -log(m) below the
+        # anchor.
+        with np.errstate(divide="ignore"):
+            delta = -np.log(weight * 4) + rng.normal(0, 0.7, last)
+        delta[~candidate] = np.inf
+        anchor_mass[g] = weight[~candidate].sum()
+        per_column[:last] += weight * queries
+        row = int(np.searchsorted(rows, first, side="right")) - 1
+        portion = queries / (rows[row + 1] - rows[row])
+        np.add.at(mass[row], bins[:last], weight * portion)
+        chosen = ~candidate | (delta <= thetas[0])
+        np.add.at(kept[row], bins[:last], weight * portion * chosen)
+        np.minimum.at(margin[row], bins[:last], delta)
+        candidates = np.bincount(bins[:last], weights=candidate, minlength=shape[1])
+        picked = np.bincount(bins[:last], weights=candidate & chosen, minlength=shape[1])
+        share[row] = np.maximum(share[row], picked / np.maximum(candidates, 1))
+
+        order = np.argsort(delta[candidate])
+        sorted_delta = delta[candidate][order]
+        cumulative = np.append(0, np.cumsum(weight[candidate][order]))
+        counted = np.append(0, np.cumsum(count[candidate][order]))
+        at = np.searchsorted(sorted_delta, CURVE, side="right")
+        curve_stripes += counted[at]
+        curve_mass += cumulative[at] * queries
+        for t, theta in enumerate(thetas):
+            k = int(np.searchsorted(sorted_delta, theta, side="right"))
+            stripe_pairs[t] += counted[k]
+            stripe_mass[t, g] = cumulative[k]
+        oracle.append((weight[candidate] * queries, count[candidate]))
+
+    sizes = np.diff(np.append(np.arange(0, n, params.group), n))
+    base = float((anchor_mass * sizes).sum() / n)
+    curve_recall = np.maximum.accumulate(np.clip(base + curve_mass / n, 0, 1))
+    gain = np.concatenate([m for m, _ in oracle]) if oracle else np.zeros(0)
+    cost = np.concatenate([c for _, c in oracle]) if oracle else np.zeros(0, dtype=np.int64)
+    best = np.argsort(-gain / np.maximum(cost, 1))
+    oracle_pairs = anchored + np.append(0, np.cumsum(cost[best]))
+    oracle_recall = np.clip(base + np.append(0, np.cumsum(gain[best])) / n, 0, 1)
+    thin = np.unique(np.linspace(0, oracle_pairs.size - 1, 400).astype(int))
+
+    recall_group = np.clip(anchor_mass + stripe_mass, 0, 1)  # (T, groups)
+    edges = bin_edges(n, 64)
+    middle = np.minimum((edges[:-1] + edges[1:]) // 2 // params.group, groups - 1)
+    wobble = rng.normal(0, 0.02, size=(len(thetas), edges.size - 1))
+    position = np.clip(recall_group[:, middle] + wobble * (1 - recall_group[:, middle]), 0, 1)
+    recall = np.clip((recall_group * sizes).sum(1) / n, 0, 1)
+    error = np.sqrt(1 - recall) * 0.4 if values else np.full(len(thetas), math.nan)
+    top = np.argsort(-per_column)[: min(64, n)]
+    assert int(row_visible(n, window).sum()) == visible
+    assert int(row_anchor(n, params, window).sum()) == anchored
+    return HeadProfile(
+        prompt=prompt,
+        layer=layer,
+        head=head,
+        kv_head=head // 3,
+        tokens=n,
+        head_dim=64,
+        block=block,
+        step=step,
+        init=params.init_tokens,
+        lookback=params.lookback_tokens,
+        window=window,
+        softcap=None,
+        scale=0.125,
+        backend="torch",
+        dump_identity="0" * 64,
+        visible_pairs=visible,
+        anchor_pairs=anchored,
+        candidate_pairs=visible - anchored,
+        thetas=np.array(thetas),
+        recall=recall,
+        recall_p05=np.clip(recall - 0.1, 0, 1),
+        recall_min=np.clip(recall - 0.3, 0, 1),
+        recall_last=position[:, -1],
+        kept_pairs=anchored + stripe_pairs,
+        stripe_pairs=stripe_pairs,
+        output_error=error,
+        output_close_01=1 - error,
+        output_close_005=np.clip(1 - 2 * error, 0, 1),
+        curve_theta=CURVE,
+        curve_recall=curve_recall,
+        curve_pairs=anchored + curve_stripes,
+        oracle_pairs=oracle_pairs[thin],
+        oracle_recall=oracle_recall[thin],
+        heat_rows=rows,
+        heat_columns=columns,
+        heat_mass=mass,
+        heat_kept=kept,
+        heat_margin=margin,
+        heat_stripes=share,
+        position_recall=position,
+        position_edges=edges,
+        top_columns=top,
+        top_mass=per_column[top] / n,
+    )
