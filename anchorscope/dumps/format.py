@@ -179,7 +179,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         raise DumpError(f"{path} is truncated or not JSON ({error}); capture this dump again") from None
 
-    version = manifest.get("version")
+    version: Any = manifest.get("version")
     if manifest.get("format") != FORMAT:
         raise DumpError(f"{path} is not an AnchorScope manifest: its format is not {FORMAT!r}")
     if is_int(version, 1) and version > VERSION:
@@ -246,7 +246,8 @@ def parse_entry(item: object, index: int, folder: Path, prompts: dict[str, Promp
     where = f"{folder / MANIFEST}: entry {index}"
     if not isinstance(item, dict):
         raise DumpError(f"{where} is not an object")
-    prompt, layer = item.get("prompt"), item.get("layer")
+    prompt: Any = item.get("prompt")
+    layer: Any = item.get("layer")
     if not isinstance(prompt, str) or prompt not in prompts:
         raise DumpError(f"{where}: no prompt is named {prompt!r}")
     if not is_int(layer):
@@ -286,7 +287,7 @@ def parse_entry(item: object, index: int, folder: Path, prompts: dict[str, Promp
         indices = item.get(key, list(range(count)))
         if not isinstance(indices, list) or not all(is_int(i) for i in indices) or len(indices) != count:
             raise DumpError(f"{where}: {key} must list the {count} original head indices of {path.name}")
-        if any(b <= a for a, b in zip(indices, indices[1:], strict=False)):
+        if indices != sorted(set(indices)):
             raise DumpError(f"{where}: {key} must be ascending without repetition, not {indices}")
         rows.append(tuple(indices))
     return Entry(

@@ -197,7 +197,7 @@ def _assemble(folder: Path, manifest: dict[str, Any], prompts: list[Prompt], ent
 
 @dataclass(frozen=True)
 class EntryCheck:
-    """What `verify` found in one entry: state "verified", "unverified" (no checksum) or "damaged", and why."""
+    """What `verify` found in one entry: "verified", "unverified" (no checksum) or "damaged", and why."""
 
     prompt: str
     layer: int | None
@@ -208,7 +208,7 @@ class EntryCheck:
 
 @dataclass(frozen=True)
 class Verification:
-    """Result of `verify`. `state` is the worst of the entries'; `dump` holds the entries that could be read."""
+    """Result of `verify`: `state` is the worst of the entries'; `dump` holds those that could be read."""
 
     state: str
     complete: bool
@@ -257,10 +257,13 @@ def verify(
             layer = known.get("layer")
             checks.append(
                 EntryCheck(
-                    str(known.get("prompt")), layer if isinstance(layer, int) else None, str(known.get("file")),
-                    "damaged", str(error),
+                    str(known.get("prompt")),
+                    layer if isinstance(layer, int) else None,
+                    str(known.get("file")),
+                    "damaged",
+                    str(error),
                 )
-            )  # fmt: skip
+            )
         if progress is not None:
             progress(index + 1, len(manifest["entries"]))
     dump = _assemble(folder, manifest, prompts, entries)

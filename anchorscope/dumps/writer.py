@@ -117,41 +117,48 @@ class LayerWriter:
             self._file: IO[bytes] = self._partial.open("w+b")
             self._write(0, header)
 
-    def put(self, name: str, start: int, x: Tensor) -> None:
+    def put(self, name: str, start: int, x: Tensor, rows: Sequence[int] | None = None) -> None:
         """Store positions start ... start + n of tensor `name`.
 
         Args:
             name: "q", "k" or "v".
             start: first position; each tensor is filled in ascending order without gaps.
             x: (heads, n, d), any device, any floating dtype; converted to the dump's dtype.
+            rows: the rows of x to store, all by default (no copy of x is made to pick them).
 
         Raises:
             InputError: wrong shape or position; NaN or infinity after conversion, named by layer and head.
             RunFailure: the disk is full or failed.
         """
+        import torch
+
         heads, tokens, head_dim = self._shapes[name]
         where = f"layer {self._record['layer']} of prompt {self._record['prompt']}"
-        n = x.shape[1] if x.ndim == 3 else 0
-        if tuple(x.shape) != (heads, n, head_dim) or not 0 < n <= tokens - start or start != self._next[name]:
+        shape = tuple(x.shape)
+        rows = range(shape[0]) if rows is None else rows
+        n = shape[1] if len(shape) == 3 else 0
+        if (
+            len(rows) != heads
+            or shape[1:] != (n, head_dim)
+            or not 0 < n <= tokens - start
+            or start != self._next[name]
+        ):
             raise InputError(
-                f"{where}: {name} {tuple(x.shape)} at position {start} does not continue"
+                f"{where}: {name} {shape} at position {start} does not continue"
                 f" ({heads}, {tokens}, {head_dim}) at position {self._next[name]}"
             )
+        labels = self._record["query_heads" if name == "q" else "kv_heads"]
         with _disk_errors(self._partial):
-            for row in range(heads):
+            for index, row in enumerate(rows):
                 # head by head: the extra memory is one head, whatever device or strides x has
                 part = x[row].detach().to("cpu", self._dtype).contiguous()
                 if nonfinite_row(part[None]) is not None:
-                    label = self._record["query_heads" if name == "q" else "kv_heads"][row]
-                    kind = "query head" if name == "q" else "kv head"
                     raise InputError(
-                        f"{where}: {name} of {kind} {label} holds NaN or infinity;"
-                        " compute or store it with more range (bf16 or fp32)"
+                        f"{where}: {name} of {'query' if name == 'q' else 'kv'} head {labels[index]} holds NaN or"
+                        " infinity; compute or store it with more range (bf16 or fp32)"
                     )
-                import torch
-
                 data = part.view(torch.uint8).numpy().reshape(-1).data
-                self._write(self._offsets[name] + (row * tokens + start) * head_dim * self._size, data)
+                self._write(self._offsets[name] + (index * tokens + start) * head_dim * self._size, data)
         self._next[name] = start + n
 
     def close(self) -> None:
@@ -219,8 +226,9 @@ class DumpWriter:
         self.path = Path(path)
         self._order = {prompt["name"]: index for index, prompt in enumerate(header["prompts"])}
         check_output(self.path, overwrite=overwrite, resume=resume)
+        self._resumed = resume and (self.path / MANIFEST).exists()
         self._made = _make_folder(self.path)
-        self._lock = _lock(self.path)
+        self._lock: IO[bytes] | None = _lock(self.path)
         self._manifest: dict[str, Any] = {
             "format": FORMAT,
             "version": VERSION,
@@ -231,7 +239,7 @@ class DumpWriter:
             "entries": [],
         }
         try:
-            if resume and (self.path / MANIFEST).exists():
+            if self._resumed:
                 self._take_over()
             elif overwrite:
                 remove_dump_files(self.path)
@@ -326,7 +334,9 @@ class DumpWriter:
             return
         for stray in self.path.glob(f"*{PARTIAL}"):
             stray.unlink(missing_ok=True)
-        keep = kind is not None and not issubclass(kind, Exception) and self._manifest["entries"]
+        keep = bool(self._manifest["entries"]) and (
+            self._resumed or not issubclass(kind or Exception, Exception)
+        )
         if kind is not None and not keep:
             remove_dump_files(self.path)
         self._release()
@@ -452,8 +462,10 @@ def write_dump(
     extra = prompts or {}
     if unknown := sorted(extra.keys() - lengths.keys()):
         raise InputError(f"prompts names {unknown[0]!r}, which no entry uses")
+    dtypes = {dtype_name(found["q"].dtype) for found in tensors}
     header = {
         "model": None if model is None else dict(model),
+        "dtype": dtypes.pop() if len(dtypes) == 1 else None,
         "prompts": [prompt_record(name, n, **extra.get(name, {})) for name, n in lengths.items()],
     }
     with DumpWriter(path, header, overwrite=overwrite) as writer:
@@ -516,10 +528,14 @@ def check_output(path: Path, *, overwrite: bool = False, resume: bool = False) -
             if names and MANIFEST not in names and any(PARTIAL not in n for n in names):
                 raise InputError(f"{path} holds other files and no dump: give a new folder")
             if MANIFEST in names and not overwrite and not resume:
+                if not _is_complete(path):
+                    raise InputError(
+                        f"{path} holds an unfinished dump: --resume continues it, --overwrite replaces it"
+                    )
                 raise InputError(
                     f"{path} exists already: give another folder, or --overwrite to replace the dump"
                 )
-            if MANIFEST in names and resume and not overwrite and read_manifest(path).get("complete", True):
+            if MANIFEST in names and resume and not overwrite and _is_complete(path):
                 raise InputError(f"{path} is complete: there is nothing to resume")
         base = path.absolute()
         while not base.exists():
@@ -530,6 +546,13 @@ def check_output(path: Path, *, overwrite: bool = False, resume: bool = False) -
             raise InputError(f"{path} cannot be written: no permission in {base}")
     except OSError as error:
         raise InputError(f"{path} cannot be used: {error.strerror}") from None
+
+
+def _is_complete(path: Path) -> bool:
+    try:
+        return read_manifest(path).get("complete", True)
+    except DumpError:
+        return True  # whatever it is, it cannot be resumed
 
 
 def check_disk(path: Path, needed: int) -> None:
