@@ -1,1 +1,99 @@
-"""AnchorScope: what do your attention heads keep?"""
+"""AnchorScope: what do your attention heads keep?
+
+Per-head recall against sparsity of anchor attention, measured on your model and your prompts. What the command line does,
+these functions do:
+
+- `capture_model`: run a model and write its Q/K/V dump.
+- `open_dump`, `verify`, `write_dump`: read, check and write dumps.
+- `analyze`, `redraw`, `load_report`, `iter_profiles`: measure a dump, and read the results again.
+- `run_bench`: time sparse against dense attention.
+
+Importing this package loads nothing heavy; names are resolved on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from anchorscope._version import __version__
+
+if TYPE_CHECKING:
+    from anchorscope.analysis.run import (
+        Analysis,
+        Progress,
+        analyze,
+        iter_profiles,
+        load_report,
+        plan_analysis,
+        redraw,
+    )
+    from anchorscope.bench import run_bench
+    from anchorscope.capture import capture_model
+    from anchorscope.dumps import Dump, Entry, LayerTensors, open_dump, verify, write_dump
+    from anchorscope.errors import (
+        AnchorScopeError,
+        DumpError,
+        InputError,
+        MissingBackendError,
+        RunFailure,
+    )
+    from anchorscope.params import AnchorParams
+    from anchorscope.profiles import HeadProfile
+
+_HOMES = {
+    "anchorscope.analysis.run": (
+        "Analysis",
+        "Progress",
+        "analyze",
+        "iter_profiles",
+        "load_report",
+        "plan_analysis",
+        "redraw",
+    ),
+    "anchorscope.bench": ("run_bench",),
+    "anchorscope.capture": ("capture_model",),
+    "anchorscope.dumps": ("Dump", "Entry", "LayerTensors", "open_dump", "verify", "write_dump"),
+    "anchorscope.errors": ("AnchorScopeError", "DumpError", "InputError", "MissingBackendError", "RunFailure"),
+    "anchorscope.params": ("AnchorParams",),
+    "anchorscope.profiles": ("HeadProfile",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "Analysis",
+    "AnchorParams",
+    "AnchorScopeError",
+    "Dump",
+    "DumpError",
+    "Entry",
+    "HeadProfile",
+    "InputError",
+    "LayerTensors",
+    "MissingBackendError",
+    "Progress",
+    "RunFailure",
+    "__version__",
+    "analyze",
+    "capture_model",
+    "iter_profiles",
+    "load_report",
+    "open_dump",
+    "plan_analysis",
+    "redraw",
+    "run_bench",
+    "verify",
+    "write_dump",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'anchorscope' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,614 @@
+"""`analyze`: a dump in, an output folder out; interruptible, resumable, one head at a time.
+
+Stages: every head is measured and saved as a profile; then tables, figures and the report are made from the saved profiles
+alone. So an interrupted run continues where it stopped and ends with the same bytes, and figures can be redrawn later
+without the dump.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from anchorscope._version import __version__
+from anchorscope.analysis.backends import Backend, resolve_backend
+from anchorscope.analysis.engine import HeadShape, workspace_bytes
+from anchorscope.analysis.tables import (
+    CURVES_COLUMNS,
+    HEADS_COLUMNS,
+    HeadLine,
+    csv_text,
+    curves_rows,
+    heads_rows,
+    jsonable,
+    short_of_target,
+    summarise,
+)
+from anchorscope.dumps import Dump, Entry, LayerTensors, open_dump
+from anchorscope.errors import DumpError, InputError, RunFailure
+from anchorscope.locks import folder_lock
+from anchorscope.params import AnchorParams, anchor_pairs, recommend_groups, visible_pairs
+from anchorscope.profiles import HeadProfile, profile_filename, write_atomic
+from anchorscope.selection import describe_indices
+
+STATE = "analysis.json"
+REPORT = "report.json"
+PROFILES = "profile"
+FIGURES = "figures"
+REPORT_VERSION = 1
+ANCHOR_BUDGET = 0.25  # share of the pairs above which the anchor region alone is called expensive
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a progress callback gets. `work` counts (query, key) pairs, so time left follows from it."""
+
+    stage: str
+    work: int
+    total: int
+    detail: str = ""
+
+
+ProgressCallback = Callable[[Progress], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One head to measure."""
+
+    prompt_index: int
+    entry: Entry
+    head: int
+
+    @property
+    def name(self) -> str:
+        return profile_filename(self.prompt_index, self.entry.layer, self.head)
+
+    @property
+    def work(self) -> int:
+        return visible_pairs(self.entry.tokens, self.entry.window)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything decided before the first score is computed.
+
+    Attributes:
+        jobs: heads to measure, entry by entry.
+        workers: heads measured at the same time.
+        memory: bytes of working memory, besides the libraries themselves (host, or GPU with a CUDA device).
+        disk: bytes the output folder will need at most.
+        warnings: sentences for the user.
+    """
+
+    dump: Dump
+    settings: dict[str, Any]
+    params: AnchorParams
+    thetas: tuple[float, ...]
+    target_recall: float
+    backend: Backend
+    jobs: tuple[Job, ...]
+    workers: int
+    memory: int
+    disk: int
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """A finished analysis.
+
+    Attributes:
+        path: the output folder.
+        report: what report.json holds.
+        lines: one summary per head, in the order of heads.csv.
+        figures: the pictures written, heat maps included.
+    """
+
+    path: Path
+    report: dict[str, Any]
+    lines: tuple[HeadLine, ...] = field(repr=False)
+    figures: tuple[Path, ...] = ()
+
+    def profiles(self, *, heat: bool = True) -> Iterator[HeadProfile]:
+        """The saved profiles, one at a time."""
+        return iter_profiles(self.path, heat=heat)
+
+
+def plan_analysis(
+    dump: Dump | Path | str,
+    *,
+    thetas: Sequence[float] = (12.0,),
+    params: AnchorParams | None = None,
+    target_recall: float = 0.95,
+    layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+    prompts: Sequence[str] | None = None,
+    backend: str = "auto",
+    device: str = "auto",
+) -> Plan:
+    """Check a request and say what it will cost. Arguments as in `analyze`.
+
+    Raises:
+        InputError: thetas empty or NaN, an unknown layer, head or prompt, a target outside (0, 1].
+        DumpError: the dump is missing or damaged.
+        MissingBackendError: back end or device absent.
+    """
+    params = AnchorParams() if params is None else params
+    thetas = tuple(float(t) for t in thetas)
+    if not thetas or any(np.isnan(thetas)):
+        raise InputError("thetas must hold at least one number and no NaN")
+    if not 0 < target_recall <= 1:
+        raise InputError(f"target recall must lie above 0 and at most at 1, not {target_recall!r}")
+    source = dump if isinstance(dump, Dump) else open_dump(dump)
+    engine = resolve_backend(backend, device)
+
+    names = [p.name for p in source.prompts]
+    chosen = _choose_prompts(prompts, names)
+    all_layers = sorted({e.layer for e in source.entries})
+    for layer in layers or ():
+        if layer not in all_layers:
+            raise InputError(f"the dump has no layer {layer}; it has {describe_indices(all_layers)}")
+    entries = [e for e in source.entries if e.prompt in chosen and (layers is None or e.layer in layers)]
+    all_heads = sorted({h for e in entries for h in e.query_heads})
+    for head in heads or ():
+        if head not in all_heads:
+            raise InputError(f"the dump has no query head {head}; it has {describe_indices(all_heads)}")
+    jobs = tuple(
+        Job(names.index(e.prompt), e, h)
+        for e in sorted(entries, key=lambda e: (names.index(e.prompt), e.layer))
+        for h in e.query_heads
+        if heads is None or h in heads
+    )
+    if not jobs:
+        raise InputError("the chosen prompts, layers and heads leave nothing to analyze; widen one of them")
+
+    settings: dict[str, Any] = {
+        "theta": [jsonable(t) for t in thetas],
+        "block": params.block,
+        "step": params.step,
+        "init": params.init_tokens,
+        "lookback": params.lookback_tokens,
+        "target_recall": target_recall,
+        "prompts": [n for n in names if n in chosen],
+        "layers": sorted({j.entry.layer for j in jobs}),
+        "heads": sorted({j.head for j in jobs}),
+        "backend": engine.name,
+        "device": engine.device.type,
+    }
+    largest = max(jobs, key=lambda j: j.entry.tokens * j.entry.head_dim).entry
+    each = workspace_bytes(largest.tokens, largest.head_dim, len(set(thetas)), params)
+    workers = 1
+    if engine.device.type == "cpu" and engine.name == "torch":
+        # One head per core beats one head on all cores; heads of over 64k tokens would need the memory twice.
+        workers = max(1, min(torch.get_num_threads(), len(jobs), int(8 * 2**30 // each)))
+    layer_bytes = max(e.bytes for e in entries)
+    return Plan(
+        dump=source,
+        settings=settings,
+        params=params,
+        thetas=thetas,
+        target_recall=target_recall,
+        backend=engine,
+        jobs=jobs,
+        workers=workers,
+        memory=workers * each + layer_bytes,
+        disk=len(jobs) * 2_000_000 + 10_000_000,
+        warnings=tuple(_anchor_warnings(source, jobs, params)),
+    )
+
+
+def analyze(
+    dump: Dump | Path | str,
+    out: Path | str,
+    *,
+    thetas: Sequence[float] = (12.0,),
+    params: AnchorParams | None = None,
+    target_recall: float = 0.95,
+    layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+    prompts: Sequence[str] | None = None,
+    backend: str = "auto",
+    device: str = "auto",
+    heatmaps: Sequence[tuple[int, int]] | str | None = None,
+    figures: bool = True,
+    overwrite: bool = False,
+    progress: ProgressCallback | None = None,
+    plan: Plan | None = None,
+) -> Analysis:
+    """Measure every chosen head of a dump: recall against sparsity for every theta, and where the mass lies.
+
+    Args:
+        dump: a dump folder, or an open dump.
+        out: the output folder; new, empty, or holding an unfinished run of the same request, which then continues.
+        thetas: nats; any number, +-inf included. Figures use the first.
+        params: block, step, init and lookback.
+        target_recall: recall to report the needed theta and density for.
+        layers, heads: original indices; None means all in the dump.
+        prompts: prompt names; None means all.
+        backend: "auto", "torch" or "triton".
+        device: "auto", "cpu", "cuda" or "cuda:i".
+        heatmaps: (layer, head) pairs, "all", or None for the worst, the median and the best head.
+        figures: draw the figures.
+        overwrite: replace an earlier analysis in `out`.
+        progress: called as work proceeds.
+        plan: a plan made from the same arguments, to save making it twice.
+
+    Returns:
+        The finished analysis. `out` then holds heads.csv, curves.csv, report.json, profile/ and figures/.
+
+    Raises:
+        InputError, DumpError, MissingBackendError: see `plan_analysis`; also an `out` that is in use.
+        RunFailure: disk full, out of memory.
+    """
+    if plan is None:
+        plan = plan_analysis(
+            dump,
+            thetas=thetas,
+            params=params,
+            target_recall=target_recall,
+            layers=layers,
+            heads=heads,
+            prompts=prompts,
+            backend=backend,
+            device=device,
+        )
+    _check_heatmaps(heatmaps, plan)
+    report = progress or (lambda _: None)
+    path = _make_folder(Path(out))
+    with folder_lock(path):
+        state = _begin(path, plan, overwrite)
+        _measure(path, plan, report)
+        result = _finish(path, plan, state)
+        drawn = redraw(path, heatmaps=heatmaps, progress=report) if figures else []
+        # Last of all: a folder without its report is an unfinished analysis.
+        write_atomic(path / REPORT, _json_bytes(result.report))
+        return Analysis(path, result.report, result.lines, tuple(drawn))
+
+
+def iter_profiles(out: Path | str, *, heat: bool = True) -> Iterator[HeadProfile]:
+    """The profiles saved in an output folder, in the order of heads.csv.
+
+    Raises:
+        DumpError: the folder holds no analysis, or a profile is damaged.
+    """
+    for name in _state(Path(out))["profiles"]:
+        yield HeadProfile.load(Path(out) / PROFILES / name, heat=heat)
+
+
+def redraw(
+    out: Path | str,
+    *,
+    heatmaps: Sequence[tuple[int, int]] | str | None = None,
+    progress: ProgressCallback | None = None,
+) -> list[Path]:
+    """Draw the figures of an analysis again, from its saved profiles; the dump is not needed.
+
+    Raises:
+        DumpError: the folder holds no analysis, or a profile is damaged.
+    """
+    from anchorscope.report import draw_all
+
+    path = Path(out)
+    state = _state(path)
+    report = progress or (lambda _: None)
+    target = state["settings"]["target_recall"]
+    report(Progress("figures", 0, 1))
+    folder = path / FIGURES
+    folder.mkdir(exist_ok=True)
+    drawn = draw_all(
+        [path / PROFILES / name for name in state["profiles"]], folder, heatmaps=heatmaps, target_recall=target
+    )
+    report(Progress("figures", 1, 1))
+    return drawn
+
+
+def load_report(out: Path | str) -> dict[str, Any]:
+    """The report.json of a finished analysis.
+
+    Raises:
+        DumpError: there is none.
+    """
+    path = Path(out) / REPORT
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise DumpError(f"{out} holds no finished analysis: run `anchorscope analyze` first") from None
+    if not isinstance(report, dict) or report.get("format") != "anchorscope-report":
+        raise DumpError(f"{path} is not a report written by analyze")
+    return report
+
+
+# ---------------------------------------------------------------------------------------------------------------- planning
+
+
+def _choose_prompts(prompts: Sequence[str] | None, names: list[str]) -> set[str]:
+    if prompts is None:
+        return set(names)
+    for name in prompts:
+        if name not in names:
+            raise InputError(f"the dump has no prompt {name!r}; it has {', '.join(names)}")
+    return set(prompts)
+
+
+def _anchor_warnings(dump: Dump, jobs: Sequence[Job], params: AnchorParams) -> Iterator[str]:
+    """Say where the anchor region alone costs more than a quarter of the pairs, and which groups would not."""
+    for n, window in sorted({(j.entry.tokens, j.entry.window) for j in jobs}, key=lambda x: (x[0], x[1] or 0)):
+        share = anchor_pairs(n, params, window) / visible_pairs(n, window)
+        if share <= ANCHOR_BUDGET:
+            continue
+        better = recommend_groups(n, window, ANCHOR_BUDGET)
+        hint = (
+            f"--block {better.block} --step {better.step} would cost "
+            f"{anchor_pairs(n, better, window) / visible_pairs(n, window):.0%}"
+            if better
+            else "the prompt is too short for any groups to be sparse"
+        )
+        layers = "" if window is None else f" (sliding window {window})"
+        yield (
+            f"at {n:,} tokens{layers} the anchor region alone keeps {share:.0%} of the pairs with groups of "
+            f"{params.block} x {params.step}; {hint}"
+        )
+
+
+def _check_heatmaps(heatmaps: Sequence[tuple[int, int]] | str | None, plan: Plan) -> None:
+    if heatmaps is None or heatmaps == "all":
+        return
+    known = {(j.entry.layer, j.head) for j in plan.jobs}
+    for layer, head in heatmaps:
+        if (layer, head) not in known:
+            raise InputError(f"heat map {layer}:{head}: that layer and head are not analyzed here")  # type: ignore[str-format, unused-ignore]
+
+
+# ------------------------------------------------------------------------------------------------------------------ folder
+
+
+def _make_folder(path: Path) -> Path:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise InputError(f"--out {path} is a file or lies below one; name a folder") from None
+    except OSError as error:
+        raise InputError(f"--out {path} cannot be made: {error.strerror}") from None
+    return path
+
+
+def _json_bytes(value: object) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=False, allow_nan=False) + "\n").encode()
+
+
+def _state(path: Path) -> dict[str, Any]:
+    try:
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        if state["format"] == "anchorscope-analysis" and isinstance(state["profiles"], list):
+            if any(Path(name).name != name for name in state["profiles"]):
+                raise DumpError(f"{path / STATE} names a file outside its folder: it was edited; run analyze again")
+            return state
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise DumpError(f"{path} holds no analysis: run `anchorscope analyze DUMP --out {path}` first")
+
+
+def _begin(path: Path, plan: Plan, overwrite: bool) -> dict[str, Any]:
+    """Start or continue: settle what the folder holds, and write down what this run is."""
+    identity = {
+        "format": "anchorscope-analysis",
+        "version": REPORT_VERSION,
+        "anchorscope": __version__,
+        "dump": plan.dump.identity,
+        "settings": plan.settings,
+        "profiles": [j.name for j in plan.jobs],
+    }
+    found = [x for x in path.iterdir() if not x.name.startswith(".")]
+    started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    if found:
+        try:
+            state = _state(path)
+        except DumpError:
+            state = None
+        if state is None:
+            raise InputError(f"--out {path} exists and is not an analysis; name a new folder")
+        same = {k: v for k, v in state.items() if k != "started"} == identity
+        if (path / REPORT).exists() or not same:
+            if not overwrite:
+                what = "a finished analysis" if (path / REPORT).exists() else "an unfinished analysis with other settings"
+                raise InputError(f"--out {path} holds {what}; add --overwrite to replace it, or name a new folder")
+            _clear(path)
+        else:
+            started = state["started"]
+    free = shutil.disk_usage(path).free
+    if free < plan.disk:
+        raise RunFailure(
+            f"{path} has {free / 1e9:.2f} GB free and the analysis may need {plan.disk / 1e9:.2f} GB;"
+            " free some space or name another --out"
+        )
+    state = {**identity, "started": started}
+    (path / PROFILES).mkdir(exist_ok=True)
+    write_atomic(path / STATE, _json_bytes(state))
+    return state
+
+
+def _clear(path: Path) -> None:
+    """Remove what an earlier analysis wrote, its report first, and nothing else."""
+    for name in (REPORT, STATE, "heads.csv", "curves.csv"):
+        (path / name).unlink(missing_ok=True)
+    for folder, pattern in ((PROFILES, "*.safetensors"), (FIGURES, "*.png")):
+        for file in (path / folder).glob(pattern):
+            file.unlink()
+
+
+# --------------------------------------------------------------------------------------------------------------- measuring
+
+
+def _measure(path: Path, plan: Plan, report: ProgressCallback) -> None:
+    """Measure the heads whose profiles are not there yet."""
+    total = sum(j.work for j in plan.jobs)
+    missing: list[Job] = []
+    for job in plan.jobs:
+        try:
+            saved = HeadProfile.load(path / PROFILES / job.name, heat=False)
+            if saved.dump_identity != plan.dump.identity:
+                missing.append(job)
+        except DumpError:
+            missing.append(job)
+    done = total - sum(j.work for j in missing)
+    report(Progress("heads", done, total))
+
+    threads = torch.get_num_threads()
+    stop = threading.Event()
+
+    def prepare() -> None:
+        if plan.workers > 1:
+            torch.set_num_threads(1)
+
+    pool = ThreadPoolExecutor(plan.workers, initializer=prepare)
+    try:
+        pending: dict[Future[None], Job] = {}
+        loaded: tuple[Entry, LayerTensors] | None = None
+        for job in missing:
+            if loaded is None or loaded[0] is not job.entry:
+                wanted = [j.head for j in missing if j.entry is job.entry]
+                loaded = (job.entry, plan.dump.load(job.entry, wanted))
+            future = pool.submit(_measure_head, path, plan, job, loaded[1], stop)
+            pending[future] = job
+            while len(pending) >= plan.workers:
+                done += _collect(pending, report, done, total)
+        while pending:
+            done += _collect(pending, report, done, total)
+    except torch.OutOfMemoryError:
+        raise RunFailure(_memory_advice(plan)) from None
+    except MemoryError:
+        raise RunFailure(_memory_advice(plan)) from None
+    finally:
+        stop.set()
+        pool.shutdown(wait=True, cancel_futures=True)
+        torch.set_num_threads(threads)
+
+
+def _memory_advice(plan: Plan) -> str:
+    longest = max(j.entry.tokens for j in plan.jobs)
+    return (
+        f"out of memory on {plan.backend.device}: one head of {longest:,} tokens needs about "
+        f"{plan.memory / plan.workers / 2**30:.1f} GiB; use --device cpu, fewer thetas or a shorter capture"
+    )
+
+
+def _collect(pending: dict[Future[None], Job], report: ProgressCallback, done: int, total: int) -> int:
+    finished, _ = wait(pending, return_when=FIRST_COMPLETED)
+    work = 0
+    for future in finished:
+        job = pending.pop(future)
+        future.result()
+        work += job.work
+        report(Progress("heads", done + work, total, f"{job.entry.prompt}, layer {job.entry.layer}"))
+    return work
+
+
+def _measure_head(path: Path, plan: Plan, job: Job, tensors: LayerTensors, stop: threading.Event) -> None:
+    entry, device = job.entry, plan.backend.device
+    row, kv = tensors.query_heads.index(job.head), tensors.kv_index(job.head)
+    shape = HeadShape(
+        entry.tokens,
+        entry.head_dim,
+        plan.params,
+        plan.thetas,
+        entry.scale,
+        entry.window,
+        entry.softcap,
+        cancelled=stop.is_set,
+    )
+    q, k = tensors.q[row].to(device), tensors.k[kv].to(device)
+    v = None if tensors.v is None else tensors.v[kv].to(device)
+    result = plan.backend.engine(q, k, v, shape)
+    profile = HeadProfile(
+        prompt=entry.prompt,
+        layer=entry.layer,
+        head=job.head,
+        kv_head=tensors.kv_heads[kv],
+        tokens=entry.tokens,
+        head_dim=entry.head_dim,
+        block=plan.params.block,
+        step=plan.params.step,
+        init=plan.params.init_tokens,
+        lookback=plan.params.lookback_tokens,
+        window=entry.window,
+        softcap=entry.softcap,
+        scale=entry.scale,
+        backend=plan.backend.name,
+        dump_identity=plan.dump.identity,
+        thetas=np.asarray(plan.thetas),
+        **{name: value for name, value in vars(result).items()},
+    )
+    profile.save(path / PROFILES / job.name)
+
+
+# --------------------------------------------------------------------------------------------------------------- finishing
+
+
+def _finish(path: Path, plan: Plan, state: dict[str, Any]) -> Analysis:
+    """Tables and the report, from the saved profiles."""
+    lines, head_rows, curve_rows = [], [], []
+    for profile in iter_profiles(path, heat=False):
+        lines.append(HeadLine.of(profile, plan.target_recall))
+        head_rows.extend(heads_rows(profile))
+        curve_rows.extend(curves_rows(profile))
+    write_atomic(path / "heads.csv", csv_text(HEADS_COLUMNS, head_rows).encode())
+    write_atomic(path / "curves.csv", csv_text(CURVES_COLUMNS, curve_rows).encode())
+
+    def only(**fixed: object) -> list[dict[str, Any]]:
+        chosen = [x for x in lines if all(getattr(x, k) == v for k, v in fixed.items())]
+        return summarise(chosen, plan.thetas)
+
+    report = {
+        "format": "anchorscope-report",
+        "version": REPORT_VERSION,
+        "started": state["started"],
+        "dump": {"identity": plan.dump.identity, "model": plan.dump.model},
+        "prompts": [{"name": p.name, "tokens": p.tokens} for p in plan.dump.prompts if p.name in plan.settings["prompts"]],
+        "settings": plan.settings,
+        "versions": versions(),
+        "hardware": plan.backend.hardware,
+        "warnings": list(plan.warnings),
+        "overall": summarise(lines, plan.thetas),
+        "by_prompt": [{"prompt": p, "thetas": only(prompt=p)} for p in plan.settings["prompts"]],
+        "by_layer": [{"layer": i, "thetas": only(layer=i)} for i in plan.settings["layers"]],
+        "target": {
+            "recall": plan.target_recall,
+            "heads": len(lines),
+            "reached": sum(bool(x.recall[0] >= plan.target_recall) for x in lines),
+            "density_needed_mean": _mean_or_none([x.density_needed for x in lines]),
+            "oracle_density_needed_mean": _mean_or_none([x.oracle_density_needed for x in lines]),
+            "short": short_of_target(lines, plan.thetas, plan.target_recall),
+        },
+    }
+    return Analysis(path, report, tuple(lines))
+
+
+def _mean_or_none(values: Sequence[float | None]) -> float | None:
+    return float(np.mean([v for v in values if v is not None])) if values and None not in values else None
+
+
+def versions() -> dict[str, str]:
+    """Versions that a reader needs to reproduce a result."""
+    found = {"anchorscope": __version__, "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    try:
+        import triton
+
+        found["triton"] = triton.__version__
+    except ImportError:
+        pass
+    return found
+
+
+__all__ = ["Analysis", "Plan", "Progress", "analyze", "iter_profiles", "load_report", "plan_analysis", "redraw", "versions"]

@@ -1,0 +1,184 @@
+"""Tables and the summary of an analysis, computed from saved profiles alone. Column names are API."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from anchorscope.profiles import HeadProfile
+
+HEADS_COLUMNS = (
+    "prompt",
+    "layer",
+    "head",
+    "kv_head",
+    "theta",
+    "recall",
+    "recall_p05",
+    "recall_min",
+    "recall_last",
+    "density",
+    "sparsity",
+    "stripe_density",
+    "output_error",
+    "output_close_01",
+    "output_close_005",
+)
+CURVES_COLUMNS = ("prompt", "layer", "head", "kind", "theta", "density", "recall")
+
+CURVE_STEP = 0.25  # nats between the anchor curve's rows in curves.csv; the profile holds it finer
+ORACLE_ROWS = 128
+
+
+def number(value: float) -> str:
+    """A CSV field: nine significant digits, `inf`, `-inf`, empty for NaN."""
+    return "" if math.isnan(value) else f"{float(value):.9g}"
+
+
+def heads_rows(profile: HeadProfile) -> list[tuple[str, ...]]:
+    """Rows of heads.csv: one per theta asked for."""
+    p = profile
+    columns = (
+        p.thetas,
+        p.recall,
+        p.recall_p05,
+        p.recall_min,
+        p.recall_last,
+        p.density,
+        p.sparsity,
+        p.stripe_density,
+        p.output_error,
+        p.output_close_01,
+        p.output_close_005,
+    )
+    key = (p.prompt, str(p.layer), str(p.head), str(p.kv_head))
+    return [key + tuple(number(c[t]) for c in columns) for t in range(len(p.thetas))]
+
+
+def curves_rows(profile: HeadProfile) -> list[tuple[str, ...]]:
+    """Rows of curves.csv: recall against density of the anchor rule at many thetas, then of the stripe oracle."""
+    p = profile
+    key = (p.prompt, str(p.layer), str(p.head))
+    density, recall = p.curve("anchor")
+    new = np.flatnonzero(np.diff(p.curve_pairs, prepend=-1) > 0)  # rows where the selection grew
+    step = p.curve_theta[new] / CURVE_STEP
+    keep = new[~np.isfinite(step) | (step == np.round(step)) | (new == new[-1])]
+    rows = [(*key, "anchor", number(p.curve_theta[i]), number(density[i]), number(recall[i])) for i in keep]
+    density, recall = p.curve("oracle")
+    # Even in log density: the oracle's bend is where few columns carry much mass.
+    picks = np.searchsorted(density, np.geomspace(density[0], density[-1], ORACLE_ROWS))
+    for i in np.unique(np.concatenate([[0], picks.clip(max=len(density) - 1), [len(density) - 1]])):
+        rows.append((*key, "oracle", "", number(density[i]), number(recall[i])))
+    return rows
+
+
+def csv_text(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """CSV with a header and Unix line ends."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(rows)
+    return buffer.getvalue()
+
+
+@dataclass(frozen=True)
+class HeadLine:
+    """The numbers of one head that summaries need; a profile without its arrays."""
+
+    prompt: str
+    layer: int
+    head: int
+    kv_head: int
+    recall: np.ndarray
+    recall_p05: np.ndarray
+    recall_last: np.ndarray
+    density: np.ndarray
+    stripe_density: np.ndarray
+    output_error: np.ndarray
+    theta_needed: float | None
+    density_needed: float | None
+    oracle_density_needed: float | None
+
+    @classmethod
+    def of(cls, profile: HeadProfile, target: float) -> HeadLine:
+        """Summarise a profile; `target` is the recall asked for."""
+        p = profile
+        return cls(
+            p.prompt,
+            p.layer,
+            p.head,
+            p.kv_head,
+            p.recall,
+            p.recall_p05,
+            p.recall_last,
+            p.density,
+            p.stripe_density,
+            p.output_error,
+            p.theta_at_recall(target),
+            p.density_at_recall(target),
+            p.density_at_recall(target, "oracle"),
+        )
+
+
+def jsonable(value: float | None) -> float | str | None:
+    """JSON has no infinities: `inf` and `-inf` become text, NaN and None become null."""
+    if value is None or math.isnan(value):
+        return None
+    return float(value) if math.isfinite(value) else ("inf" if value > 0 else "-inf")
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    known = [float(v) for v in values if not math.isnan(v)]
+    return float(np.mean(known)) if known else None
+
+
+def summarise(lines: Sequence[HeadLine], thetas: Sequence[float]) -> list[dict[str, Any]]:
+    """Means over heads and the worst head, one object per theta asked for."""
+    out = []
+    for t, theta in enumerate(thetas):
+        worst = min(lines, key=lambda x: (x.recall[t], x.prompt, x.layer, x.head))
+        density = _mean(x.density[t] for x in lines)
+        out.append(
+            {
+                "theta": jsonable(theta),
+                "heads": len(lines),
+                "recall_mean": _mean(x.recall[t] for x in lines),
+                "recall_p05_mean": _mean(x.recall_p05[t] for x in lines),
+                "recall_last_mean": _mean(x.recall_last[t] for x in lines),
+                "density_mean": density,
+                "sparsity_mean": None if density is None else 1 - density,
+                "stripe_density_mean": _mean(x.stripe_density[t] for x in lines),
+                "output_error_mean": _mean(x.output_error[t] for x in lines),
+                "worst": {
+                    "prompt": worst.prompt,
+                    "layer": worst.layer,
+                    "head": worst.head,
+                    "recall": float(worst.recall[t]),
+                    "density": float(worst.density[t]),
+                },
+            }
+        )
+    return out
+
+
+def short_of_target(lines: Sequence[HeadLine], thetas: Sequence[float], target: float) -> list[dict[str, Any]]:
+    """Heads whose recall at the first theta misses the target, worst first, with what each would need."""
+    missed = sorted((x for x in lines if x.recall[0] < target), key=lambda x: float(x.recall[0]))
+    return [
+        {
+            "prompt": x.prompt,
+            "layer": x.layer,
+            "head": x.head,
+            "recall": float(x.recall[0]),
+            "density": float(x.density[0]),
+            "theta_needed": jsonable(x.theta_needed),
+            "density_needed": jsonable(x.density_needed),
+        }
+        for x in missed
+    ]

@@ -1,0 +1,217 @@
+"""`anchorscope analyze` and `anchorscope figures`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from anchorscope.cli.common import human_bytes, note, progress_bar, stdout_console, warn
+from anchorscope.errors import InputError
+
+if TYPE_CHECKING:
+    from anchorscope.analysis.run import Analysis
+
+SHORT_ROWS = 10
+
+
+def analyze(
+    dump: Annotated[Path, typer.Argument(help="Dump folder written by `capture` or `write_dump`.", metavar="DIR")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the results; new, or an unfinished run to continue.")],
+    theta: Annotated[
+        str, typer.Option(help="Thetas in nats: 12, or 6,8,10, or 0:20:0.5; inf is dense. Figures use the first.")
+    ] = "12",
+    block: Annotated[int, typer.Option(help="Queries pooled together.")] = 128,
+    step: Annotated[int, typer.Option(help="Query blocks that share one selection of stripes.")] = 16,
+    init: Annotated[int | None, typer.Option(help="First tokens always kept.  [default: block]")] = None,
+    lookback: Annotated[int | None, typer.Option(help="Tokens before a group always kept.  [default: block]")] = None,
+    target_recall: Annotated[float, typer.Option(help="Recall each head should reach.")] = 0.95,
+    layers: Annotated[str, typer.Option(help="Layers, like 0,5,10-15.")] = "all",
+    heads: Annotated[str, typer.Option(help="Query heads, like 0,2-4.")] = "all",
+    prompts: Annotated[str, typer.Option(help="Prompt names, separated by commas.")] = "all",
+    heatmap: Annotated[
+        str | None, typer.Option(help="Heat maps to draw: layer:head,... or all.  [default: worst, median, best]")
+    ] = None,
+    backend: Annotated[str, typer.Option(help="auto, torch or triton.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
+    no_figures: Annotated[bool, typer.Option("--no-figures", help="Write tables and profiles only.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier analysis in OUT.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON, and nothing else.")] = False,
+) -> None:
+    """Measure recall against sparsity of every head in a dump, and draw what the heads attend to.
+
+    Writes heads.csv, curves.csv, report.json, profile/ and figures/ into OUT. Interrupted runs continue when the same
+    command is given again.
+    """
+    from anchorscope.selection import parse_indices, parse_thetas
+
+    thetas = parse_thetas(theta)
+    pairs = _heatmaps(heatmap)
+
+    from anchorscope.analysis.run import analyze as run
+    from anchorscope.analysis.run import plan_analysis
+    from anchorscope.dumps import open_dump
+    from anchorscope.params import AnchorParams
+
+    params = AnchorParams(block, step, init, lookback)
+    source = open_dump(dump)
+    plan = plan_analysis(
+        source,
+        thetas=thetas,
+        params=params,
+        target_recall=target_recall,
+        layers=None if layers == "all" else parse_indices(layers, "--layers", [e.layer for e in source.entries]),
+        heads=None
+        if heads == "all"
+        else parse_indices(heads, "--heads", [h for e in source.entries for h in e.query_heads]),
+        prompts=None if prompts == "all" else [p.strip() for p in prompts.split(",")],
+        backend=backend,
+        device=device,
+    )
+    note(
+        f"{len(plan.jobs)} heads, back end {plan.backend.name} on {plan.backend.hardware}; needs about "
+        f"{human_bytes(plan.memory)} of memory and at most {human_bytes(plan.disk)} of disk"
+    )
+    for sentence in plan.warnings:
+        warn(sentence)
+    with progress_bar() as bar:
+        result = run(
+            source,
+            out,
+            heatmaps=pairs,
+            figures=not no_figures,
+            overwrite=overwrite,
+            progress=bar,
+            plan=plan,
+        )
+    if as_json:
+        sys.stdout.write((result.path / "report.json").read_text(encoding="utf-8"))
+        return
+    print_summary(result)
+
+
+def figures(
+    out: Annotated[Path, typer.Argument(help="Folder written by `analyze`.", metavar="OUT")],
+    heatmap: Annotated[
+        str | None, typer.Option(help="Heat maps to draw: layer:head,... or all.  [default: worst, median, best]")
+    ] = None,
+) -> None:
+    """Draw the figures of an analysis again from its saved profiles; the dump is not needed."""
+    pairs = _heatmaps(heatmap)
+    from anchorscope.analysis.run import redraw
+
+    with progress_bar() as bar:
+        drawn = redraw(out, heatmaps=pairs, progress=bar)
+    for path in drawn:
+        print(path)
+
+
+def _heatmaps(text: str | None) -> list[tuple[int, int]] | str | None:
+    """`layer:head,...` as pairs; `all` and None pass through."""
+    if text is None or text == "all":
+        return text
+    pairs = []
+    for item in text.split(","):
+        layer, colon, head = item.strip().partition(":")
+        if not (colon and layer.isdecimal() and head.isdecimal()):
+            raise InputError(f"--heatmap {text!r} is malformed; write layer:head pairs like 5:0,15:3, or all")
+        pairs.append((int(layer), int(head)))
+    return pairs
+
+
+def print_summary(result: Analysis) -> None:
+    """The tables an analysis ends with, at most 80 columns wide."""
+    from rich.table import Table
+
+    report = result.report
+    console = stdout_console()
+    target, settings = report["target"]["recall"], report["settings"]
+    theta = settings["theta"][0]
+
+    table = Table(title=f"theta {theta}, groups of {settings['block']} x {settings['step']}", title_justify="left")
+    for name in ("layer", "recall", "worst", "head", "sparsity", "stripes", "out.err."):
+        table.add_column(name, justify="right")
+    for item in report["by_layer"]:
+        table.add_row(str(item["layer"]), *_layer_cells(item["thetas"][0]))
+    table.add_section()
+    table.add_row("all", *_layer_cells(report["overall"][0]))
+    console.print(table)
+
+    if len(settings["theta"]) > 1:
+        console.print(_theta_table(report))
+
+    short = report["target"]["short"]
+    if not short:
+        console.print(f"Every head reaches recall {target:g} at theta {theta}.")
+    else:
+        console.print(_short_table(short, target, theta, report["target"]["heads"]))
+    need, oracle = report["target"]["density_needed_mean"], report["target"]["oracle_density_needed_mean"]
+    if need is not None and oracle is not None:
+        console.print(
+            f"Recall {target:g} in every head, each at its own theta: density {need:.3f} on average"
+            f" (stripe oracle {oracle:.3f})."
+        )
+    console.print(f"Tables and profiles: {result.path}", soft_wrap=True, highlight=False)
+    if result.figures:
+        console.print(f"Figures: {result.path / 'figures'}", soft_wrap=True, highlight=False)
+
+
+def _cell(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _layer_cells(row: dict[str, Any]) -> list[str]:
+    worst = row["worst"]
+    return [
+        _cell(row["recall_mean"]),
+        _cell(worst["recall"]),
+        f"{worst['layer']}:{worst['head']}",
+        _cell(row["sparsity_mean"]),
+        _cell(row["stripe_density_mean"]),
+        _cell(row["output_error_mean"]),
+    ]
+
+
+def _theta_table(report: dict[str, Any]) -> Any:
+    from rich.table import Table
+
+    table = Table(title="all heads, each theta", title_justify="left")
+    for name in ("theta", "recall", "p05", "last rows", "worst", "density", "out.err."):
+        table.add_column(name, justify="right")
+    for row in report["overall"]:
+        table.add_row(
+            str(row["theta"]),
+            _cell(row["recall_mean"]),
+            _cell(row["recall_p05_mean"]),
+            _cell(row["recall_last_mean"]),
+            _cell(row["worst"]["recall"]),
+            _cell(row["density_mean"]),
+            _cell(row["output_error_mean"]),
+        )
+    return table
+
+
+def _short_table(short: list[dict[str, Any]], target: float, theta: float | str, heads: int) -> Any:
+    from rich.table import Table
+
+    shown = short[:SHORT_ROWS]
+    more = "" if len(shown) == len(short) else f"; the worst {len(shown)}"
+    title = f"{len(short)} of {heads} heads fall short of recall {target:g} at theta {theta}{more}"
+    table = Table(title=title, title_justify="left")
+    table.add_column("prompt", max_width=18, no_wrap=True)
+    for name in ("layer", "head", "recall", "density", "theta needed", "density then"):
+        table.add_column(name, justify="right")
+    for row in shown:
+        needed = row["theta_needed"]
+        table.add_row(
+            row["prompt"],
+            str(row["layer"]),
+            str(row["head"]),
+            _cell(row["recall"]),
+            _cell(row["density"]),
+            needed if isinstance(needed, str) else _cell(needed, 2),
+            _cell(row["density_needed"]),
+        )
+    return table

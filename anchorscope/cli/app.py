@@ -1,0 +1,94 @@
+"""The `anchorscope` program: commands, and what every way of failing looks like to the user."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from anchorscope._version import __version__
+from anchorscope.cli.analyze import analyze, figures
+from anchorscope.cli.bench import bench
+from anchorscope.cli.capture import capture
+from anchorscope.cli.info import info
+from anchorscope.errors import AnchorScopeError
+
+app = typer.Typer(
+    name="anchorscope",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    help=(
+        "See what your attention heads keep: recall against sparsity of anchor attention, per head, on your model and"
+        " your prompts."
+    ),
+)
+app.command()(capture)
+app.command()(info)
+app.command()(analyze)
+app.command()(figures)
+app.command()(bench)
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        print(f"anchorscope {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program and return its exit code: 0, 2 (bad usage or input), 1 (the run failed), 130 (Ctrl-C).
+
+    A mistake of the user's is one sentence on stderr. A defect of ours says so; ANCHORSCOPE_DEBUG=1 shows its traceback.
+    """
+    try:
+        app(list(sys.argv[1:] if argv is None else argv), prog_name="anchorscope")
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        if code == 130:
+            _complain("interrupted; nothing unfinished looks complete")
+        return code
+    except AnchorScopeError as error:
+        return _complain(str(error), error, error.exit_code)
+    except KeyboardInterrupt:
+        _complain("interrupted; nothing unfinished looks complete")
+        return 130
+    except MemoryError as error:
+        return _complain("out of memory; use fewer tokens, layers or heads at a time", error)
+    except OSError as error:
+        if error.errno == errno.EPIPE:
+            # The reader of our output went away (`| head`): not an error worth words.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        if error.errno == errno.ENOSPC:
+            return _complain(f"the disk is full ({error.filename or 'while writing'}); free some space", error)
+        return _complain(f"{error.filename or 'the system'}: {error.strerror or error}", error)
+    except Exception as error:
+        return _complain(
+            f"internal error ({type(error).__name__}: {error}); please report it with the output of"
+            " ANCHORSCOPE_DEBUG=1 anchorscope ...",
+            error,
+        )
+    return 0
+
+
+def _complain(sentence: str, error: BaseException | None = None, code: int = 1) -> int:
+    print(f"error: {sentence}", file=sys.stderr)
+    if error is not None and os.environ.get("ANCHORSCOPE_DEBUG") == "1":
+        traceback.print_exception(error)
+    return code

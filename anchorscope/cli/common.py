@@ -1,0 +1,74 @@
+"""What the commands share: where they write, progress, sizes in words. stdout carries results, stderr everything else."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from anchorscope.analysis.run import Progress
+
+
+def stdout_console() -> Console:
+    """Console for results: plain text when piped."""
+    from rich.console import Console
+
+    return Console(highlight=False)
+
+
+def stderr_console() -> Console:
+    """Console for progress, notes and warnings."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False)
+
+
+def note(sentence: str) -> None:
+    """A remark on stderr."""
+    print(sentence, file=sys.stderr)
+
+
+def warn(sentence: str) -> None:
+    """A warning on stderr."""
+    print(f"warning: {sentence}", file=sys.stderr)
+
+
+def human_bytes(count: float) -> str:
+    """1536 -> '1.5 kB' (decimal units, as disks are sold)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+@contextmanager
+def progress_bar() -> Iterator[Callable[[Progress], None]]:
+    """A bar with time left on stderr; silent when stderr is no terminal."""
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    console = stderr_console()
+    bar = Progress(
+        TextColumn("{task.description:<8}"),
+        BarColumn(bar_width=28),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[detail]}", table_column=None),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    tasks: dict[str, Any] = {}
+
+    def update(event: Progress) -> None:
+        task = tasks.get(event.stage)
+        if task is None:
+            task = tasks[event.stage] = bar.add_task(event.stage, total=event.total, detail="")
+        bar.update(task, completed=event.work, total=event.total, detail=event.detail[:24])
+
+    with bar:
+        yield update
