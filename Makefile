@@ -1,0 +1,62 @@
+# Habits of this repository. `make demo` and `make test` set up everything they need in .venv.
+#
+#   TORCH=torch==2.13.0   install this torch first (a CPU build, a given CUDA build ...); by default pip chooses
+#   PYTHON=python3.12     the Python that makes the environment
+#   OUT=demo              where `make demo` writes
+
+PYTHON ?= python3
+TORCH ?=
+VENV ?= .venv
+OUT ?= demo
+TOKENS ?= 4096
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help demo test test-slow test-gpu lint format types package clean
+
+help:  ## show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "AnchorScope needs Python 3.10 or newer; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(if $(TORCH),$(BIN)/python -m pip install --quiet "$(TORCH)")
+	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	@touch $@
+
+demo: $(STAMP)  ## capture a small real model, analyze and bench it, draw the pictures (into OUT=demo)
+	@mkdir -p $(OUT)
+	$(BIN)/anchorscope capture --model smollm2 --prompt samples/prompts/prose.txt --prompt samples/prompts/code.py.txt \
+	  --prompt samples/prompts/needles.txt --tokens $(TOKENS) --layers 0,5,10,15,20,25 --dtype bf16 --out $(OUT)/dump --overwrite
+	$(BIN)/anchorscope analyze $(OUT)/dump --block 64 --step 4 --theta 8,4,6,10,12 --out $(OUT)/analysis --overwrite
+	$(BIN)/anchorscope bench $(OUT)/dump --block 64 --step 4 --theta 8 --out $(OUT)/bench --overwrite
+	@echo
+	@echo "Pictures: $(OUT)/analysis/figures/ and $(OUT)/bench/"
+
+test: $(STAMP)  ## run the tests that need no GPU and no network
+	$(BIN)/python -m pytest -m "not gpu and not slow and not network"
+
+test-slow: $(STAMP)  ## run the long tests, which fetch the small real model
+	$(BIN)/python -m pytest -m "(slow or network) and not gpu"
+
+test-gpu: $(STAMP)  ## run the kernel tests on a CUDA GPU
+	$(BIN)/python -m pytest -m gpu tests/kernels tests/analysis
+
+lint: $(STAMP)  ## style, formatting and types, as CI checks them
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)  ## format the code and fix what can be fixed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+package: $(STAMP)  ## build the wheel and the sdist and check them
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/twine check --strict dist/*
+
+clean:  ## remove the environment and what was built
+	rm -rf $(VENV) dist build *.egg-info

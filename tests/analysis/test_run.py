@@ -1,0 +1,267 @@
+"""`analyze` end to end on small dumps: files, columns, resume, refusals."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import jsonschema
+import numpy as np
+import pytest
+import torch
+from brute import Brute
+
+import anchorscope.analysis.run as run_module
+from anchorscope import AnchorParams, DumpError, InputError, analyze, iter_profiles, load_report, plan_analysis
+from anchorscope.analysis.tables import CURVES_COLUMNS, HEADS_COLUMNS
+from anchorscope.dumps import open_dump, write_dump
+
+ROOT = Path(__file__).parents[2]
+PARAMS = AnchorParams(8, 4)
+N, D = 200, 16
+
+
+def write(path, *, values=True, window=None, n=N):
+    g = torch.Generator().manual_seed(1)
+    entries = []
+    for prompt in ("story", "code"):
+        for layer in (2, 7):
+            q, k, v = torch.randn(4, n, D, generator=g), torch.randn(2, n, D, generator=g), torch.randn(2, n, D, generator=g)
+            k[:, :3] += 1
+            q += 0.5
+            entry = {"prompt": prompt, "layer": layer, "q": q, "k": k, "scale": 0.25, "window": window, "softcap": None}
+            entries.append({**entry, "v": v} if values else entry)
+    write_dump(path, entries)
+    return entries
+
+
+@pytest.fixture(scope="module")
+def dump(tmp_path_factory):
+    path = tmp_path_factory.mktemp("dump") / "d"
+    write(path)
+    return path
+
+
+def rows(path):
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def files(path):
+    return {
+        str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file() and p.name[0] != "."
+    }
+
+
+def test_everything_is_written(dump, tmp_path):
+    result = analyze(dump, tmp_path / "out", thetas=(1.0, math.inf, -math.inf), params=PARAMS)
+    heads = rows(tmp_path / "out" / "heads.csv")
+    assert tuple(heads[0]) == HEADS_COLUMNS
+    assert len(heads) == 2 * 2 * 4 * 3
+    brute = {}
+    source = open_dump(dump)
+    for row in heads:
+        key = row["prompt"], int(row["layer"]), int(row["head"])
+        if key not in brute:
+            t = source.load(source.entry(*key[:2]))
+            kv = t.kv_index(key[2])
+            assert t.kv_heads[kv] == int(row["kv_head"])
+            brute[key] = Brute(t.q[key[2]], t.k[kv], t.v[kv], PARAMS, scale=0.25)
+        want = brute[key].at(float(row["theta"]))
+        for name in ("recall", "recall_p05", "recall_min", "recall_last", "output_error"):
+            assert float(row[name]) == pytest.approx(want[name], abs=1e-4), (key, name)
+        assert float(row["density"]) == pytest.approx(want["kept_pairs"] / want["visible_pairs"], abs=1e-8)
+        assert float(row["sparsity"]) == pytest.approx(1 - float(row["density"]), abs=1e-8)
+        assert float(row["stripe_density"]) == pytest.approx(want["stripe_pairs"] / want["candidate_pairs"], abs=1e-8)
+    curves = rows(tmp_path / "out" / "curves.csv")
+    assert tuple(curves[0]) == CURVES_COLUMNS
+    assert {r["kind"] for r in curves} == {"anchor", "oracle"}
+    assert len(list((tmp_path / "out" / "profile").iterdir())) == 16
+    assert result.figures
+    assert all(p.stat().st_size > 5000 for p in result.figures)
+    assert [p.head for p in iter_profiles(tmp_path / "out")] == [0, 1, 2, 3] * 4
+
+
+def test_report_follows_its_schema(dump, tmp_path):
+    result = analyze(dump, tmp_path, thetas=(1.0, math.inf), params=PARAMS, figures=False)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report == result.report == load_report(tmp_path)
+    schema = json.loads((ROOT / "docs" / "report.schema.json").read_text())
+    jsonschema.validate(report, schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({**report, "overall": "none"}, schema)
+    heads = rows(tmp_path / "heads.csv")
+    first = [float(r["recall"]) for r in heads if r["theta"] == "1"]
+    assert report["overall"][0]["recall_mean"] == pytest.approx(np.mean(first), abs=1e-8)
+    assert report["overall"][0]["worst"]["recall"] == pytest.approx(min(first), abs=1e-8)
+    assert report["overall"][1]["density_mean"] == 1
+    assert report["target"]["heads"] == 16
+    assert len(report["target"]["short"]) == sum(x < 0.95 for x in first)
+    for item in report["target"]["short"]:
+        assert item["theta_needed"] is None or float(item["theta_needed"]) > 1.0
+
+
+def test_without_values_columns_are_empty(tmp_path):
+    write(tmp_path / "d", values=False)
+    analyze(tmp_path / "d", tmp_path / "out", thetas=(1.0,), params=PARAMS, figures=False)
+    for row in rows(tmp_path / "out" / "heads.csv"):
+        assert row["output_error"] == row["output_close_01"] == row["output_close_005"] == ""
+        assert 0 < float(row["recall"]) <= 1
+
+
+def test_selection(dump, tmp_path):
+    analyze(dump, tmp_path, layers=[7], heads=[1, 3], prompts=["code"], params=PARAMS, figures=False)
+    got = {(r["prompt"], r["layer"], r["head"], r["kv_head"]) for r in rows(tmp_path / "heads.csv")}
+    assert got == {("code", "7", "1", "0"), ("code", "7", "3", "1")}
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("after", [1, 2, 7, 15])
+def test_interrupted_run_continues_to_the_same_bytes(dump, tmp_path, monkeypatch, after):
+    settings = {"thetas": (1.0, 2.0), "params": PARAMS}
+    clock = iter(range(100))
+    monkeypatch.setattr(run_module, "datetime", FakeClock(clock))
+    analyze(dump, tmp_path / "whole", **settings)
+
+    seen = []
+
+    def stop(event):
+        if event.stage == "heads" and event.work:
+            seen.append(event)
+            if len(seen) == after:
+                raise Stop
+
+    with pytest.raises(Stop):
+        analyze(dump, tmp_path / "part", progress=stop, **settings)
+    assert not (tmp_path / "part" / "report.json").exists()
+    assert 0 < len(list((tmp_path / "part" / "profile").iterdir())) < 16 or after == 15
+    whole = files(tmp_path / "whole")
+    kept = {n: (tmp_path / "part" / n).stat().st_mtime_ns for n in whole if n.startswith("profile") and (tmp_path / "part" / n).exists()}
+    result = analyze(dump, tmp_path / "part", **settings)
+    part = files(tmp_path / "part")
+    # Only the start time may differ: it is the first run's own.
+    for name in ("analysis.json", "report.json"):
+        a, b = json.loads(whole.pop(name)), json.loads(part.pop(name))
+        assert b["started"] != a.pop("started")
+        assert b.pop("started") == result.report["started"]
+        assert a == b
+    assert whole == part
+    assert all((tmp_path / "part" / n).stat().st_mtime_ns == t for n, t in kept.items()), "a finished head was redone"
+
+
+class FakeClock:
+    """datetime whose every `now` is a minute later."""
+
+    def __init__(self, ticks):
+        self.ticks = ticks
+
+    def now(self, tz):
+        from datetime import datetime
+
+        return datetime(2026, 1, 1, 0, next(self.ticks), tzinfo=tz)
+
+
+def test_damaged_profile_is_measured_again(dump, tmp_path):
+    settings = {"params": PARAMS, "figures": False}
+    analyze(dump, tmp_path, **settings)
+    want = files(tmp_path)
+    (tmp_path / "report.json").unlink()
+    victim = next((tmp_path / "profile").iterdir())
+    victim.write_bytes(victim.read_bytes()[:100])
+    analyze(dump, tmp_path, **settings)
+    got = files(tmp_path)
+    assert got.pop(f"profile/{victim.name}") == want.pop(f"profile/{victim.name}")
+
+
+def test_out_is_protected(dump, tmp_path):
+    settings = {"params": PARAMS, "figures": False, "heads": [0]}
+    analyze(dump, tmp_path / "out", **settings)
+    with pytest.raises(InputError, match="--overwrite"):
+        analyze(dump, tmp_path / "out", **settings)
+    analyze(dump, tmp_path / "out", overwrite=True, thetas=(3.0,), **settings)
+    assert {r["theta"] for r in rows(tmp_path / "out" / "heads.csv")} == {"3"}
+    (tmp_path / "out" / "report.json").unlink()
+    with pytest.raises(InputError, match="other settings"):
+        analyze(dump, tmp_path / "out", thetas=(4.0,), **settings)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
+    for overwrite in (False, True):
+        with pytest.raises(InputError, match="is not an analysis"):
+            analyze(dump, tmp_path / "mine", overwrite=overwrite, **settings)
+    assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match="is a file"):
+        analyze(dump, tmp_path / "file", **settings)
+
+
+def test_concurrent_run_is_refused(dump, tmp_path):
+    from anchorscope.locks import folder_lock
+
+    with folder_lock(tmp_path), pytest.raises(InputError, match="another run"):
+        analyze(dump, tmp_path, params=PARAMS)
+
+
+@pytest.mark.parametrize(
+    ("bad", "word"),
+    [
+        ({"thetas": ()}, "thetas"),
+        ({"thetas": (math.nan,)}, "NaN"),
+        ({"target_recall": 0.0}, "target recall"),
+        ({"target_recall": 1.5}, "target recall"),
+        ({"layers": [3]}, "layer 3; it has 2,7"),
+        ({"heads": [9]}, "query head 9; it has 0-3"),
+        ({"prompts": ["poem"]}, "poem"),
+        ({"backend": "cuda"}, "--backend"),
+        ({"device": "tpu"}, "--device"),
+        ({"device": "cpu:1"}, "--device"),
+    ],
+)
+def test_bad_requests_name_the_culprit(dump, bad, word):
+    with pytest.raises(InputError, match=word):
+        plan_analysis(dump, **bad)
+
+
+def test_missing_gpu_is_said(dump, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match="no CUDA GPU"):
+        plan_analysis(dump, device="cuda")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(InputError, match=r"triton"):
+        plan_analysis(dump, backend="triton", device="cpu")
+
+
+def test_expensive_anchor_region_is_said(tmp_path):
+    write(tmp_path / "d", n=400)
+    plan = plan_analysis(tmp_path / "d", params=AnchorParams(64, 4))
+    assert len(plan.warnings) == 1
+    assert "--block" in plan.warnings[0]
+    assert "% of the pairs" in plan.warnings[0]
+    block, step = plan.warnings[0].split("--block ")[1].split(" would")[0].split(" --step ")
+    assert not plan_analysis(tmp_path / "d", params=AnchorParams(int(block), int(step))).warnings
+
+
+def test_no_analysis_there(tmp_path):
+    with pytest.raises(DumpError, match="no analysis"):
+        list(iter_profiles(tmp_path))
+    with pytest.raises(DumpError, match="no finished analysis"):
+        load_report(tmp_path)
+
+
+def test_state_cannot_lead_outside(dump, tmp_path):
+    analyze(dump, tmp_path / "out", params=PARAMS, figures=False, heads=[0])
+    state = json.loads((tmp_path / "out" / "analysis.json").read_text())
+    state["profiles"][0] = "../../secret.safetensors"
+    (tmp_path / "out" / "analysis.json").write_text(json.dumps(state))
+    with pytest.raises(DumpError, match="outside"):
+        list(iter_profiles(tmp_path / "out"))
+
+
+def test_inputs_are_not_changed(dump, tmp_path):
+    before = {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in dump.iterdir()}
+    analyze(dump, tmp_path, params=PARAMS, figures=False)
+    assert before == {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in dump.iterdir()}

@@ -1,0 +1,114 @@
+"""The dependency rule of docs/architecture.md, read off the imports; and what an import may load."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "anchorscope"
+
+# A package may import itself, those listed, and the plain modules at the root of `anchorscope`.
+MAY_IMPORT = {
+    "dumps": set(),
+    "report": set(),
+    "capture": {"dumps"},
+    "analysis": {"dumps", "kernels", "report"},
+    "methods": {"kernels", "analysis"},
+    "compare": {"dumps", "kernels", "methods", "analysis", "report"},
+    "bench": {"dumps", "kernels", "report"},
+    "cli": {"dumps", "capture", "analysis", "bench", "report", "methods", "compare"},
+}
+HEAVY = {"torch", "transformers", "matplotlib", "triton", "numpy", "safetensors"}
+
+
+def imports(path: Path, top_only: bool = False) -> set[str]:
+    """Absolute names of the modules a file imports, type-checking blocks left out."""
+    found: set[str] = set()
+
+    def visit(nodes):
+        for node in nodes:
+            if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+                continue
+            if isinstance(node, ast.Import):
+                found.update(alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                found.add("." * node.level + (node.module or ""))
+            elif not (top_only and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))):
+                visit(ast.iter_child_nodes(node))
+            if not top_only and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                visit(node.body)
+
+    visit(ast.parse(path.read_text(encoding="utf-8")).body)
+    return found
+
+
+@pytest.mark.parametrize("folder", sorted(p.name for p in PACKAGE.iterdir() if (p / "__init__.py").exists()))
+def test_one_direction(folder):
+    assert folder in MAY_IMPORT, f"say in docs/architecture.md and here what anchorscope/{folder} may import"
+    allowed = MAY_IMPORT[folder] | {folder}
+    packages = set(MAY_IMPORT) | {"kernels"}
+    for path in (PACKAGE / folder).rglob("*.py"):
+        used = {name.split(".")[1] for name in imports(path) if name.startswith("anchorscope.")}
+        assert used & packages <= allowed, f"{path.relative_to(ROOT)} imports {sorted(used & packages - allowed)}"
+
+
+def test_kernels_stand_alone():
+    for path in (ROOT / "kernels").glob("*.py"):
+        names = imports(path)
+        assert not {n for n in names if n.split(".")[0] in {"anchorscope", "transformers", "matplotlib"}}, path.name
+
+
+def test_only_capture_knows_transformers_and_report_no_torch():
+    for path in PACKAGE.rglob("*.py"):
+        roots = {n.split(".")[0] for n in imports(path)}
+        folder = path.relative_to(PACKAGE).parts[0]
+        if folder != "capture":
+            assert "transformers" not in roots, path
+        if folder == "report" or path.name in ("profiles.py", "params.py", "selection.py", "errors.py"):
+            assert "torch" not in roots, path
+
+
+def test_cli_files_import_nothing_heavy():
+    for path in (PACKAGE / "cli").glob("*.py"):
+        roots = {n.split(".")[0] for n in imports(path, top_only=True)}
+        assert not roots & HEAVY, path.name
+
+
+def test_help_loads_nothing_heavy():
+    code = (
+        "import sys; from anchorscope.cli import main; main(['--help']);"
+        f"print('LOADED', sorted(set(sys.modules) & {HEAVY!r}))"
+    )
+    env = {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"}
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=env, check=True).stdout
+    assert "capture" in out
+    assert out.rstrip().endswith("LOADED []")
+
+
+def test_package_list_equals_the_disk():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    listed = set(project["tool"]["setuptools"]["packages"])
+    on_disk = {
+        ".".join(p.parent.relative_to(ROOT).parts) for p in PACKAGE.rglob("__init__.py") if "__pycache__" not in p.parts
+    } | {"anchorscope.kernels"}
+    assert listed == on_disk
+
+
+def test_lazy_names_resolve():
+    import anchorscope
+
+    for name in anchorscope.__all__:
+        assert getattr(anchorscope, name) is not None
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = anchorscope.nonsense
