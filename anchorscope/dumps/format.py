@@ -327,7 +327,8 @@ def read_header(path: Path) -> tuple[dict[str, tuple[int, int, int]], str]:
         ) from None
     if not {"q", "k"} <= found.keys() <= {"q", "k", "v"}:
         raise DumpError(
-            f"{path} must hold the tensors q, k and optionally v; it holds {', '.join(sorted(found)) or 'none'}"
+            f"{path} must hold the tensors q, k and optionally v;"
+            f" it holds {', '.join(sorted(found)) or 'none'}"
         )
     for name, (shape, dtype) in found.items():
         if len(shape) != 3 or 0 in shape:

@@ -135,7 +135,7 @@ class LayerWriter:
         heads, tokens, head_dim = self._shapes[name]
         where = f"layer {self._record['layer']} of prompt {self._record['prompt']}"
         shape = tuple(x.shape)
-        rows = range(shape[0]) if rows is None else rows
+        rows = range(shape[0] if shape else 0) if rows is None else rows
         n = shape[1] if len(shape) == 3 else 0
         if (
             len(rows) != heads
@@ -153,16 +153,20 @@ class LayerWriter:
                 # head by head: the extra memory is one head, whatever device or strides x has
                 part = x[row].detach().to("cpu", self._dtype).contiguous()
                 if nonfinite_row(part[None]) is not None:
+                    kind = "query" if name == "q" else "kv"
                     raise InputError(
-                        f"{where}: {name} of {'query' if name == 'q' else 'kv'} head {labels[index]} holds NaN or"
-                        " infinity; compute or store it with more range (bf16 or fp32)"
+                        f"{where}: {name} of {kind} head {labels[index]} holds NaN or infinity;"
+                        " compute or store it with more range (bf16 or fp32)"
                     )
                 data = part.view(torch.uint8).numpy().reshape(-1).data
                 self._write(self._offsets[name] + (index * tokens + start) * head_dim * self._size, data)
         self._next[name] = start + n
 
-    def close(self) -> None:
+    def close(self, *, window: int | None = None) -> None:
         """Flush, rename and list the file in the manifest.
+
+        Args:
+            window: the sliding window, if it was not known when the layer was begun.
 
         Raises:
             InputError: positions are missing.
@@ -177,6 +181,8 @@ class LayerWriter:
             self._file.close()
             digest = file_sha256(self._partial) if self._digest is None else self._digest.hexdigest()
             os.replace(self._partial, self._path)
+        if window is not None:
+            self._record["window"] = window
         self._owner._commit({**self._record, "bytes": self._path.stat().st_size, "sha256": digest})
 
     def abort(self) -> None:
@@ -449,7 +455,8 @@ def write_dump(
             )
             if tuple(x.shape) != expected or 0 in x.shape or x.dtype != found["q"].dtype:
                 raise InputError(
-                    f"{where}: {name} is {tuple(x.shape)} {x.dtype}; q must be (H, N, d), k and v (Hkv, N, d), all of one dtype"
+                    f"{where}: {name} is {tuple(x.shape)} {x.dtype};"
+                    " q must be (H, N, d), k and v (Hkv, N, d), all of one dtype"
                 )
         dtype_name(found["q"].dtype)
         if lengths.setdefault(item["prompt"], found["q"].shape[1]) != found["q"].shape[1]:

@@ -1,0 +1,17 @@
+"""Capture: run a transformers model and write the Q, K and V its attention consumed as a dump."""
+
+from __future__ import annotations
+
+from anchorscope.capture.hook import AttentionCall, intercept
+from anchorscope.capture.prompts import PromptInput, prompt_from_file
+from anchorscope.capture.run import CaptureProgress, capture_model, prefill
+
+__all__ = [
+    "AttentionCall",
+    "CaptureProgress",
+    "PromptInput",
+    "capture_model",
+    "intercept",
+    "prefill",
+    "prompt_from_file",
+]

@@ -1,0 +1,207 @@
+"""Loading the model to capture: a Hugging Face id, a local folder, a GGUF file or a preset."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from anchorscope.capture.presets import PRESETS, preset_file
+from anchorscope.dumps.writer import torch_dtype
+from anchorscope.errors import AnchorScopeError, InputError, MissingBackendError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to run, with its tokenizer (None if it has none) and the name to record."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    name: str
+    revision: str | None
+
+
+def require_transformers() -> None:
+    """Make sure the extra `hf` is installed.
+
+    Raises:
+        MissingBackendError: it is not, or transformers is older than 5.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise MissingBackendError(
+            f"capture needs transformers ({error}): pip install 'anchorscope[hf]'"
+        ) from None
+    if int(transformers.__version__.split(".")[0]) < 5:
+        raise MissingBackendError(
+            f"capture needs transformers 5 or newer, not {transformers.__version__}:"
+            " pip install -U 'anchorscope[hf]'"
+        )
+
+
+def pick_device(device: str) -> torch.device:
+    """A torch device from "auto", "cpu", "cuda" or "cuda:i".
+
+    Raises:
+        InputError: another word.
+        MissingBackendError: that CUDA device is not there.
+    """
+    import torch
+
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cpu":
+        return torch.device("cpu")
+    if not re.fullmatch(r"cuda(:\d+)?", device, re.ASCII):
+        raise InputError(f"device must be auto, cpu, cuda or cuda:i, not {device!r}")
+    if not torch.cuda.is_available():
+        raise MissingBackendError(f"--device {device}: this PyTorch sees no CUDA GPU; use --device cpu")
+    picked = torch.device(device)
+    if picked.index is not None and picked.index >= torch.cuda.device_count():
+        raise MissingBackendError(
+            f"--device {device}: there are {torch.cuda.device_count()} CUDA GPUs, counted from 0"
+        )
+    return picked
+
+
+def load_model(
+    source: str,
+    *,
+    device: str = "auto",
+    model_dtype: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    notify: Callable[[str], None],
+) -> LoadedModel:
+    """Load model and tokenizer, in evaluation mode, on the device.
+
+    Args:
+        source: a preset, a `.gguf` file, a local folder, or a Hugging Face id; tried in this order.
+        device: "auto", "cpu", "cuda" or "cuda:i".
+        model_dtype: "bf16", "fp16" or "fp32"; by default what the checkpoint holds (fp32 for GGUF).
+        revision: of a Hugging Face id.
+        trust_remote_code: run code that comes with the model; off unless the user says so.
+        notify: told about downloads.
+
+    Raises:
+        InputError: no such model, or one that is not a causal language model.
+        MissingBackendError: transformers, accelerate, gguf or the device is missing.
+    """
+    require_transformers()
+    where = pick_device(device)
+    dtype = "auto" if model_dtype is None else torch_dtype(model_dtype)
+    common: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    path = Path(source)
+    name = path.name
+    if source in PRESETS:
+        path = preset_file(source, notify)
+        name = source
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise InputError(f"model {source} does not exist: give the path of a .gguf file")
+        folder, common["gguf_file"] = str(path.parent), path.name
+        dtype = torch_dtype(model_dtype or "fp32")
+    elif path.is_dir():
+        if not (path / "config.json").is_file():
+            ggufs = sorted(p.name for p in path.glob("*.gguf"))
+            hint = f"; give the file itself: {path / ggufs[0]}" if ggufs else ""
+            raise InputError(f"model folder {source} holds no config.json{hint}")
+        folder, common["local_files_only"] = str(path), True
+    elif path.exists():
+        raise InputError(f"model {source} is neither a folder nor a .gguf file")
+    elif HUB_ID.fullmatch(source):
+        folder, name = source, source
+        if revision is not None:
+            common["revision"] = revision
+    else:
+        raise InputError(
+            f"model {source} does not exist here and is no Hugging Face id;"
+            f" presets are {', '.join(sorted(PRESETS))}"
+        )
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = _guard(source, lambda: AutoConfig.from_pretrained(folder, **common))
+    check_config(config, source)
+    tokenizer = _load_tokenizer(folder, common)
+    model = _guard(
+        source,
+        lambda: AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, device_map={"": str(where)}, low_cpu_mem_usage=True, **common
+        ),
+    )
+    model.eval()
+    return LoadedModel(model, tokenizer, name, getattr(config, "_commit_hash", None) or revision)
+
+
+def check_config(config: PretrainedConfig, name: str) -> None:
+    """Refuse architectures whose attention is not causal self-attention throughout.
+
+    Raises:
+        InputError: encoder-decoder.
+    """
+    if getattr(config, "is_encoder_decoder", False):
+        raise InputError(
+            f"model {name} ({config.model_type}) is an encoder-decoder:"
+            " only causal (decoder-only) models can be captured"
+        )
+
+
+def text_config(model: PreTrainedModel) -> PretrainedConfig:
+    """The configuration of the language model, also inside a multimodal one."""
+    return model.config.get_text_config(decoder=True)
+
+
+def max_positions(model: PreTrainedModel) -> int | None:
+    """The largest prompt the model has positions for, or None if it sets no limit."""
+    value = getattr(text_config(model), "max_position_embeddings", None)
+    return int(value) if isinstance(value, int) and value > 0 else None
+
+
+def _load_tokenizer(folder: str, common: dict[str, Any]) -> PreTrainedTokenizerBase | None:
+    """The tokenizer, or None where the model brings none (then prompts must be token ids)."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, **common)
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _guard(source: str, load: Callable[[], Any]) -> Any:
+    """Run a transformers loader; its many ways to say no become one sentence."""
+    try:
+        return load()
+    except AnchorScopeError:
+        raise
+    except ImportError as error:
+        raise MissingBackendError(
+            f"model {source} needs a package that is missing ({_first(error)}): pip install 'anchorscope[hf]'"
+        ) from None
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        if _is_memory(error):
+            raise
+        if "trust_remote_code" in str(error):
+            raise InputError(
+                f"model {source} brings its own code: read it, then allow it with --trust-remote-code"
+            ) from None
+        raise InputError(f"model {source} cannot be loaded: {_first(error)}") from None
+
+
+def _is_memory(error: BaseException) -> bool:
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _first(error: BaseException) -> str:
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return text[:300]

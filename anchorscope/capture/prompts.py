@@ -1,0 +1,154 @@
+"""Prompts: from files or text to the token ids that a model prefills."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from anchorscope.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class PromptInput:
+    """A prompt to capture: its name, and text or token ids.
+
+    Attributes:
+        name: becomes the prompt's name in the dump (made unique there).
+        text: what the tokenizer reads, or None.
+        token_ids: ready ids, used as they are instead of `text`.
+    """
+
+    name: str
+    text: str | None = None
+    token_ids: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class TokenizedPrompt:
+    """A prompt as the model reads it: `text` is the part of the text that the ids cover, if known."""
+
+    name: str
+    token_ids: tuple[int, ...]
+    text: str | None
+
+
+def prompt_from_file(path: str | os.PathLike[str]) -> PromptInput:
+    """Read a UTF-8 text file; it is named after the file's stem.
+
+    Raises:
+        InputError: missing, a folder, unreadable, empty, or not text.
+    """
+    path = Path(path)
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise InputError(f"prompt {path} does not exist") from None
+    except IsADirectoryError:
+        raise InputError(f"prompt {path} is a folder: give a text file") from None
+    except OSError as error:
+        raise InputError(f"prompt {path} cannot be read: {error.strerror}") from None
+    return PromptInput(path.stem, decode(raw, f"prompt {path}"))
+
+
+def decode(raw: bytes, where: str) -> str:
+    """Bytes of a prompt as text (a byte order mark is dropped).
+
+    Raises:
+        InputError: empty, binary, or not UTF-8.
+    """
+    if b"\0" in raw:
+        raise InputError(f"{where} is binary (it holds zero bytes): give a UTF-8 text file")
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where} is not UTF-8 text (byte {error.start}): convert it first") from None
+    if not text.strip():
+        raise InputError(f"{where} is empty")
+    return text
+
+
+def unique_names(prompts: Sequence[PromptInput]) -> list[PromptInput]:
+    """The prompts with names that can be told apart: a repeated one gets "-2", "-3", ...; odd characters
+    become "_"."""
+    taken: set[str] = set()
+    result = []
+    for prompt in prompts:
+        base = "".join(c if c.isprintable() else "_" for c in prompt.name).strip()[:180] or "prompt"
+        name, count = base, 1
+        while name in taken:
+            count += 1
+            name = f"{base}-{count}"
+        taken.add(name)
+        result.append(replace(prompt, name=name))
+    return result
+
+
+def tokenize(
+    prompt: PromptInput,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    tokens: int | None,
+    positions: int | None,
+    vocabulary: int | None,
+    notify: Callable[[str], None],
+) -> TokenizedPrompt:
+    """Token ids of a prompt, cut to `tokens`.
+
+    Args:
+        prompt: text or ids.
+        tokenizer: the model's; may be None if the prompt brings ids.
+        tokens: N; None means the whole prompt.
+        positions: the model's number of positions, or None if unlimited.
+        vocabulary: number of embeddings, or None if unknown.
+        notify: told when the prompt is shorter than `tokens`.
+
+    Raises:
+        InputError: fewer than 2 tokens, more than the model's positions, an id outside the vocabulary, no
+            tokenizer.
+    """
+    offsets: list[tuple[int, int]] | None = None
+    if prompt.token_ids is not None:
+        ids = list(prompt.token_ids)
+    elif prompt.text is None:
+        raise InputError(f"prompt {prompt.name} has neither text nor token ids")
+    elif tokenizer is None:
+        raise InputError(f"prompt {prompt.name}: the model brings no tokenizer, so give token ids")
+    else:
+        options: dict[str, Any] = {"return_offsets_mapping": True} if tokenizer.is_fast else {}
+        # `verbose` off: a text longer than the model is the normal case, it is cut below
+        encoded = tokenizer(prompt.text, verbose=False, **options)
+        ids, offsets = list(encoded["input_ids"]), encoded.get("offset_mapping")
+    whole = len(ids)
+    if tokens is not None:
+        if whole < tokens:
+            notify(
+                f"prompt {prompt.name} has {whole} tokens, fewer than the {tokens} asked for:"
+                " it is used whole"
+            )
+        ids = ids[:tokens]
+    if len(ids) < 2:
+        raise InputError(f"prompt {prompt.name} has {len(ids)} tokens: at least 2 are needed")
+    if positions is not None and len(ids) > positions:
+        raise InputError(
+            f"prompt {prompt.name} has {len(ids)} tokens and the model {positions} positions:"
+            f" give --tokens {positions}"
+        )
+    bad = next((i for i in ids if not 0 <= i < (vocabulary or i + 1)), None)
+    if bad is not None:
+        raise InputError(
+            f"prompt {prompt.name}: token id {bad} is outside the model's vocabulary of {vocabulary}"
+        )
+    text = prompt.text
+    if text is not None and len(ids) < whole:
+        assert tokenizer is not None
+        if offsets is not None:
+            text = text[: max(end for _, end in offsets[: len(ids)])]
+        else:
+            text = str(tokenizer.decode(ids))
+    return TokenizedPrompt(prompt.name, tuple(ids), text)

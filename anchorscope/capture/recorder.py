@@ -1,0 +1,203 @@
+"""From attention calls to tensor files: checks each call, then streams it to a `DumpWriter`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from anchorscope.capture.check import check_call, check_output, softcap_of, visible_window
+from anchorscope.capture.hook import AttentionCall
+from anchorscope.dumps.writer import DumpWriter, LayerWriter, dtype_name, layer_bytes
+from anchorscope.errors import InputError
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What a layer's attention looks like, learned from a short trial run."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: str
+
+    def bytes(self, tokens: int, kv_heads: Sequence[int] | None, dtype: str | None, values: bool) -> int:
+        """Size of this layer's tensor file for a prompt of `tokens` tokens."""
+        kv = self.kv_heads if kv_heads is None else len(kv_heads)
+        heads = kv * (self.heads // self.kv_heads)
+        return layer_bytes(heads, kv, tokens, self.head_dim, dtype or self.dtype, values)
+
+
+class LayersDone(Exception):
+    """All wanted layers are on disk: the rest of the forward is not needed."""
+
+
+class ShapeProbe:
+    """A sink that learns every layer's shape from a run of a few tokens, and refuses what a dump cannot
+    represent.
+
+    Attributes:
+        shapes: by layer index, in call order.
+        refused: why, by layer index.
+    """
+
+    def __init__(self) -> None:
+        self.shapes: dict[int, LayerShape] = {}
+        self.refused: dict[int, str] = {}
+
+    def __call__(self, call: AttentionCall) -> None:
+        layer = require_layer(call)
+        if layer in self.shapes or layer in self.refused:
+            raise InputError(
+                f"{call.name} runs more than once in a forward: which call is meant is not defined"
+            )
+        try:
+            check_call(call)
+            check_output(call, 0, visible_window(call, 0), softcap_of(call.options))
+        except InputError as error:
+            self.refused[layer] = str(error)
+            return
+        _, heads, _, head_dim = call.q.shape
+        self.shapes[layer] = LayerShape(heads, call.k.shape[1], head_dim, stored_dtype(call.q.dtype))
+
+
+@dataclass
+class _Open:
+    """A layer being written: its file, the next position, and the window its masks have shown so far."""
+
+    writer: LayerWriter
+    position: int = 0
+    window: int | None = None
+
+
+class Recorder:
+    """A sink that writes the wanted layers of one prompt while the model runs, in one call or chunk by chunk.
+
+    Args:
+        dump: where to.
+        prompt: the prompt's name.
+        tokens: its length N.
+        layers: layer indices to write; others are ignored.
+        kv_heads: kv heads to write, with the query heads that read them; all by default.
+        dtype: stored dtype; the run's own by default.
+        values: whether to write V.
+        stop_early: raise `LayersDone` once every wanted layer is complete.
+        on_layer: called after each completed layer with its index.
+    """
+
+    def __init__(
+        self,
+        dump: DumpWriter,
+        prompt: str,
+        tokens: int,
+        layers: Sequence[int],
+        *,
+        kv_heads: Sequence[int] | None = None,
+        dtype: str | None = None,
+        values: bool = True,
+        stop_early: bool = False,
+        on_layer: Callable[[int], None] | None = None,
+    ) -> None:
+        self._dump = dump
+        self._prompt = prompt
+        self._tokens = tokens
+        self._wanted = set(layers)
+        self._kv_heads = kv_heads
+        self._dtype = dtype
+        self._values = values
+        self._stop_early = stop_early
+        self._on_layer = on_layer
+        self._open: dict[int, _Open] = {}
+        self._left = set(layers)
+
+    @property
+    def missing(self) -> frozenset[int]:
+        """Wanted layers that are not complete."""
+        return frozenset(self._left)
+
+    def __call__(self, call: AttentionCall) -> None:
+        layer = require_layer(call)
+        if layer not in self._wanted:
+            return
+        if layer not in self._left:
+            raise InputError(
+                f"{call.name} runs more than once in a forward: which call is meant is not defined"
+            )
+        check_call(call)
+        state = self._open.get(layer) or self._begin(layer, call)
+        start, n = state.position, call.q.shape[2]
+        if start + n > self._tokens:
+            raise InputError(
+                f"{call.name} runs more than once in a forward: which call is meant is not defined"
+            )
+        window = visible_window(call, start)
+        if state.window is not None and window != state.window:
+            raise InputError(
+                f"{call.name} changes its sliding window from {state.window} to {window} along the prompt"
+            )
+        check_output(call, start, window, softcap_of(call.options))
+        state.window = window
+
+        heads, kv = call.q.shape[1], call.k.shape[1]
+        picked = list(range(kv)) if self._kv_heads is None else list(self._kv_heads)
+        state.writer.put("q", start, call.q[0], rows=query_heads_of(picked, heads, kv))
+        state.writer.put("k", start, call.k[0, :, -n:], rows=picked)
+        if self._values:
+            state.writer.put("v", start, call.v[0, :, -n:], rows=picked)
+        state.position = start + n
+        if state.position == self._tokens:
+            state.writer.close(window=window)
+            del self._open[layer]
+            self._left.discard(layer)
+            if self._on_layer is not None:
+                self._on_layer(layer)
+            if self._stop_early and not self._left:
+                raise LayersDone
+
+    def abort(self) -> None:
+        """Drop the files that are not complete."""
+        for state in self._open.values():
+            state.writer.abort()
+        self._open.clear()
+
+    def _begin(self, layer: int, call: AttentionCall) -> _Open:
+        _, heads, _, head_dim = call.q.shape
+        kv = call.k.shape[1]
+        picked = list(range(kv)) if self._kv_heads is None else list(self._kv_heads)
+        writer = self._dump.layer(
+            self._prompt,
+            layer,
+            query_heads=query_heads_of(picked, heads, kv),
+            kv_heads=picked,
+            tokens=self._tokens,
+            head_dim=head_dim,
+            dtype=self._dtype or stored_dtype(call.q.dtype),
+            scale=call.scale,
+            softcap=softcap_of(call.options),
+            values=self._values,
+        )
+        self._open[layer] = _Open(writer)
+        return self._open[layer]
+
+
+def query_heads_of(kv_heads: Sequence[int], heads: int, kv: int) -> list[int]:
+    """The query heads that read the given kv heads, ascending: head h reads kv head h // (H // Hkv)."""
+    group = heads // kv
+    return [head for row in kv_heads for head in range(row * group, (row + 1) * group)]
+
+
+def stored_dtype(dtype: torch.dtype) -> str:
+    """How tensors of a run's dtype are stored by default: as they are; float64 as fp32."""
+    return "fp32" if dtype == torch.float64 else dtype_name(dtype)
+
+
+def require_layer(call: AttentionCall) -> int:
+    """The call's layer index.
+
+    Raises:
+        InputError: the module has none.
+    """
+    if not isinstance(call.layer, int):
+        raise InputError(f"{type(call.module).__name__} has no layer_idx: its layers cannot be told apart")
+    return call.layer

@@ -1,0 +1,364 @@
+"""`capture_model`: run a model on prompts and write what its attention consumed as a dump."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from anchorscope.capture.hook import intercept
+from anchorscope.capture.models import (
+    LoadedModel,
+    check_config,
+    load_model,
+    max_positions,
+    require_transformers,
+    text_config,
+)
+from anchorscope.capture.prompts import PromptInput, TokenizedPrompt, prompt_from_file, tokenize, unique_names
+from anchorscope.capture.recorder import LayersDone, LayerShape, Recorder, ShapeProbe
+from anchorscope.dumps.reader import Dump
+from anchorscope.dumps.writer import (
+    DumpWriter,
+    check_disk,
+    check_output,
+    dtype_name,
+    human_bytes,
+    prompt_record,
+    torch_dtype,
+)
+from anchorscope.errors import InputError, RunFailure
+
+if TYPE_CHECKING:
+    import os
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+PROBE_TOKENS = 2
+
+
+@dataclass(frozen=True)
+class CaptureProgress:
+    """Where a capture is: `done` of `total` layers (over all prompts) are on disk; `prompt` is being run."""
+
+    prompt: str
+    done: int
+    total: int
+
+
+def capture_model(
+    model: str | PreTrainedModel,
+    prompts: Sequence[PromptInput | str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokens: int | None = None,
+    layers: Sequence[int] | None = None,
+    kv_heads: Sequence[int] | None = None,
+    dtype: str | None = None,
+    model_dtype: str | None = None,
+    device: str = "auto",
+    values: bool = True,
+    chunk: int | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Callable[[CaptureProgress], None] | None = None,
+    notify: Callable[[str], None] | None = None,
+) -> Dump:
+    """Prefill each prompt and write Q, K and V of the wanted layers, as attention consumed them.
+
+    Every layer is checked as it passes (mask, options, a few output rows recomputed), streamed to the disk
+    head by head and
+    released, so the memory above a plain forward is about one head. Logits are computed for the last position
+    at most. A
+    trial run of two tokens learns the layers' shapes first: what cannot be captured, or does not fit on the
+    disk, is refused
+    before the real work.
+
+    Args:
+        model: a preset, a `.gguf` file, a folder or a Hugging Face id, or a loaded transformers model.
+        prompts: file paths or `PromptInput`s.
+        out: the dump's folder.
+        tokenizer: for a loaded model.
+        tokens: prompt length N; longer prompts are cut, shorter ones used whole. None: each prompt whole.
+        layers: layer indices; None means all that use softmax attention.
+        kv_heads: kv heads to keep, with the query heads that read them; None means all.
+        dtype: stored dtype "bf16", "fp16" or "fp32"; by default the run's.
+        model_dtype: what the model computes in; by default its checkpoint's (ignored for a loaded model).
+        device: "auto", "cpu", "cuda" or "cuda:i" (ignored for a loaded model).
+        values: whether to keep V (needed for output errors).
+        chunk: prefill in chunks of this many tokens with a KV cache, for prompts that do not fit otherwise.
+        overwrite: replace a dump that is there.
+        resume: continue an unfinished dump made with the same settings.
+        revision: of a Hugging Face id.
+        trust_remote_code: allow code that comes with the model.
+        progress: called after each layer.
+        notify: told warnings and facts worth a line; the default logs them.
+
+    Returns:
+        The finished dump, opened.
+
+    Raises:
+        InputError: anything the caller can fix, before or during the run.
+        MissingBackendError: transformers or the device is missing.
+        RunFailure: full disk or out of memory.
+    """
+    tell = notify or logger.warning
+    folder = Path(out)
+    require_transformers()
+    _check_numbers(tokens, chunk, layers, kv_heads)
+    for name in (dtype, model_dtype):
+        if name is not None:
+            torch_dtype(name)
+    check_output(folder, overwrite=overwrite, resume=resume)
+    if not prompts:
+        raise InputError("give at least one prompt")
+    inputs = unique_names([p if isinstance(p, PromptInput) else prompt_from_file(p) for p in prompts])
+
+    try:
+        if isinstance(model, str):
+            loaded = load_model(
+                model,
+                device=device,
+                model_dtype=model_dtype,
+                revision=revision,
+                trust_remote_code=trust_remote_code,
+                notify=tell,
+            )
+        else:
+            loaded = LoadedModel(model, tokenizer, _name_of(model), None)
+            check_config(model.config, loaded.name)
+        net = loaded.model
+        ready = [
+            tokenize(
+                prompt,
+                loaded.tokenizer,
+                tokens=tokens,
+                positions=max_positions(net),
+                vocabulary=getattr(net.get_input_embeddings(), "num_embeddings", None),
+                notify=tell,
+            )
+            for prompt in inputs
+        ]
+        shapes = probe(net, ready[0].token_ids[:PROBE_TOKENS], layers)
+        wanted = _pick_layers(net, shapes, layers, tell)
+        _check_kv_heads(shapes, wanted, kv_heads)
+        picked = None if kv_heads is None else sorted(set(kv_heads))
+        needed = sum(
+            shapes[layer].bytes(len(p.token_ids), picked, dtype, values) for p in ready for layer in wanted
+        )
+        tell(f"{len(ready)} x {len(wanted)} layers need {human_bytes(needed)} in {folder}")
+        check_disk(folder, needed)
+
+        header = _header(loaded, ready, shapes, wanted, picked, dtype, values, chunk)
+        total = len(ready) * len(wanted)
+        with DumpWriter(folder, header, overwrite=overwrite, resume=resume) as writer:
+            for prompt in ready:
+                left = [layer for layer in wanted if (prompt.name, layer) not in writer.done]
+                if not left:
+                    continue
+
+                def report(_: int, name: str = prompt.name) -> None:
+                    if progress is not None:
+                        progress(CaptureProgress(name, len(writer.done), total))
+
+                if progress is not None:
+                    progress(CaptureProgress(prompt.name, len(writer.done), total))
+                recorder = Recorder(
+                    writer,
+                    prompt.name,
+                    len(prompt.token_ids),
+                    left,
+                    kv_heads=picked,
+                    dtype=dtype,
+                    values=values,
+                    stop_early=layers is not None or resume,
+                    on_layer=report,
+                )
+                try:
+                    with intercept(net, recorder):
+                        prefill(net, prompt.token_ids, chunk=chunk)
+                except LayersDone:
+                    pass
+                finally:
+                    missing = recorder.missing
+                    recorder.abort()
+                if missing:
+                    raise InputError(
+                        f"layers {sorted(missing)} of {loaded.name} made no attention call for {prompt.name}"
+                    )
+            return writer.finish()
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if isinstance(error, (InputError, RunFailure)) or not _out_of_memory(error):
+            raise
+        raise RunFailure(_memory_advice(error, chunk)) from None
+
+
+def prefill(
+    model: PreTrainedModel, token_ids: Sequence[int], *, chunk: int | None = None
+) -> torch.Tensor | None:
+    """One forward over the ids; logits of the last position (1, 1, vocabulary), or None where the model has
+    no such option.
+
+    Models that accept `logits_to_keep` compute one row of logits; for others the body runs without its head,
+    so an
+    N x vocabulary tensor never exists. With `chunk`, a KV cache carries the prompt forward piece by piece.
+    """
+    ids = torch.tensor([list(token_ids)], dtype=torch.long, device=model.device)
+    takes = inspect.signature(model.forward).parameters
+    runner: Any = model
+    options: dict[str, Any] = {}
+    if "logits_to_keep" in takes:
+        options["logits_to_keep"] = 1
+    else:
+        runner = model.base_model
+    with torch.inference_mode():
+        if chunk is None or chunk >= ids.shape[1]:
+            return getattr(runner(input_ids=ids, use_cache=False, **options), "logits", None)
+        cache = None
+        result: Any = None
+        for part in ids.split(chunk, dim=1):
+            result = runner(input_ids=part, past_key_values=cache, use_cache=True, **options)
+            cache = result.past_key_values
+            if cache is None:
+                raise InputError(f"{type(model).__name__} keeps no KV cache: --chunk does not work with it")
+        return getattr(result, "logits", None)
+
+
+def probe(
+    model: PreTrainedModel, token_ids: Sequence[int], layers: Sequence[int] | None
+) -> dict[int, LayerShape]:
+    """Shapes of every layer that makes a softmax attention call, from a trial run of a few tokens.
+
+    Raises:
+        InputError: no layer does, or a wanted one cannot be represented by Q, K and V.
+    """
+    sink = ShapeProbe()
+    with intercept(model, sink):
+        prefill(model, token_ids)
+    for layer, reason in sorted(sink.refused.items()):
+        if layers is None or layer in layers:
+            raise InputError(reason)
+    if not sink.shapes:
+        raise InputError(
+            f"{type(model).__name__} never called transformers' attention interface,"
+            " so there is nothing to capture:"
+            " its attention is not softmax attention, or its code does not use the interface"
+        )
+    return sink.shapes
+
+
+def _pick_layers(
+    model: PreTrainedModel,
+    shapes: dict[int, LayerShape],
+    layers: Sequence[int] | None,
+    tell: Callable[[str], None],
+) -> list[int]:
+    count = getattr(text_config(model), "num_hidden_layers", None) or max(shapes) + 1
+    if layers is None:
+        others = sorted(set(range(count)) - shapes.keys())
+        if others:
+            tell(f"layers {', '.join(map(str, others))} use no softmax attention and are left out")
+        return sorted(shapes)
+    for layer in layers:
+        if not 0 <= layer < count:
+            raise InputError(f"layer {layer} is out of range: the model has layers 0 to {count - 1}")
+        if layer not in shapes:
+            raise InputError(f"layer {layer} uses no softmax attention; layers {sorted(shapes)} do")
+    return sorted(set(layers))
+
+
+def _check_numbers(
+    tokens: int | None, chunk: int | None, layers: Sequence[int] | None, kv_heads: Sequence[int] | None
+) -> None:
+    if tokens is not None and tokens < 2:
+        raise InputError(f"tokens must be at least 2, not {tokens}")
+    if chunk is not None and chunk < 1:
+        raise InputError(f"chunk must be at least 1, not {chunk}")
+    for name, chosen in (("layers", layers), ("kv_heads", kv_heads)):
+        if chosen is not None and not chosen:
+            raise InputError(f"{name} must name at least one")
+
+
+def _check_kv_heads(
+    shapes: dict[int, LayerShape], wanted: Sequence[int], kv_heads: Sequence[int] | None
+) -> None:
+    for layer in wanted:
+        for head in kv_heads or ():
+            if not 0 <= head < shapes[layer].kv_heads:
+                last = shapes[layer].kv_heads - 1
+                raise InputError(f"kv head {head} is out of range: layer {layer} has kv heads 0 to {last}")
+
+
+def _name_of(model: PreTrainedModel) -> str:
+    """A loaded model's id, or the last part of the folder it came from: dumps carry no local paths."""
+    source = str(getattr(model, "name_or_path", "") or "")
+    return (Path(source).name if Path(source).exists() else source) or type(model).__name__
+
+
+def _header(
+    loaded: LoadedModel,
+    ready: Sequence[TokenizedPrompt],
+    shapes: dict[int, LayerShape],
+    wanted: Sequence[int],
+    kv_heads: Sequence[int] | None,
+    dtype: str | None,
+    values: bool,
+    chunk: int | None,
+) -> dict[str, Any]:
+    import transformers
+
+    model, tokenizer = loaded.model, loaded.tokenizer
+    first = shapes[wanted[0]]
+    stored = {dtype or shapes[layer].dtype for layer in wanted}
+    return {
+        "model": {
+            "name": loaded.name,
+            "revision": loaded.revision,
+            "class": type(model).__name__,
+            "type": text_config(model).model_type,
+            "dtype": dtype_name(model.dtype) if model.dtype != torch.float64 else "fp64",
+            "attention": model.config._attn_implementation,
+            "layers": getattr(text_config(model), "num_hidden_layers", None),
+            "query_heads": first.heads,
+            "kv_heads": first.kv_heads,
+            "head_dim": first.head_dim,
+            "positions": max_positions(model),
+        },
+        "tokenizer": None
+        if tokenizer is None
+        else {"class": type(tokenizer).__name__, "vocabulary": len(tokenizer)},
+        "dtype": stored.pop() if len(stored) == 1 else None,
+        "capture": {
+            "layers": list(wanted),
+            "kv_heads": None if kv_heads is None else list(kv_heads),
+            "values": values,
+            "chunk": chunk,
+            "device": model.device.type,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "prompts": [
+            prompt_record(p.name, len(p.token_ids), text=p.text, token_ids=p.token_ids) for p in ready
+        ],
+    }
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+def _memory_advice(error: BaseException, chunk: int | None) -> str:
+    what = "GPU memory" if isinstance(error, torch.OutOfMemoryError) else "memory"
+    advice = "a smaller --chunk" if chunk else "--chunk 2048 (the prompt in pieces)"
+    return f"out of {what}: try {advice}, fewer --tokens, or --model-dtype bf16"
