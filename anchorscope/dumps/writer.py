@@ -579,14 +579,13 @@ def check_disk(path: Path, needed: int) -> None:
         )
 
 
-def human_bytes(count: int) -> str:
-    """Bytes in a readable unit, powers of 1024."""
-    size = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"
+def human_bytes(count: float) -> str:
+    """Bytes in a readable unit, decimal as disks are sold: 1536 is "1.5 kB"."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
 
 
 def remove_dump_files(path: Path) -> None:

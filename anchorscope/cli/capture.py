@@ -1,0 +1,193 @@
+"""`anchorscope capture`: run a model on prompts and keep what its attention consumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from anchorscope.cli.common import human_bytes, note, stderr_console
+from anchorscope.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from anchorscope.capture import CaptureProgress, PromptInput
+
+STDIN = "-"
+
+
+def capture(
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model", help="Hugging Face id, local folder, .gguf file, or the preset smollm2.", metavar="M"
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the dump; must be new.", metavar="DIR")],
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--prompt",
+            help="UTF-8 text file, or - for standard input; repeat it for several.",
+            metavar="FILE",
+        ),
+    ] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option("--text", help="A prompt given as is; repeat it for several.", metavar="TEXT"),
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="Prompt length N; longer prompts are cut.  [default: whole prompts]")
+    ] = None,
+    layers: Annotated[str, typer.Option(help="Layers to keep, like 0,5,10-15.")] = "all",
+    kv_heads: Annotated[
+        str, typer.Option(help="Kv heads to keep, with their query heads, like 0,2.")
+    ] = "all",
+    dtype: Annotated[
+        str | None, typer.Option(help="What is stored: bf16, fp16 or fp32.  [default: the run's]")
+    ] = None,
+    model_dtype: Annotated[
+        str | None,
+        typer.Option(help="What the model computes in.  [default: its checkpoint's; fp32 for GGUF]"),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
+    chunk: Annotated[
+        int | None, typer.Option(help="Prefill in pieces of this many tokens, for prompts that do not fit.")
+    ] = None,
+    no_values: Annotated[
+        bool, typer.Option("--no-values", help="Leave V out: a smaller dump, but no output errors.")
+    ] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hugging Face id.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model. Read it first.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the dump in DIR.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue an interrupted capture of the same settings.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")
+    ] = False,
+) -> None:
+    """Run a model on prompts and write Q, K and V of its attention layers, exactly as attention consumes
+    them.
+
+    Example: anchorscope capture --model smollm2 --prompt book.txt --tokens 8192 --out dump
+    """
+    if overwrite and resume:
+        raise InputError("--overwrite and --resume contradict each other: give one of them")
+    wanted_layers, wanted_heads = _indices(layers, "--layers"), _indices(kv_heads, "--kv-heads")
+    for option, value in (("--dtype", dtype), ("--model-dtype", model_dtype)):
+        if value not in (None, "bf16", "fp16", "fp32"):
+            raise InputError(f"{option} must be bf16, fp16 or fp32, not {value!r}")
+    if not prompt and not text:
+        raise InputError("give at least one prompt with --prompt FILE or --text TEXT")
+
+    from anchorscope.capture.models import require_transformers
+    from anchorscope.capture.prompts import PromptInput, decode, prompt_from_file
+
+    inputs: list[PromptInput] = []
+    for name in prompt or ():
+        if name == STDIN:
+            inputs.append(PromptInput("stdin", decode(sys.stdin.buffer.read(), "standard input")))
+        else:
+            inputs.append(prompt_from_file(name))
+    inputs += [PromptInput("text", item) for item in text or ()]
+
+    if not sys.stderr.isatty() or model == "smollm2" or model.endswith(".gguf"):
+        # conversion bars of a GGUF are noise; the bars of a long download are not. tqdm reads this when it is imported
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    require_transformers()
+    from transformers.utils import logging as transformers_logging
+
+    from anchorscope.capture import capture_model
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    note(f"loading {model}")
+    started = time.monotonic()
+    with _progress() as update:
+        dump = capture_model(
+            model,
+            inputs,
+            out,
+            tokens=tokens,
+            layers=wanted_layers,
+            kv_heads=wanted_heads,
+            dtype=dtype,
+            model_dtype=model_dtype,
+            device=device,
+            values=not no_values,
+            chunk=chunk,
+            overwrite=overwrite,
+            resume=resume,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            progress=update,
+            notify=note,
+        )
+    size = sum(entry.bytes for entry in dump.entries)
+    if as_json:
+        result = {
+            "path": str(dump.path),
+            "identity": dump.identity,
+            "prompts": [{"name": p.name, "tokens": p.tokens} for p in dump.prompts],
+            "layers": sorted({e.layer for e in dump.entries}),
+            "bytes": size,
+            "seconds": round(time.monotonic() - started, 3),
+        }
+        print(json.dumps(result))
+        return
+    note(
+        f"{len(dump.prompts)} prompts, {len(dump.entries)} files, {human_bytes(size)}"
+        f" in {time.monotonic() - started:.0f} s"
+    )
+    print(dump.path)
+
+
+def _indices(text: str, option: str) -> tuple[int, ...] | None:
+    """Indices as the user wrote them, None for all; the model is not loaded yet, so only the form is
+    checked."""
+    if text.strip() == "all":
+        return None
+    from anchorscope.selection import parse_indices
+
+    largest = max((int(digits) for digits in re.findall(r"\d{1,6}", text)), default=0)
+    return parse_indices(text, option, range(largest + 1))
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[CaptureProgress], None]]:
+    """Layers done on stderr, with the time left; silent when stderr is no terminal."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = stderr_console()
+    bar = Progress(
+        TextColumn("capture "),
+        BarColumn(bar_width=28),
+        MofNCompleteColumn(),
+        TextColumn("layers"),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    with bar:
+        task = bar.add_task("", total=None, visible=False)
+
+        def update(event: CaptureProgress) -> None:
+            bar.update(
+                task, total=event.total, completed=event.done, description=event.prompt[:24], visible=True
+            )
+
+        yield update

@@ -1,0 +1,150 @@
+"""`anchorscope info`: what a dump holds, and whether it is whole."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from anchorscope.cli.common import human_bytes, stderr_console, stdout_console
+from anchorscope.errors import DumpError
+
+if TYPE_CHECKING:
+    from anchorscope.dumps import Verification
+
+SHOWN_DAMAGE = 10
+
+
+def info(
+    dump: Annotated[Path, typer.Argument(help="Dump folder.", metavar="DIR")],
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print everything as JSON, and nothing else.")
+    ] = False,
+) -> None:
+    """Show what a dump holds and verify every file: verified, unverified (no checksums) or damaged.
+
+    Exit code 0 if it can be analyzed, 2 if it is damaged or unfinished.
+    """
+    from rich.progress import Progress
+
+    from anchorscope.dumps import verify
+
+    console = stderr_console()
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("verifying", total=None)
+        result = verify(dump, lambda done, total: bar.update(task, completed=done, total=total))
+    if as_json:
+        print(json.dumps(describe(result), indent=2))
+    else:
+        _show(result)
+    if result.damaged:
+        raise DumpError(
+            f"{len(result.damaged)} of {len(result.checks)} files of {dump} are damaged:"
+            f" {result.damaged[0].detail}"
+        )
+    if not result.complete:
+        raise DumpError(f"{dump} is an unfinished capture: run the same command with --resume")
+
+
+def describe(result: Verification) -> dict[str, Any]:
+    """A verification as JSON values; `prompts` without texts and token ids."""
+    dump = result.dump
+    return {
+        "path": str(dump.path),
+        "state": result.state,
+        "complete": result.complete,
+        "identity": dump.identity,
+        "version": dump.manifest["version"],
+        "created": dump.manifest.get("created"),
+        "created_by": dump.manifest.get("created_by"),
+        "model": dump.model,
+        "tokenizer": dump.manifest.get("tokenizer"),
+        "prompts": [
+            {"name": p.name, "tokens": p.tokens, "sha256": p.sha256, "text": p.text is not None}
+            for p in dump.prompts
+        ],
+        "entries": [
+            {
+                "prompt": e.prompt,
+                "layer": e.layer,
+                "file": e.file,
+                "scale": e.scale,
+                "window": e.window,
+                "softcap": e.softcap,
+                "query_heads": list(e.query_heads),
+                "kv_heads": list(e.kv_heads),
+                "tokens": e.tokens,
+                "head_dim": e.head_dim,
+                "dtype": e.dtype,
+                "values": e.has_values,
+                "bytes": e.bytes,
+            }
+            for e in dump.entries
+        ],
+        "checks": [
+            {"prompt": c.prompt, "layer": c.layer, "file": c.file, "state": c.state, "detail": c.detail}
+            for c in result.checks
+        ],
+    }
+
+
+def _show(result: Verification) -> None:
+    from rich.table import Table
+
+    from anchorscope.selection import describe_indices
+
+    dump, console = result.dump, stdout_console()
+    model = dump.model or {}
+    name = model.get("name") or "unknown"
+    kind = ", ".join(str(model[key]) for key in ("class", "dtype") if model.get(key))
+    size = human_bytes(sum(entry.bytes for entry in dump.entries))
+    lines = {
+        "dump": str(dump.path),
+        "model": f"{name} ({kind})" if kind else str(name),
+        "created": " by ".join(str(dump.manifest.get(key) or "unknown") for key in ("created", "created_by")),
+        "size": f"{size} in {len(dump.entries)} files",
+        "state": result.state + ("" if result.complete else ", unfinished"),
+    }
+    for key, value in lines.items():
+        console.print(f"{key:<8} {value}", soft_wrap=True, markup=False)
+
+    # one row for each kind of layer of a prompt: hybrids and windows show at a glance
+    table = Table()
+    for column in ("prompt", "tokens", "layers", "heads", "kv heads", "d", "dtype", "V", "window", "cap"):
+        table.add_column(
+            column, justify="left" if column in ("prompt", "layers") else "right", overflow="fold"
+        )
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for e in dump.entries:
+        kind_of = (
+            e.prompt,
+            e.tokens,
+            e.query_heads,
+            e.kv_heads,
+            e.head_dim,
+            e.dtype,
+            e.has_values,
+            e.window,
+            e.softcap,
+        )
+        groups.setdefault(kind_of, []).append(e.layer)
+    for (prompt, tokens, heads, kv, head_dim, dtype, values, window, cap), layers in groups.items():
+        table.add_row(
+            prompt,
+            str(tokens),
+            describe_indices(layers),
+            describe_indices(heads),
+            describe_indices(kv),
+            str(head_dim),
+            dtype,
+            "yes" if values else "no",
+            "-" if window is None else str(window),
+            "-" if cap is None else f"{cap:g}",
+        )
+    console.print(table)
+    for check in result.damaged[:SHOWN_DAMAGE]:
+        console.print(f"damaged: {check.detail}", soft_wrap=True, markup=False)
+    if len(result.damaged) > SHOWN_DAMAGE:
+        console.print(f"... and {len(result.damaged) - SHOWN_DAMAGE} more damaged files")
