@@ -1,10 +1,7 @@
-"""Realistic head profiles without a model: attention mass with a sink, a local band and stripes, at any
-prompt length.
+"""Realistic head profiles without a model: a sink, a local band and stripes, at any prompt length.
 
-The mass lives on the cells of the heat map, and every curve and count is derived from those cells with the
-project's own
-integer geometry, so the profiles satisfy the invariants of real ones (partition, monotone curves, end
-points).
+Every curve and count follows from the drawn attention mass with the project's own integer geometry, so that
+the profiles satisfy the invariants of real ones (partition, monotone curves, end points).
 """
 
 from __future__ import annotations
@@ -50,8 +47,11 @@ def make_profile(
 
     # What the head is like: deep layers are more streaming, some heads are retrieval heads with wide-spread
     # mass.
-    spread = rng.beta(1.2, 4.0)
-    sink = rng.beta(2.0, 3.0)
+    spread = 0.4 * rng.beta(1.0, 5.0)
+    sink = rng.beta(1.5, 2.0)
+    local = rng.beta(2.0, 2.0)
+    reach = rng.choice([20.0, 60.0, 150.0, 400.0])
+    sharpness, offset = rng.uniform(0.9, 1.5), rng.normal(1.0, 2.0)
     stripes = max(3, int(n * rng.uniform(0.002, 0.012)))
     hot = np.sort(rng.choice(n, size=min(stripes, n), replace=False))
     strength = rng.gamma(0.6, 1.0, size=hot.size)
@@ -76,14 +76,13 @@ def make_profile(
         weight = np.zeros(last)  # mass per query of the group, by key
         weight[0] += sink
         distance = (first + last) / 2 - np.arange(last)
-        weight += (
-            np.where(distance > -queries, np.exp(-np.abs(distance) / (2.5 * params.group)), 0) / params.group
-        )
-        weight += spread * rng.gamma(0.15, 1.0, size=last) / last * 3
+        near = np.exp(-np.maximum(np.abs(distance) - queries / 2, 0) / reach)
+        weight += local * near / near.sum()
+        weight += spread * rng.gamma(0.15, 1.0, size=last) / last * 6
         live = rng.random(hot.size) < 0.6  # each stripe is read by some groups only
         earlier = live & (hot < last)
         weight[hot[earlier]] += (
-            strength[earlier] * rng.uniform(0.3, 1.0, earlier.sum()) * 2 / max(hot.size, 1)
+            strength[earlier] * rng.uniform(0.3, 1.0, earlier.sum()) / max(strength.sum(), 1e-9)
         )
         if window is not None:
             weight[: max(first - window, 0)] = 0
@@ -93,10 +92,9 @@ def make_profile(
         count = np.zeros(last, dtype=np.int64)
         count[start:stop] = pairs
 
-        # Margins follow the mass with noise, as real ones do: a stripe of mass m sits about -log(m) below the
-        # anchor.
+        # Margins follow the mass with noise, as real ones do: about -log(mass) below the anchor.
         with np.errstate(divide="ignore"):
-            delta = -np.log(weight * 4) + rng.normal(0, 0.7, last)
+            delta = -sharpness * np.log(weight * 4) + offset + rng.normal(0, 0.7, last)
         delta[~candidate] = np.inf
         anchor_mass[g] = weight[~candidate].sum()
         per_column[:last] += weight * queries

@@ -1,0 +1,94 @@
+"""The common look: colours, sizes, titles and number formats. Nothing here touches matplotlib's global
+settings."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+DPI = 110
+TITLE, TEXT, SMALL = 12.5, 9.5, 8.5  # points; at 110 dpi even the small one is 13 pixels high
+HEADER = 0.72  # inches kept free for title and subtitle
+
+# Okabe and Ito's palette: told apart with any colour vision.
+BLUE, ORANGE, GREEN, RED, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9"
+INK, MUTED, FAINT, PAPER = "#222222", "#666666", "#d8d8d8", "#eeeeee"
+
+# Missed mass: starts at a colour that can be told from white, so that every cell above the scale's low end
+# shows.
+MISSED = LinearSegmentedColormap.from_list("missed", ["#fee3d3", "#fdae6b", RED, "#7f1d00"])
+MISSED.set_under("white")
+
+
+def new_figure(width: float, height: float, title: str, subtitle: str, *, constrained: bool = True) -> Figure:
+    """An empty figure of width x height inches under a bold title and a muted subtitle, both flush left."""
+    figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
+    if constrained:
+        figure.set_layout_engine("constrained", rect=(0, 0, 1, 1 - HEADER / height), w_pad=0.08, h_pad=0.06)
+    left = 0.16 / width
+    # A prompt's name may hold anything: no math mode for "$", no line breaks, no glyph the font lacks.
+    title, subtitle = (_plain(text) for text in (title, subtitle))
+    figure.text(
+        left, 1 - 0.14 / height, title, parse_math=False, size=TITLE, weight="bold", color=INK, va="top"
+    )
+    figure.text(left, 1 - 0.42 / height, subtitle, parse_math=False, size=TEXT, color=MUTED, va="top")
+    return figure
+
+
+def _plain(text: str) -> str:
+    return "".join(c if c.isprintable() and ord(c) < 0x2E80 else "?" for c in text)
+
+
+def short_name(name: str, most: int = 44) -> str:
+    """A name that fits into a title, cut in the middle."""
+    return name if len(name) <= most else f"{name[: most // 2 - 1]}...{name[-(most // 2 - 2) :]}"
+
+
+def tidy(axes: Axes, *, grid: bool = True) -> None:
+    """Small ticks, no box above and on the right, a faint grid behind the data."""
+    axes.tick_params(labelsize=SMALL, colors=INK, length=3)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(MUTED)
+    if grid:
+        axes.grid(True, color=FAINT, linewidth=0.6)
+        axes.set_axisbelow(True)
+
+
+def label(axes: Axes, x: str = "", y: str = "") -> None:
+    """Axis labels at the common size."""
+    axes.set_xlabel(x, size=TEXT, color=INK)
+    axes.set_ylabel(y, size=TEXT, color=INK)
+
+
+def legend(owner: Axes | Figure, **options: Any) -> None:
+    """A legend at the common size, on paper that keeps the lines behind it readable."""
+    owner.legend(**{"fontsize": SMALL, "frameon": True, "framealpha": 0.9, "edgecolor": FAINT, **options})
+
+
+def token_ticks(axes: Axes, *, x: bool = False, y: bool = False, count: int = 6) -> None:
+    """Whole positions with thousands separators on the axes named."""
+    for axis, wanted in ((axes.xaxis, x), (axes.yaxis, y)):
+        if wanted:
+            axis.set_major_locator(MaxNLocator(count, integer=True, steps=[1, 2, 4, 5, 10]))
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+
+
+def nats(theta: float) -> str:
+    """Theta as a user types it: `8`, `7.25`, `inf`, `-inf`."""
+    return f"{theta:g}" if math.isfinite(theta) else ("inf" if theta > 0 else "-inf")
+
+
+def share(value: float) -> str:
+    """A share with the digits that matter: 0.943, 0.0312, 0.00637, 4.2e-05, 0.000."""
+    if value >= 0.0995 or value < 1e-9:
+        return f"{value:.3f}"
+    if value < 1e-4:
+        return f"{value:.1e}"
+    return f"{value:.{2 - math.floor(math.log10(value))}f}"

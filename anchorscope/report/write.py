@@ -1,0 +1,150 @@
+"""Draw every figure of an analysis and save it: the one place where figures become files."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from matplotlib.figure import Figure
+
+from anchorscope.errors import InputError
+from anchorscope.profiles import HeadProfile, write_atomic
+from anchorscope.report.figures import layer_head_grid, recall_by_position, recall_density, stripe_heatmap
+
+Source = HeadProfile | Path | str
+
+
+def save_figure(figure: Figure, path: Path | str) -> None:
+    """Save a figure as PNG at its own resolution, atomically; the same figure gives the same bytes.
+
+    Raises:
+        RunFailure: the file cannot be written.
+    """
+    buffer = io.BytesIO()
+    # matplotlib would write its version into the file; pictures should not differ because of it
+    figure.savefig(buffer, format="png", dpi=figure.dpi, metadata={"Software": None})
+    write_atomic(path, buffer.getvalue())
+
+
+def draw_all(
+    profiles: Iterable[Source],
+    out: Path | str,
+    *,
+    heatmaps: Sequence[tuple[int, int]] | str | None = None,
+    target_recall: float = 0.95,
+    progress: Callable[[Path], None] | None = None,
+) -> list[Path]:
+    """Draw and save every figure of an analysis as PNG files in the folder `out`.
+
+    Per prompt: `PROMPT-grid.png`; per layer `PROMPT-layer05-recall-density.png` and `PROMPT-layer05-recall-
+    by-position.png`;
+    for the heads chosen `PROMPT-layer05-head03-heatmap.png`.
+
+    Args:
+        profiles: profiles or paths of saved ones, in any order. From paths, heat maps are read one at a time.
+        out: folder, made when missing.
+        heatmaps: (layer, head) pairs, "all", or None for the heads of worst, median and best recall of each
+            prompt.
+        target_recall: see `layer_head_grid`.
+        progress: called with each file written.
+
+    Returns:
+        The files, in the order written.
+
+    Raises:
+        InputError: no profile, or a heat map asked for a head that is not among them.
+        DumpError: a saved profile is missing or damaged.
+        RunFailure: a file cannot be written.
+    """
+    heads = [_Head(source, *_summary(source)) for source in profiles]
+    if not heads:
+        raise InputError("no head profiles to draw")
+    names = _file_names([h.profile.prompt for h in heads])
+    if not isinstance(heatmaps, (str, type(None))):
+        there = {(h.profile.layer, h.profile.head) for h in heads}
+        for layer, head in heatmaps:
+            if (layer, head) not in there:
+                raise InputError(f"no heat map for layer {layer}, head {head}: it was not analysed")
+    elif heatmaps not in (None, "all"):
+        raise InputError(f"heatmaps must be 'all' or a list of (layer, head) pairs, not {heatmaps!r}")
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, figure in _figures(heads, names, heatmaps, target_recall):
+        save_figure(figure, folder / name)
+        written.append(folder / name)
+        if progress is not None:
+            progress(folder / name)
+    return written
+
+
+class _Head(NamedTuple):
+    """Where a profile comes from, and the profile without its heat map."""
+
+    source: Source
+    profile: HeadProfile
+
+    def full(self) -> HeadProfile:
+        return self.source if isinstance(self.source, HeadProfile) else HeadProfile.load(self.source)
+
+
+def _summary(source: Source) -> tuple[HeadProfile]:
+    """A profile without heat map, so that a thousand of them fit in memory."""
+    if isinstance(source, HeadProfile):
+        return (source.without_heat(),)
+    return (HeadProfile.load(source, heat=False),)
+
+
+def _figures(
+    heads: list[_Head],
+    names: dict[str, str],
+    heatmaps: Sequence[tuple[int, int]] | str | None,
+    target_recall: float,
+) -> Iterator[tuple[str, Figure]]:
+    """File names and figures, one at a time."""
+    for prompt, name in names.items():
+        mine = [h for h in heads if h.profile.prompt == prompt]
+        yield f"{name}-grid.png", layer_head_grid([h.profile for h in mine], target_recall=target_recall)
+        for layer in sorted({h.profile.layer for h in mine}):
+            group = [h.profile for h in mine if h.profile.layer == layer]
+            yield (
+                f"{name}-layer{layer:02d}-recall-density.png",
+                recall_density(group, target_recall=target_recall),
+            )
+            yield f"{name}-layer{layer:02d}-recall-by-position.png", recall_by_position(group)
+        for h in _chosen(mine, heatmaps):
+            file = f"{name}-layer{h.profile.layer:02d}-head{h.profile.head:02d}-heatmap.png"
+            yield file, stripe_heatmap(h.full())
+
+
+def _chosen(heads: list[_Head], heatmaps: Sequence[tuple[int, int]] | str | None) -> list[_Head]:
+    """The heads whose heat map is drawn, by layer and head."""
+    by_place = sorted(heads, key=lambda h: (h.profile.layer, h.profile.head))
+    if heatmaps is None:
+        ranked = sorted(by_place, key=lambda h: float(h.profile.recall[0]))
+        wanted = {id(ranked[i]) for i in (0, len(ranked) // 2, -1)}
+        return [h for h in by_place if id(h) in wanted]
+    if heatmaps == "all":
+        return by_place
+    return [h for h in by_place if (h.profile.layer, h.profile.head) in set(heatmaps)]
+
+
+def _file_names(prompts: list[str]) -> dict[str, str]:
+    """Prompt names, in order of appearance, as parts of file names; equal after cleaning means a number
+    behind."""
+    names: dict[str, str] = {}
+    for prompt in prompts:
+        if prompt not in names:
+            base = (
+                re.sub(r"[^A-Za-z0-9._-]+", "-", Path(prompt).name.removesuffix(".txt"))[:48].strip("-.")
+                or "prompt"
+            )
+            name, number = base, 1
+            while name in names.values():
+                number += 1
+                name = f"{base}-{number}"
+            names[prompt] = name
+    return names
