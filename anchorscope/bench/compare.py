@@ -1,0 +1,127 @@
+"""Comparing two saved benches: the ratio of every time that both hold."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from anchorscope.errors import InputError
+
+_SAME_ROW = ("source", "n", "heads", "kv_heads", "head_dim", "window", "softcap")
+_SAME_SETTINGS = ("input", "dump_sha256", "dtype", "block", "step", "init", "lookback", "seed", "period")
+_MACHINE = ("type", "name")
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """One time in both results.
+
+    Attributes:
+        source, n: the input and its length.
+        what: "dense cudnn", "anchor", "identification theta=6", "sparse theta=6", "whole theta=6".
+        old_ms, new_ms: medians.
+        ratio: new / old; below 1 the new one is faster.
+        beyond_spread: the medians differ by more than both p20 to p80 ranges explain (the ranges do not overlap).
+    """
+
+    source: str
+    n: int
+    what: str
+    old_ms: float
+    new_ms: float
+    ratio: float
+    beyond_spread: bool
+
+
+def load_result(path: str | Path) -> dict[str, Any]:
+    """Read a saved bench.json (or the folder that holds it).
+
+    Raises:
+        InputError: missing, not JSON, not a bench, or of a newer format.
+    """
+    from anchorscope.bench.output import RESULT
+    from anchorscope.bench.run import FORMAT, FORMAT_VERSION
+
+    file = Path(path)
+    if file.is_dir():
+        file = file / RESULT
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{file} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        raise InputError(f"{file} is not JSON; give the bench.json of an earlier bench") from None
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise InputError(f"{file} is not a bench result; give the bench.json of an earlier bench")
+    version = data.get("format_version")
+    if version != FORMAT_VERSION:
+        raise InputError(f"{file} has format version {version!r}; this AnchorScope reads {FORMAT_VERSION}")
+    try:
+        for _ in _times(data):
+            pass
+        _key(data, data["rows"][0]) if data["rows"] else data["settings"]
+        _ = [data["hardware"][x] for x in _MACHINE]
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise InputError(f"{file} is damaged: a bench result lacks rows or times; run that bench again") from None
+    return data
+
+
+def compare(new: dict[str, Any], old: dict[str, Any]) -> tuple[list[Ratio], list[str]]:
+    """Ratios of the times that both results hold, and notes on what cannot be compared.
+
+    Times are matched only on equal inputs: same source, length, heads, dtype, groups, seed and period.
+
+    Args:
+        new, old: contents of bench.json.
+    """
+    before = dict(_times(old))
+    ratios, unmatched = [], 0
+    for key, time in _times(new):
+        if key not in before:
+            unmatched += 1
+            continue
+        (row, what), earlier = key, before[key]
+        a, b = float(earlier["median_ms"]), float(time["median_ms"])
+        apart = time["p20_ms"] > earlier["p80_ms"] or time["p80_ms"] < earlier["p20_ms"]
+        source, n = dict(row)["source"], dict(row)["n"]
+        ratios.append(Ratio(source, n, what, a, b, b / a if a > 0 else float("inf"), bool(apart)))
+    notes = []
+    machine = [", ".join(str(x["hardware"].get(key)) for key in _MACHINE) for x in (old, new)]
+    if machine[0] != machine[1]:
+        notes.append(f"different hardware: {machine[0]} before, {machine[1]} now")
+    notes += [
+        f"different {name}: {old['versions'].get(name)} before, {new['versions'].get(name)} now"
+        for name in ("anchorscope", "torch", "triton")
+        if old.get("versions", {}).get(name) != new.get("versions", {}).get(name)
+    ]
+    if old["settings"].get("backend") != new["settings"].get("backend"):
+        notes.append(f"different back end: {old['settings'].get('backend')} before, {new['settings']['backend']} now")
+    if unmatched:
+        notes.append(f"{unmatched} of {unmatched + len(ratios)} times have no counterpart in the old result")
+    return ratios, notes
+
+
+def _key(data: dict[str, Any], row: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+    settings = data["settings"]
+    return (*((x, row[x]) for x in _SAME_ROW), *((x, settings[x]) for x in _SAME_SETTINGS))
+
+
+def _times(data: dict[str, Any]) -> Iterator[tuple[tuple[Any, str], dict[str, Any]]]:
+    for row in data["rows"]:
+        key = _key(data, row)
+        named = [(f"dense {dense['name']}", dense["timing"]) for dense in row["dense"]]
+        for i, sparse in enumerate(row["sparse"]):
+            theta = f"theta={sparse['theta']}" if isinstance(sparse["theta"], str) else f"theta={sparse['theta']:g}"
+            named += [
+                (name if name == "anchor" else f"{name} {theta}", time)
+                for name, time in sparse["stages"].items()
+                if name != "anchor" or i == 0
+            ]
+            named.append((f"whole {theta}", sparse["whole"]))
+        for name, time in named:
+            if not all(isinstance(time[x], (int, float)) for x in ("median_ms", "p20_ms", "p80_ms")):
+                raise ValueError(name)
+            yield (key, name), time

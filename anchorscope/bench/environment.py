@@ -1,0 +1,85 @@
+"""What a timing depends on besides the code: versions, GPU, driver, clocks, CPU, threads."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from anchorscope._version import __version__
+
+_QUERY = (
+    "driver_version",
+    "clocks.sm",
+    "clocks.max.sm",
+    "clocks.mem",
+    "power.limit",
+    "temperature.gpu",
+)
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of everything that computes; None where it is not installed."""
+    cudnn = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
+    return {
+        "anchorscope": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _installed("triton"),
+        "numpy": _installed("numpy"),
+        "cuda": torch.version.cuda,
+        "cudnn": None if cudnn is None else str(cudnn),
+    }
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def hardware(device: torch.device) -> dict[str, Any]:
+    """The device by name, with what its speed depends on. Values of nvidia-smi are taken right after the timing.
+
+    Keys: type, name, memory_bytes, threads (CPU), sms (GPU), platform, and for a GPU those of nvidia-smi's query
+    `driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu` (absent without nvidia-smi).
+    """
+    common = {"type": device.type, "platform": f"{platform.system()} {platform.machine()}"}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return common | {
+            "name": properties.name,
+            "memory_bytes": properties.total_memory,
+            "sms": properties.multi_processor_count,
+            "threads": None,
+            **_nvidia_smi(device),
+        }
+    return common | {"name": _cpu_name(), "memory_bytes": None, "sms": None, "threads": torch.get_num_threads()}
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _nvidia_smi(device: torch.device) -> dict[str, str]:
+    # By UUID: CUDA_VISIBLE_DEVICES renumbers what torch sees, not what nvidia-smi sees.
+    uuid = str(getattr(torch.cuda.get_device_properties(device), "uuid", ""))
+    chosen = [f"--id=GPU-{uuid}"] if uuid else []
+    command = ["nvidia-smi", *chosen, f"--query-gpu={','.join(_QUERY)}", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    values = [x.strip() for x in done.stdout.splitlines()[0].split(",")] if done.stdout.strip() else []
+    return dict(zip(_QUERY, values, strict=False))

@@ -1,0 +1,187 @@
+"""Figures of a bench, from the content of bench.json. Each function returns a `Figure`; `output.save` writes it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+# Okabe-Ito: distinct with the common colour deficiencies and in grey print.
+_STAGES = {"anchor": "#56B4E9", "identification": "#E69F00", "sparse": "#009E73"}
+_STAGE_LABELS = {"anchor": "anchor", "identification": "+ identification", "sparse": "+ sparse computation"}
+_DENSE = {"flash": "#0072B2", "cudnn": "#D55E00", "efficient": "#CC79A7", "flex": "#7F7F7F", "math": "#B0A000"}
+_WHOLE = "#000000"
+_PANELS = 9  # sources drawn at most
+
+
+def figure_time(data: dict[str, Any]) -> Figure:
+    """Time against N, log-log, one panel per input: dense back ends as lines, the stages of the first theta stacked.
+
+    Inputs with a single length are drawn as stacked bars instead.
+    """
+    sources = _by_source(data)
+    if any(len(rows) > 1 for rows in sources.values()):
+        return _time_lines(data, sources)
+    return _time_bars(data, [row for rows in sources.values() for row in rows])
+
+
+def figure_density(data: dict[str, Any]) -> Figure | None:
+    """Time relative to the fastest dense back end against density, one line per input; None with fewer than two thetas.
+
+    Below the horizontal line the sparse pipeline wins; on the diagonal its efficiency is 1.
+    """
+    rows = [row for row in data["rows"] if row["baseline"] is not None and len(row["sparse"]) > 1]
+    rows = [row for row in rows if row["check"]["passed"]]
+    if not rows:
+        return None
+    rows = rows[: 2 * _PANELS]
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    axes = figure.add_subplot()
+    many = len({row["source"] for row in rows}) > 1
+    shades = [i / max(len(rows) - 1, 1) for i in range(len(rows))]
+    from matplotlib import colormaps
+
+    for row, shade in zip(rows, shades, strict=True):
+        points = sorted((s["density"], 1 / s["speedup"]) for s in row["sparse"])
+        label = f"{row['source']}, N = {row['n']:,}" if many else f"N = {row['n']:,}"
+        axes.plot(*zip(*points, strict=True), "o-", color=colormaps["viridis"](0.9 * shade), label=label, ms=4)
+    low = min(s["density"] for row in rows for s in row["sparse"])
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.axhline(1, color="black", lw=1, label="as fast as dense")
+    axes.plot([low, 1], [low, 1], ":", color="black", lw=1, label="efficiency 1")
+    _plain_ticks(axes, x=True, y=True)
+    axes.set_xlabel("density (kept pairs / visible pairs)")
+    axes.set_ylabel(f"time / fastest dense time ({', '.join(sorted({r['baseline'] for r in rows}))})")
+    axes.set_title(f"When sparse starts to win\n{_subtitle(data, rows[0], theta=False)}", fontsize=10)
+    axes.grid(alpha=0.3, which="both", lw=0.5)
+    axes.legend(fontsize=8)
+    return figure
+
+
+def _by_source(data: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    sources: dict[str, list[dict[str, Any]]] = {}
+    for row in data["rows"]:
+        sources.setdefault(row["source"], []).append(row)
+    return {name: sorted(rows, key=lambda row: row["n"]) for name, rows in list(sources.items())[:_PANELS]}
+
+
+def _theta(value: float | str) -> str:
+    return {"inf": "∞", "-inf": "−∞"}.get(value, value) if isinstance(value, str) else f"{value:g}"
+
+
+def _subtitle(data: dict[str, Any], row: dict[str, Any], theta: bool = True) -> str:
+    settings, machine = data["settings"], data["hardware"]
+    text = f"{row['heads']}/{row['kv_heads']} query/kv heads, d = {row['head_dim']}, {settings['dtype']}"
+    text += f", groups {settings['block']} × {settings['step']}"
+    if theta:
+        text += f", theta {_theta(row['sparse'][0]['theta'])}"
+    where = machine["name"] if machine["type"] == "cuda" else f"CPU timing: {machine['name']}"
+    threads = f", {machine['threads']} threads" if machine.get("threads") else ""
+    return f"{text}\n{where}{threads}, {settings['backend']} back end"
+
+
+def _time_lines(data: dict[str, Any], sources: dict[str, list[dict[str, Any]]]) -> Figure:
+    columns = min(len(sources), 3)
+    lines = math.ceil(len(sources) / columns)
+    figure = Figure(figsize=(max(7.0, 5 * columns), 4.2 * lines + 1), layout="constrained")
+    grid = figure.subplots(lines, columns, squeeze=False, sharey=True)
+    for axes in grid.flat[len(sources) :]:
+        axes.set_visible(False)
+    for axes, (source, rows) in zip(grid.flat, sources.items(), strict=False):
+        _panel(axes, rows)
+        if len(sources) > 1:
+            axes.set_title(source, fontsize=9)
+    for axes in grid[:, 0]:
+        axes.set_ylabel("time (ms, median)")
+    first = next(iter(sources.values()))[0]
+    figure.suptitle(f"Dense and sparse attention, causal prefill\n{_subtitle(data, first)}", fontsize=10)
+    handles = {text: handle for axes in grid.flat for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=8)
+    return figure
+
+
+def _panel(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    lengths = [row["n"] for row in rows]
+    low = min(row["sparse"][0]["stages"]["anchor"]["median_ms"] for row in rows) / 4
+    base = [low] * len(rows)
+    total = [0.0] * len(rows)
+    for stage, colour in _STAGES.items():
+        total = [t + row["sparse"][0]["stages"][stage]["median_ms"] for t, row in zip(total, rows, strict=True)]
+        axes.fill_between(lengths, base, total, color=colour, alpha=0.6, lw=0, label=_STAGE_LABELS[stage])
+        base = total
+    _line(axes, lengths, [row["sparse"][0]["whole"] for row in rows], _WHOLE, "whole pipeline", 2.2)
+    for name in dict.fromkeys(dense["name"] for row in rows for dense in row["dense"]):
+        had = [(row["n"], d) for row in rows for d in row["dense"] if d["name"] == name]
+        repeated = " (K/V repeated)" if had[0][1]["kv_repeated"] else ""
+        colour = _DENSE.get(name, "#7F7F7F")
+        _line(axes, [n for n, _ in had], [d["timing"] for _, d in had], colour, f"dense {name}{repeated}", 1.4)
+    for row in rows:
+        sparse = row["sparse"][0]
+        if sparse["speedup"] is not None:
+            axes.annotate(
+                f"{sparse['speedup']:.1f}×\nrecall {sparse['recall']:.3f}\ndensity {sparse['density']:.3f}",
+                (row["n"], 0.02),
+                xycoords=axes.get_xaxis_transform(),  # along the bottom, clear of every line
+                ha="right" if row is rows[-1] else "left" if row is rows[0] else "center",
+                va="bottom",
+                fontsize=7,
+            )
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_ylim(bottom=low)
+    axes.margins(x=0.04)
+    axes.set_xticks(lengths, [f"{n:,}" for n in lengths])
+    axes.xaxis.set_minor_locator(NullLocator())
+    _plain_ticks(axes, x=False, y=True)
+    axes.set_xlabel("N (tokens)")
+    axes.grid(alpha=0.3, which="major", lw=0.5)
+
+
+def _line(
+    axes: Axes, x: list[int], times: list[dict[str, float]], colour: str, label: str, width: float
+) -> None:
+    middle = [t["median_ms"] for t in times]
+    spread = [[m - t["p20_ms"] for m, t in zip(middle, times, strict=True)]]
+    spread.append([t["p80_ms"] - m for m, t in zip(middle, times, strict=True)])
+    axes.errorbar(x, middle, spread, fmt="o-", color=colour, lw=width, ms=4, capsize=2, label=label)
+
+
+def _time_bars(data: dict[str, Any], rows: list[dict[str, Any]]) -> Figure:
+    rows = rows[: 4 * _PANELS]
+    figure = Figure(figsize=(8, 1.8 + 0.55 * len(rows)), layout="constrained")
+    axes = figure.add_subplot()
+    for i, row in enumerate(rows):
+        sparse, left = row["sparse"][0], 0.0
+        for stage, colour in _STAGES.items():
+            width = sparse["stages"][stage]["median_ms"]
+            label = _STAGE_LABELS[stage] if i == 0 else None
+            axes.barh(i - 0.18, width, 0.34, left=left, color=colour, alpha=0.8, label=label)
+            left += width
+        text = "" if sparse["speedup"] is None else f"{sparse['speedup']:.1f}×, "
+        text += f"recall {sparse['recall']:.3f}, density {sparse['density']:.3f}"
+        axes.text(left, i - 0.18, "  " + text, va="center", fontsize=7)
+        best = next((d for d in row["dense"] if d["name"] == row["baseline"]), None)
+        if best is not None:
+            label = "fastest dense" if i == 0 else None
+            axes.barh(i + 0.18, best["timing"]["median_ms"], 0.34, color="#BBBBBB", label=label)
+            axes.text(best["timing"]["median_ms"], i + 0.18, f"  {best['name']}", va="center", fontsize=7)
+    axes.set_yticks(range(len(rows)), [f"{row['source']}\nN = {row['n']:,}" for row in rows], fontsize=8)
+    axes.invert_yaxis()
+    axes.margins(x=0.3)
+    axes.set_xlabel("time (ms, median)")
+    axes.set_title(f"Dense and sparse attention, causal prefill\n{_subtitle(data, rows[0])}", fontsize=10)
+    axes.grid(axis="x", alpha=0.3, lw=0.5)
+    figure.legend(loc="outside lower center", ncols=4, fontsize=8)
+    return figure
+
+
+def _plain_ticks(axes: Axes, *, x: bool, y: bool) -> None:
+    """Plain numbers on logarithmic axes instead of powers of ten."""
+    for axis in [axes.xaxis] * x + [axes.yaxis] * y:
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_formatter(NullFormatter())

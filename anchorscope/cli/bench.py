@@ -1,0 +1,321 @@
+"""`anchorscope bench`."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from anchorscope.cli.common import human_bytes, note, progress_bar, stdout_console, warn
+from anchorscope.errors import InputError, RunFailure
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from anchorscope.bench import Ratio
+
+RATIO_ROWS = 40
+MAX_LENGTH = 1 << 20
+
+
+def bench(
+    dump: Annotated[
+        Path | None, typer.Argument(help="Dump folder to take Q, K, V from; planted input without.", metavar="[DIR]")
+    ] = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option(
+            help="Tokens, like 4096,8192 or 4k,8k.  [default: 16k to 128k on a GPU, 2k to 8k on a CPU; whole prompts]"
+        ),
+    ] = None,
+    heads: Annotated[int | None, typer.Option(help="Query heads of planted input.  [default: 32; CPU 4]")] = None,
+    kv_heads: Annotated[int | None, typer.Option(help="Its kv heads.  [default: 8; CPU 1]")] = None,
+    head_dim: Annotated[int | None, typer.Option(help="Its head dimension.  [default: 128; CPU 64]")] = None,
+    theta: Annotated[
+        str | None,
+        typer.Option(help="Thetas in nats: 6, or 4,6,8, or 0:12:2; inf is dense.  [default: planted 6, dump 12]"),
+    ] = None,
+    block: Annotated[int, typer.Option(help="Queries pooled together.")] = 128,
+    step: Annotated[int, typer.Option(help="Query blocks that share one selection of stripes.")] = 16,
+    init: Annotated[int | None, typer.Option(help="First tokens always kept.  [default: block]")] = None,
+    lookback: Annotated[int | None, typer.Option(help="Tokens before a group always kept.  [default: block]")] = None,
+    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32.  [default: bf16; CPU fp32]")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
+    backend: Annotated[str, typer.Option(help="Of the sparse stages: auto, torch or triton.")] = "auto",
+    dense: Annotated[
+        str | None,
+        typer.Option(help="Baselines: flash,cudnn,efficient,flex,math.  [default: all but math; CPU flash]"),
+    ] = None,
+    layers: Annotated[str | None, typer.Option(help="Layers of the dump, like 0,5,10-15.  [default: all]")] = None,
+    repeats: Annotated[int | None, typer.Option(help="Timed repetitions.  [default: 3 to 20 by time]")] = None,
+    period: Annotated[
+        int | None, typer.Option(help="Queries that share one planted direction.  [default: block * step]")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of planted input.  [default: 0]")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for bench.json and figures.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier bench in OUT.")] = False,
+    against: Annotated[
+        Path | None, typer.Option(help="bench.json of an earlier bench: print the ratio of every time.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")] = False,
+) -> None:
+    """Time sparse against dense attention on the same inputs, with recall, density and output error.
+
+    No speed-up is printed unless the pipeline equals dense attention at theta = inf. docs/bench.md says how to read it.
+    """
+    from anchorscope.selection import parse_indices, parse_thetas
+
+    sizes = None if lengths is None else parse_lengths(lengths)
+    thetas = None if theta is None else parse_thetas(theta)
+
+    from anchorscope.analysis.run import Progress
+    from anchorscope.bench import BenchConfig, check_out, compare, load_result, run_bench, save
+    from anchorscope.params import AnchorParams
+
+    config = BenchConfig(
+        lengths=sizes,
+        thetas=thetas,
+        params=AnchorParams(block, step, init, lookback),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        period=period,
+        seed=seed,
+        dtype=dtype,
+        device=device,
+        backend=backend,
+        dense=None if dense is None else tuple(x.strip() for x in dense.split(",")),
+        layers=None if layers is None or layers == "all" else parse_indices(layers, "--layers", _layers(dump)),
+        repeats=repeats,
+    )
+    if out is not None:
+        check_out(out, overwrite)
+    old = None if against is None else load_result(against)
+
+    with progress_bar() as bar:
+        result = run_bench(
+            config,
+            dump,
+            progress=lambda share, text: bar(Progress("bench", round(share * 1000), 1000, text)),
+            command=shlex.join(["anchorscope", *sys.argv[1:]]),
+        )
+    data = result.to_json()
+    ratios: list[Ratio] = []
+    if old is not None and against is not None:
+        ratios, notes = compare(data, old)
+        data["against"] = {
+            "file": against.name,
+            "created": old.get("created"),
+            "notes": notes,
+            "ratios": [vars(ratio) for ratio in ratios],
+        }
+        for sentence in notes:
+            warn(sentence)
+    written = [] if out is None else save(data, out, overwrite=overwrite)
+    if data["hardware"]["type"] == "cpu":
+        warn("CPU TIMING: says how this machine's CPU does, nothing about a GPU")
+    if as_json:
+        sys.stdout.write(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    else:
+        print_result(data, ratios if old is not None else None)
+    for path in written:
+        note(f"wrote {path}")
+    if not result.passed:
+        row = next(row for row in result.rows if not row.check.passed)
+        raise RunFailure(
+            f"no speed-up is given: at N = {row.n:,} ({row.source}) the check against dense failed: {row.check.reason}"
+        )
+
+
+def parse_lengths(text: str, option: str = "--lengths") -> tuple[int, ...]:
+    """Token counts from a comma list; `k` multiplies by 1024.
+
+    >>> parse_lengths("4096,16k")
+    (4096, 16384)
+
+    Raises:
+        InputError: malformed, below 1 or above 1,048,576, or the same length twice.
+    """
+    sizes: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*([0-9]{1,8})(k?)\s*", part, flags=re.IGNORECASE)
+        if match is None:
+            raise InputError(f"{option} {text!r} is malformed; write token counts like 4096,8192 or 4k,8k")
+        size = int(match[1]) * (1024 if match[2] else 1)
+        if not 1 <= size <= MAX_LENGTH:
+            raise InputError(f"{option}: {part.strip()} is out of range; lengths go from 1 to {MAX_LENGTH:,} tokens")
+        if size in sizes:
+            raise InputError(f"{option} {text!r} names {size} twice")
+        sizes.append(size)
+    return tuple(sizes)
+
+
+def _layers(dump: Path | None) -> list[int]:
+    if dump is None:
+        raise InputError("--layers chooses from a dump; planted input has no layers")
+    from anchorscope.dumps import open_dump
+
+    return [entry.layer for entry in open_dump(dump).entries]
+
+
+def print_result(data: dict[str, Any], ratios: list[Ratio] | None = None) -> None:
+    """The tables of a bench, at most 80 columns wide.
+
+    Args:
+        data: content of bench.json.
+        ratios: comparison with an older result, if one was asked for.
+    """
+    console = stdout_console()
+    settings, machine = data["settings"], data["hardware"]
+    cpu = machine["type"] == "cpu"
+    shape = data["rows"][0]
+    console.print(
+        f"{'CPU TIMING: ' if cpu else ''}{machine['name']}"
+        f"{', ' + str(machine['threads']) + ' threads' if cpu else ''}; torch {data['versions']['torch']},"
+        f" {settings['backend']} back end"
+    )
+    console.print(
+        f"{shape['heads']} query heads, {shape['kv_heads']} kv heads, d = {shape['head_dim']}, {settings['dtype']},"
+        f" groups of {settings['block']} x {settings['step']}\n"
+    )
+    several = len({row["source"] for row in data["rows"]}) > 1 or data["settings"]["input"] == "dump"
+    console.print(_dense_table(data, several))
+    for sentence in _absent_notes(data):
+        console.print(sentence)
+    console.print()
+    console.print(_time_table(data, several))
+    console.print()
+    console.print(_quality_table(data, several))
+    if ratios is not None:
+        console.print()
+        console.print(_ratio_table(ratios))
+        if len(ratios) > RATIO_ROWS:
+            console.print(f"{len(ratios) - RATIO_ROWS} more in bench.json (--out) or --json")
+
+
+def _table(title: str, names: list[str]) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1))
+    for name in names:
+        table.add_column(name, justify="left" if name in ("input", "back end", "time") else "right", no_wrap=True)
+    return table
+
+
+def _sections(data: dict[str, Any], several: bool) -> list[tuple[str, dict[str, Any]]]:
+    """Rows with their label: N, or the input's name above it."""
+    labelled = []
+    for row in data["rows"]:
+        name = row["source"] if len(row["source"]) <= 16 else "..." + row["source"][-13:]
+        labelled.append((f"{name} {row['n']:,}" if several else f"{row['n']:,}", row))
+    return labelled
+
+
+def _ms(value: float) -> str:
+    return f"{value:.0f}" if value >= 1000 else f"{value:.3g}" if value < 100 else f"{value:.1f}"
+
+
+def _theta(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:g}"
+
+
+def _optional(value: float | None, pattern: str) -> str:
+    return "-" if value is None else format(value, pattern)
+
+
+def _dense_table(data: dict[str, Any], several: bool) -> Table:
+    table = _table("Dense attention, causal", ["N", "back end", "ms", "p20-p80", "TFLOP/s", "memory", "error"])
+    for label, row in _sections(data, several):
+        for dense in row["dense"]:
+            time = dense["timing"]
+            best = "*" if dense["name"] == row["baseline"] else ""
+            repeated = ", K/V repeated" if dense["kv_repeated"] else ""
+            memory = dense["peak_memory_bytes"]
+            table.add_row(
+                label,
+                f"{dense['name']}{best}{repeated}",
+                _ms(time["median_ms"]),
+                f"{_ms(time['p20_ms'])}-{_ms(time['p80_ms'])}",
+                f"{dense['tflops']:.3g}",
+                "-" if memory is None else human_bytes(memory),
+                f"{dense['output_error']:.1e}",
+            )
+            label = ""
+    table.caption = "* baseline; memory beyond the inputs, output included; error against float32"
+    table.caption_justify = "left"
+    return table
+
+
+def _absent_notes(data: dict[str, Any]) -> list[str]:
+    """Every back end that is missing somewhere, once per reason."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for row in data["rows"]:
+        for item in row["absent"]:
+            found.setdefault((item["name"], item["reason"]), []).append(f"{row['n']:,}")
+    return [
+        f"not timed: {name} at N = {', '.join(dict.fromkeys(lengths))} ({reason})"
+        for (name, reason), lengths in found.items()
+    ]
+
+
+def _time_table(data: dict[str, Any], several: bool) -> Table:
+    names = ["N", "theta", "anchor", "identif.", "sparse", "whole", "p20-p80", "first", "speed-up"]
+    table = _table("Anchor attention, milliseconds", names)
+    for label, row in _sections(data, several):
+        for sparse in row["sparse"]:
+            stages, whole = sparse["stages"], sparse["whole"]
+            table.add_row(
+                label,
+                _theta(sparse["theta"]),
+                *(_ms(stages[stage]["median_ms"]) for stage in ("anchor", "identification", "sparse")),
+                _ms(whole["median_ms"]),
+                f"{_ms(whole['p20_ms'])}-{_ms(whole['p80_ms'])}",
+                _ms(whole["first_ms"]),
+                "refused" if not row["check"]["passed"] else _optional(sparse["speedup"], ".2f"),
+            )
+            label = ""
+    table.caption = "speed-up over the dense baseline *; first: first call, compilation included"
+    table.caption_justify = "left"
+    return table
+
+
+def _quality_table(data: dict[str, Any], several: bool) -> Table:
+    names = ["N", "theta", "recall", "density", "stripes", "error", "effic.", "TFLOP/s", "memory"]
+    table = _table("What that kept and cost", names)
+    for label, row in _sections(data, several):
+        for sparse in row["sparse"]:
+            memory = sparse["extra_memory_bytes"]
+            table.add_row(
+                label,
+                _theta(sparse["theta"]),
+                f"{sparse['recall']:.4f}",
+                f"{sparse['density']:.4f}",
+                _optional(sparse["stripe_density"], ".4f"),
+                f"{sparse['output_error']:.1e}",
+                _optional(sparse["efficiency"], ".2f"),
+                f"{sparse['tflops']:.3g}",
+                "-" if memory is None else human_bytes(memory),
+            )
+            label = ""
+    table.caption = "efficiency = speed-up * density; memory beyond inputs and output"
+    table.caption_justify = "left"
+    return table
+
+
+def _ratio_table(ratios: list[Ratio]) -> Table:
+    table = _table("Against the older result", ["input", "N", "time", "old ms", "new ms", "new/old", ""])
+    for ratio in ratios[:RATIO_ROWS]:
+        name = ratio.source if len(ratio.source) <= 16 else "..." + ratio.source[-13:]
+        verdict = ("slower" if ratio.ratio > 1 else "faster") if ratio.beyond_spread else "="
+        table.add_row(
+            name, f"{ratio.n:,}", ratio.what, _ms(ratio.old_ms), _ms(ratio.new_ms), f"{ratio.ratio:.2f}", verdict
+        )
+    table.caption = "= : the p20-p80 ranges overlap"
+    table.caption_justify = "left"
+    return table
