@@ -312,7 +312,7 @@ def full_precision() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-class _Group:
+class Group:
     """Index arithmetic of one group: its queries and the visible parts of its three key ranges."""
 
     def __init__(self, index: int, shape: HeadShape) -> None:
@@ -352,7 +352,7 @@ def _profile_head(q: Tensor, k: Tensor, v: Tensor | None, shape: HeadShape) -> H
     for index in range(shape.params.groups(shape.tokens)):
         if shape.cancelled():
             raise Cancelled
-        _profile_group(q, kt, v, shape, _Group(index, shape), books)
+        _profile_group(q, kt, v, shape, Group(index, shape), books)
     return books.result()
 
 
@@ -360,7 +360,7 @@ def _cap(s: Tensor, softcap: float | None) -> Tensor:
     return s if softcap is None else s.div_(softcap).tanh_().mul_(softcap)
 
 
-def _anchor_scores(q: Tensor, kt: Tensor, shape: HeadShape, g: _Group, first: int, last: int) -> tuple[Tensor, Tensor]:
+def _anchor_scores(q: Tensor, kt: Tensor, shape: HeadShape, g: Group, first: int, last: int) -> tuple[Tensor, Tensor]:
     """Scores of queries first..last-1 over the visible anchor region, -inf where hidden, and the keys' positions.
 
     Columns: the init keys, then the local keys up to the chunk's last query.
@@ -379,7 +379,7 @@ def _anchor_scores(q: Tensor, kt: Tensor, shape: HeadShape, g: _Group, first: in
     return s, at
 
 
-def _profile_group(q: Tensor, kt: Tensor, v: Tensor | None, shape: HeadShape, g: _Group, books: HeadAccumulator) -> None:
+def _profile_group(q: Tensor, kt: Tensor, v: Tensor | None, shape: HeadShape, g: Group, books: HeadAccumulator) -> None:
     p, dev, window = shape.params, q.device, shape.window
     width = g.last - g.local_start + g.init_stop - g.init_start + g.stop - g.start
     rows = max(16, min(_MAX_ROWS, _CHUNK_ELEMENTS // width))
@@ -443,7 +443,7 @@ def _profile_group(q: Tensor, kt: Tensor, v: Tensor | None, shape: HeadShape, g:
     books.add_group(g.index, mass, g.start, margin.float(), level)
 
 
-def _margins(q: Tensor, anchors: Tensor, kt: Tensor, shape: HeadShape, g: _Group) -> Tensor:
+def _margins(q: Tensor, anchors: Tensor, kt: Tensor, shape: HeadShape, g: Group) -> Tensor:
     """Margin of each candidate: the smallest mean anchor - pooled score over the group's blocks that see the column.
 
     q (R, d) scaled queries of the group, anchors (R,), kt (d, c) candidate keys -> (c,).
@@ -467,7 +467,7 @@ def _far_outputs(
     keys: Tensor,
     columns: Tensor,
     shape: HeadShape,
-    g: _Group,
+    g: Group,
     chunk: tuple[int, int],
     lost: Tensor,
     slices: list[tuple[int, int, int]],

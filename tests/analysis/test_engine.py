@@ -7,46 +7,22 @@ import math
 import numpy as np
 import pytest
 import torch
-from brute import Brute
+from brute import THETAS, Brute, compare, make
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anchorscope.analysis.engine import HeadShape, profile_head
 from anchorscope.params import AnchorParams
 
-THETAS = (3.0, -math.inf, 0.5, math.inf, 1.5, 3.0)
-
-
-def make(n, d, seed=0, strength=3.0):
-    """Random Q/K/V with a sink and a few strong columns, so that stripes exist."""
-    g = torch.Generator().manual_seed(seed)
-    q, k, v = (torch.randn(n, d, generator=g) for _ in range(3))
-    u = torch.randn(d, generator=g)
-    q += 0.5 * u
-    k[:2] += 0.5 * strength * u
-    k[torch.randint(0, n, (max(1, n // 20),), generator=g)] += 0.3 * strength * u
-    return q, k, v
-
-
-def check(n, d, params, *, thetas=THETAS, window=None, softcap=None, seed=0, scale=None, dtype=torch.float32):
+def check(
+    n, d, params, *, thetas=THETAS, window=None, softcap=None, seed=0, scale=None, dtype=torch.float32, engine=None
+):
     q, k, v = make(n, d, seed)
     scale = d**-0.5 if scale is None else scale
     shape = HeadShape(n, d, params, tuple(thetas), scale, window, softcap)
-    got = profile_head(q, k, v, shape, dtype=dtype)
+    got = profile_head(q, k, v, shape, dtype=dtype) if engine is None else engine(q, k, v, shape)
     brute = Brute(q, k, v, params, scale=scale, window=window, softcap=softcap)
-    for t, theta in enumerate(thetas):
-        want = brute.at(theta)
-        margin = brute.margin[torch.isfinite(brute.margin)]
-        near = ((margin - theta).abs() < 1e-4 + 1e-6 * float(brute.s.abs().max())).any()
-        for name in ("visible_pairs", "candidate_pairs"):
-            assert getattr(got, name) == want[name], name
-        if not near:
-            assert got.kept_pairs[t] == want["kept_pairs"]
-            assert got.stripe_pairs[t] == want["stripe_pairs"]
-            for name in ("recall", "recall_p05", "recall_min", "recall_last", "output_error"):
-                assert getattr(got, name)[t] == pytest.approx(want[name], abs=2e-5), (name, theta)
-            for name in ("output_close_01", "output_close_005"):
-                assert getattr(got, name)[t] == pytest.approx(want[name], abs=2e-3), (name, theta)
+    compare(got, brute, thetas)
     return got, brute
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import pytest
 import torch
 
 from anchorscope.kernels import reference
@@ -75,3 +76,34 @@ class Brute:
         base = float((self.p * anchor).sum())
         recall = np.concatenate([[0.0], m[order].cumsum()]) + base
         return np.concatenate([[0], c[order].cumsum()]) + int(anchor.sum()), recall / len(self.p)
+
+
+THETAS = (3.0, -math.inf, 0.5, math.inf, 1.5, 3.0)
+
+
+def make(n, d, seed=0, strength=3.0):
+    """Random Q/K/V with a sink and a few strong columns, so that stripes exist."""
+    g = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(n, d, generator=g) for _ in range(3))
+    u = torch.randn(d, generator=g)
+    q += 0.5 * u
+    k[:2] += 0.5 * strength * u
+    k[torch.randint(0, n, (max(1, n // 20),), generator=g)] += 0.3 * strength * u
+    return q, k, v
+
+
+def compare(got, brute, thetas):
+    """Every per-theta quantity, except where a margin is too close to theta to call."""
+    for t, theta in enumerate(thetas):
+        want = brute.at(theta)
+        margin = brute.margin[torch.isfinite(brute.margin)]
+        near = ((margin - theta).abs() < 1e-4 + 1e-6 * float(brute.s.abs().max())).any()
+        for name in ("visible_pairs", "candidate_pairs"):
+            assert getattr(got, name) == want[name], name
+        if not near:
+            assert got.kept_pairs[t] == want["kept_pairs"]
+            assert got.stripe_pairs[t] == want["stripe_pairs"]
+            for name in ("recall", "recall_p05", "recall_min", "recall_last", "output_error"):
+                assert getattr(got, name)[t] == pytest.approx(want[name], abs=2e-5), (name, theta)
+            for name in ("output_close_01", "output_close_005"):
+                assert getattr(got, name)[t] == pytest.approx(want[name], abs=2e-3), (name, theta)

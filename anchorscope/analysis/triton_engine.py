@@ -1,0 +1,55 @@
+"""The Triton back end of `analyze`: the kernels of `anchorscope.kernels`, bookkept exactly as the torch engine's groups."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from anchorscope.analysis.engine import Cancelled, Group, HeadAccumulator, HeadResult, HeadShape
+from anchorscope.kernels.anchor import anchor
+from anchorscope.kernels.profile import bin_columns, column_mass, dense_lse, margins, sweep
+
+
+def profile_head_triton(q: Tensor, k: Tensor, v: Tensor | None, shape: HeadShape) -> HeadResult:
+    """Measure one query head with the Triton kernels; arguments and result as `engine.profile_head`.
+
+    Products accumulate in float32 from the stored dtype. Working memory on the device is about 40 bytes per (group, key).
+
+    Raises:
+        Cancelled: `shape.cancelled` said so.
+    """
+    p = shape.params
+    scores = {"scale": shape.scale, "window": shape.window, "softcap": shape.softcap}
+    groups = {"block": p.block, "step": p.step, **scores}
+    regions = {"init": p.init_tokens, "lookback": p.lookback_tokens, **groups}
+    q, k, v = q[None, None], k[None, None], None if v is None else v[None, None]
+    levels = len(shape.sorted_thetas)
+    books = HeadAccumulator(shape, v is not None, q.device)
+
+    state = anchor(q, k, v, **regions, precise=True)
+    out, lse = dense_lse(q, k, v, **scores)
+    margin = margins(state, k, queries=shape.tokens, **regions)
+    mass = column_mass(q, k, lse, **groups)
+    columns, bins = bin_columns(margin, _float32_floor(shape.sorted_thetas))
+    swept = sweep(q, k, v, state, out, columns, bins, thetas=levels, **groups)
+
+    books.add_rows(0, torch.exp(swept.lse[0, 0] - lse[0, 0]))
+    if out is not None:
+        books.norm_sq += out.square().sum(dtype=torch.float64)
+        books.error_sq += swept.squares[0, 0]
+        books.close += torch.stack([swept.close_01[0, 0], swept.close_005[0, 0]])
+    for index in range(p.groups(shape.tokens)):
+        if shape.cancelled():
+            raise Cancelled
+        g = Group(index, shape)
+        seen = margin[0, 0, index, g.start : g.stop]
+        books.add_group(index, mass[0, 0, index, : g.last], g.start, seen, books.level_of(seen))
+    return books.result()
+
+
+def _float32_floor(thetas: np.ndarray) -> Tensor:
+    """Largest float32 not above each theta: a float32 margin compares with it exactly as with the theta itself."""
+    floor = thetas.astype(np.float32)
+    floor = np.where(floor > thetas, np.nextafter(floor, np.float32(-np.inf)), floor)
+    return torch.from_numpy(floor)
