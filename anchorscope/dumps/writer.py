@@ -187,7 +187,8 @@ class LayerWriter:
 
     def abort(self) -> None:
         """Drop the unfinished file."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # closing flushes, and the disk may be full
+            self._file.close()
         self._partial.unlink(missing_ok=True)
 
     def _write(self, offset: int, data: bytes | memoryview) -> None:
@@ -459,6 +460,9 @@ def write_dump(
                     " q must be (H, N, d), k and v (Hkv, N, d), all of one dtype"
                 )
         dtype_name(found["q"].dtype)
+        for key, x in (("query_heads", found["q"]), ("kv_heads", found["k"])):
+            if item.get(key) is not None and len(item[key]) != x.shape[0]:
+                raise InputError(f"{where}: {key} names {len(item[key])} heads for {x.shape[0]} rows")
         if lengths.setdefault(item["prompt"], found["q"].shape[1]) != found["q"].shape[1]:
             raise InputError(
                 f"{where} has {found['q'].shape[1]} tokens where the prompt has {lengths[item['prompt']]}"
@@ -481,8 +485,10 @@ def write_dump(
             out = writer.layer(
                 item["prompt"],
                 item["layer"],
-                query_heads=list(item.get("query_heads") or range(heads)),
-                kv_heads=list(item.get("kv_heads") or range(found["k"].shape[0])),
+                query_heads=list(range(heads) if item.get("query_heads") is None else item["query_heads"]),
+                kv_heads=list(
+                    range(found["k"].shape[0]) if item.get("kv_heads") is None else item["kv_heads"]
+                ),
                 tokens=tokens,
                 head_dim=head_dim,
                 dtype=dtype_name(found["q"].dtype),
