@@ -1,0 +1,269 @@
+"""Stage 1: softmax over the anchor region of every query, with pooled queries and pooled anchors from the same pass.
+
+Each program owns a tile of queries of one head within one group and walks the group's two key ranges, the first `init` keys
+and the keys from `lookback` before the group up to the diagonal, tile by tile. Tiles that every query of the tile sees in
+full go first and need no mask. Source: Zhang et al., AnchorAttention (EMNLP 2025), step 1, with the partition of docs/method.md.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import LN2, Problem, accumulate, launch, problem
+from .types import AnchorState
+
+
+@triton.jit(do_not_specialize=["n", "offset", "init", "lookback", "window", "heads", "repeats", "group", "tiles", "blocks"])
+def anchor_kernel(
+    Q, K, V, Out, Lse, Tops, QBar, ABar,
+    sqb, sqh, sqn, sqd, skb, skh, skn, skd, svb, svh, svn, svd, sob, soh, son, sod,
+    n, offset, init, lookback, window, heads, repeats, group, tiles, blocks, batch_heads, scale, cap,
+    DIM: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_V: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SPLIT: tl.constexpr, POOL: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid: (groups * tiles per group * B * H,). Heads vary fastest: those of one kv head share its keys in L2."""
+    pid = tl.program_id(0)
+    bh = pid % batch_heads
+    order = pid // batch_heads
+    g = order // tiles
+    tile = tiles - 1 - order % tiles  # the longest tile of a group first
+    row0 = g * group + tile * BM
+    row_end = tl.minimum(g * group + group, n)
+    if row0 >= row_end:
+        return
+    b = (bh // heads).to(tl.int64)
+    h = bh % heads
+    hk = h // repeats
+
+    i = tl.arange(0, BM)
+    d = tl.arange(0, D)
+    c = tl.arange(0, BN)
+    rows = row0 + i
+    live = rows < row_end
+    inner = d < DIM
+    q_at = Q + b * sqb + h.to(tl.int64) * sqh + row0.to(tl.int64) * sqn + i[:, None] * sqn + d[None, :] * sqd
+    q = tl.load(q_at, mask=live[:, None] & inner[None, :], other=0.0)  # [BM, D]
+    k_base = K + b * skb + hk.to(tl.int64) * skh
+    v_base = V + b * svb + hk.to(tl.int64) * svh
+    k_off = c[:, None] * skn + d[None, :] * skd
+    v_off = c[:, None] * svn + d[None, :] * svd
+
+    pos = offset + rows
+    first = offset + row0
+    stop = offset + tl.minimum(row0 + BM, row_end)  # past the last query's own key
+    start = tl.maximum(offset + g * group - lookback, 0)
+    init_end = tl.minimum(init, start)
+    init_from = 0
+    local_from = start
+    if WINDOW:
+        lowest = tl.maximum(first - window + 1, 0)
+        init_from = tl.minimum(lowest, init_end)
+        local_from = tl.maximum(start, lowest)
+        full_a = 0
+        full_b = 0
+    else:
+        full_a = init_end // BN
+        full_b = (first + 1 - start) // BN
+
+    total = tl.zeros([BM], tl.float32)
+    top = tl.full([BM], float("-inf"), tl.float32)
+    acc = tl.zeros([BM, D], tl.float32) if HAS_V else total
+
+    for it in tl.range(0, full_a + full_b):  # key tiles that all queries of the tile see in full
+        j = tl.where(it < full_a, it * BN, start + (it - full_a) * BN).to(tl.int64)
+        if D == DIM:
+            k = tl.load(k_base + j * skn + k_off)  # [BN, D]
+        else:
+            k = tl.load(k_base + j * skn + k_off, mask=inner[None, :], other=0.0)
+        qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if HAS_V:
+            if D == DIM:
+                v = tl.load(v_base + j * svn + v_off)  # [BN, D]
+            else:
+                v = tl.load(v_base + j * svn + v_off, mask=inner[None, :], other=0.0)
+        else:
+            v = k
+        acc, total, top = accumulate(
+            acc, total, top, qk, v, scale, cap, SOFTCAP, False, HAS_V, SPLIT, PRECISION
+        )
+
+    rest_a = init_from + full_a * BN
+    rest_b = local_from + full_b * BN
+    tiles_a = tl.cdiv(init_end - rest_a, BN)
+    tiles_b = tl.cdiv(stop - rest_b, BN)
+    for it in tl.range(0, tiles_a + tiles_b):
+        j = tl.where(it < tiles_a, rest_a + it * BN, rest_b + (it - tiles_a) * BN)
+        limit = tl.where(it < tiles_a, init_end, stop)
+        cols = j + c
+        there = cols < limit
+        k = tl.load(
+            k_base + j.to(tl.int64) * skn + k_off, mask=there[:, None] & inner[None, :], other=0.0
+        )
+        qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        seen = there[None, :] & (cols[None, :] <= pos[:, None])
+        if WINDOW:
+            seen = seen & (pos[:, None] - cols[None, :] < window)
+        qk = tl.where(seen, qk, float("-inf"))
+        if HAS_V:
+            v = tl.load(
+                v_base + j.to(tl.int64) * svn + v_off, mask=there[:, None] & inner[None, :], other=0.0
+            )
+        else:
+            v = k
+        acc, total, top = accumulate(acc, total, top, qk, v, scale, cap, SOFTCAP, True, HAS_V, SPLIT, PRECISION)
+
+    flat = bh.to(tl.int64) * n + rows
+    tl.store(Lse + flat, tl.where(total > 0, (top + tl.log2(total)) * LN2, float("-inf")), mask=live)
+    if HAS_V:
+        acc = acc * (1.0 / tl.where(total > 0, total, 1.0))[:, None]
+        o_at = Out + b * sob + h.to(tl.int64) * soh + row0.to(tl.int64) * son + i[:, None] * son + d[None, :] * sod
+        tl.store(o_at, acc.to(Out.dtype.element_ty), mask=live[:, None] & inner[None, :])
+    if POOL:  # blocks lie within this tile
+        parts: tl.constexpr = BM // BLOCK
+        p = tl.arange(0, parts)
+        block0 = row0 // BLOCK
+        count = tl.minimum(row_end - row0 - p * BLOCK, BLOCK)
+        share = 1.0 / tl.maximum(count, 1).to(tl.float32)
+        a_sum = tl.sum(tl.reshape(tl.where(live, top * LN2, 0.0), [parts, BLOCK]), 1)
+        q_sum = tl.sum(tl.reshape(q.to(tl.float32), [parts, BLOCK, D]), 1)
+        at = bh.to(tl.int64) * blocks + block0 + p
+        tl.store(ABar + at, a_sum * share, mask=count > 0)
+        tl.store(
+            QBar + at[:, None] * DIM + d[None, :],
+            (q_sum * share[:, None]).to(QBar.dtype.element_ty),
+            mask=(count > 0)[:, None] & inner[None, :],
+        )
+    else:
+        tl.store(Tops + flat, top * LN2, mask=live)
+
+
+@triton.jit(do_not_specialize=["n", "heads", "block", "blocks"])
+def pool_kernel(
+    Q, Tops, QBar, ABar, sqb, sqh, sqn, sqd, n, heads, block, blocks,
+    DIM: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """Grid: (blocks, B * H). Block sizes that do not fit the tile of `anchor_kernel` are pooled here."""
+    t = tl.program_id(0)
+    bh = tl.program_id(1)
+    row0 = t * block
+    row_end = tl.minimum(row0 + block, n)
+    q_base = Q + (bh // heads).to(tl.int64) * sqb + (bh % heads).to(tl.int64) * sqh
+    i = tl.arange(0, BM)
+    d = tl.arange(0, D)
+    q_sum = tl.zeros([D], tl.float32)
+    a_sum = tl.zeros([BM], tl.float32)
+    for r in tl.range(row0, row_end, BM):
+        live = r + i < row_end
+        at = q_base + tl.cast(r + i, tl.int64)[:, None] * sqn + d[None, :] * sqd
+        q_sum += tl.sum(tl.load(at, mask=live[:, None] & (d < DIM)[None, :], other=0.0).to(tl.float32), 0)
+        a_sum += tl.load(Tops + bh.to(tl.int64) * n + r + i, mask=live, other=0.0)
+    count = (row_end - row0).to(tl.float32)
+    at = bh.to(tl.int64) * blocks + t
+    tl.store(ABar + at, tl.sum(a_sum, 0) / count)
+    tl.store(QBar + at * DIM + d, (q_sum / count).to(QBar.dtype.element_ty), mask=d < DIM)
+
+
+@torch.library.custom_op("anchorscope::anchor", mutates_args=())
+def anchor_op(
+    q: Tensor, k: Tensor, v: Tensor | None, block: int, step: int, init: int, lookback: int, scale: float,
+    window: int | None, softcap: float | None, offset: int, precise: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Launcher of `anchor_kernel`; see `anchor` for the meaning and the results."""
+    p = problem(
+        q, k, v, block=block, step=step, init=init, lookback=lookback, scale=scale, window=window, softcap=softcap,
+        offset=offset,
+    )  # fmt: skip
+    return _launch(q, k, v, p, precise)
+
+
+@anchor_op.register_fake
+def _(q, k, v, block, step, init, lookback, scale, window, softcap, offset, precise):
+    batch, heads, n, dim = q.shape
+    kind = torch.float32 if precise else q.dtype
+    blocks = (n + block - 1) // block
+    return (
+        q.new_empty(batch, heads, n, 0 if v is None else dim, dtype=kind),
+        q.new_empty(batch, heads, n, dtype=torch.float32),
+        q.new_empty(batch, heads, blocks, dim, dtype=kind),
+        q.new_empty(batch, heads, blocks, dtype=torch.float32),
+    )
+
+
+def _launch(q: Tensor, k: Tensor, v: Tensor | None, p: Problem, precise: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    kind = torch.float32 if precise else q.dtype
+    out = q.new_empty(p.batch, p.heads, p.queries, 0 if v is None else p.dim, dtype=kind)
+    lse = q.new_empty(p.batch, p.heads, p.queries, dtype=torch.float32)
+    q_bar = q.new_empty(p.batch, p.heads, p.blocks, p.dim, dtype=kind)
+    a_bar = q.new_empty(p.batch, p.heads, p.blocks, dtype=torch.float32)
+    c = launch("anchor_precise" if precise else "anchor", q.device, q.element_size(), p.dim_pad)
+    bm = min(c["BM"], max(16, triton.next_power_of_2(p.group)))
+    pool = bm % p.block == 0
+    tops = lse if pool else torch.empty_like(lse)
+    tiles = triton.cdiv(p.group, bm)
+    keys_v = k if v is None else v
+    with torch.cuda.device_of(q):
+        anchor_kernel[(p.groups * tiles * p.batch * p.heads,)](
+            q, k, keys_v, out, lse, tops, q_bar, a_bar,
+            *q.stride(), *k.stride(), *keys_v.stride(), *out.stride(),
+            p.queries, p.offset, p.init, p.lookback, p.window or 0, p.heads, p.repeats, p.group, tiles, p.blocks,
+            p.batch * p.heads, p.scale, p.cap,
+            DIM=p.dim, D=p.dim_pad, BM=bm, BN=c["BN"], BLOCK=p.block if pool else 1, HAS_V=v is not None,
+            WINDOW=p.window is not None, SOFTCAP=p.cap > 0, SPLIT=precise and q.dtype != torch.float32, POOL=pool,
+            PRECISION="ieee", num_warps=c["num_warps"], num_stages=c["num_stages"],
+        )  # fmt: skip
+        if not pool:
+            pool_kernel[(p.blocks, p.batch * p.heads)](
+                q, tops, q_bar, a_bar, *q.stride(), p.queries, p.heads, p.block, p.blocks,
+                DIM=p.dim, D=p.dim_pad, BM=32,
+            )  # fmt: skip
+    return out, lse, q_bar, a_bar
+
+
+def anchor(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    *,
+    block: int = 128,
+    step: int = 16,
+    init: int | None = None,
+    lookback: int | None = None,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    offset: int | None = None,
+    precise: bool = False,
+) -> AnchorState:
+    """Softmax state over the anchor region A(i) = {j <= i : j < init or j >= G(g) - lookback} of every query.
+
+    Args:
+        q: (B, H, n, d) float16, bfloat16 or float32, any strides; the last n of the N positions unless `offset` says otherwise.
+        k, v: (B, Hkv, N, d), not repeated; query head h reads kv head h // (H // Hkv). Without `v` no output is computed.
+        block, step: queries pooled together, and blocks that share one selection.
+        init, lookback: tokens always kept at the start and before each group; default `block`.
+        scale: softmax scale, default d ** -0.5.
+        window: key j is visible to query i only if i - j < window.
+        softcap: scores become c * tanh(s / c).
+        offset: absolute position of the first query, default N - n.
+        precise: for measurements: `out` and `q_bar` in float32, weights not rounded to 16 bits.
+
+    Returns:
+        AnchorState(out (B, H, n, d) in q.dtype or float32 if precise, (B, H, n, 0) without v; lse (B, H, n) float32 in nats;
+        q_bar (B, H, blocks, d) in the dtype of out; a_bar (B, H, blocks) float32 in nats).
+
+    Raises:
+        ValueError: shapes, dtypes, devices or parameters that do not fit.
+    """
+    p = problem(
+        q, k, v, block=block, step=step, init=init, lookback=lookback, scale=scale, window=window, softcap=softcap,
+        offset=offset,
+    )  # fmt: skip
+    return AnchorState(
+        *anchor_op(
+            q, k, v, p.block, p.step, p.init, p.lookback, p.scale, p.window, p.cap or None, p.offset, precise
+        )
+    )

@@ -1,0 +1,242 @@
+"""What the Triton kernels share: checked problem sizes, launch configurations, device helpers.
+
+Launch configurations come from `launch.json`, keyed by op, architecture, bytes per element and padded head dimension, so
+that results are bit-identical from run to run; nothing is tuned at run time (`python -m anchorscope.kernels.tune` updates
+the file).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MAX_HEAD_DIM = 256
+
+
+def interpreting() -> bool:
+    """Whether Triton runs its kernels in the CPU interpreter (TRITON_INTERPRET=1 before the import)."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+class Problem(NamedTuple):
+    """Checked sizes of one call; positions in tokens, `scale` positive, `cap` 0 without a soft-cap."""
+
+    batch: int
+    heads: int
+    kv_heads: int
+    queries: int
+    keys: int
+    dim: int
+    block: int
+    step: int
+    init: int
+    lookback: int
+    offset: int
+    window: int | None
+    scale: float
+    cap: float
+
+    @property
+    def group(self) -> int:
+        """Queries per group."""
+        return self.block * self.step
+
+    @property
+    def blocks(self) -> int:
+        """Query blocks; the last may be short."""
+        return math.ceil(self.queries / self.block)
+
+    @property
+    def groups(self) -> int:
+        """Groups; the last may be short."""
+        return math.ceil(self.queries / self.group)
+
+    @property
+    def repeats(self) -> int:
+        """Query heads per kv head."""
+        return self.heads // self.kv_heads
+
+    @property
+    def dim_pad(self) -> int:
+        """Head dimension rounded up to a power of two of at least 16."""
+        return max(16, triton.next_power_of_2(self.dim))
+
+
+def check_tensors(**tensors: Tensor | None) -> None:
+    """Raise ValueError unless the given tensors are 4-d, on one usable device and of one supported dtype."""
+    given = {name: t for name, t in tensors.items() if t is not None}
+    first = next(iter(given.values()))
+    for name, t in given.items():
+        if t.ndim != 4 or 0 in t.shape:
+            raise ValueError(f"{name} must be 4-d (batch, heads, tokens, head_dim) and not empty, not {tuple(t.shape)}")
+        if t.dtype not in DTYPES:
+            raise ValueError(f"{name} must be float16, bfloat16 or float32, not {t.dtype}")
+        if t.dtype != first.dtype or t.device != first.device:
+            raise ValueError(f"{name} is {t.dtype} on {t.device}, but the first tensor {first.dtype} on {first.device}")
+    if first.device.type != "cuda" and not interpreting():
+        raise ValueError(
+            f"the Triton kernels need tensors on a GPU, not on {first.device}; use the torch back end, or set "
+            "TRITON_INTERPRET=1 before starting Python to run them in the slow interpreter"
+        )
+
+
+def problem(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None = None,
+    *,
+    block: int = 128,
+    step: int = 16,
+    init: int | None = None,
+    lookback: int | None = None,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    offset: int | None = None,
+) -> Problem:
+    """Check one call's tensors and parameters; defaults as in docs/method.md. Raises ValueError."""
+    check_tensors(q=q, k=k, v=v)
+    batch, heads, n, dim = q.shape
+    if k.shape[0] != batch or k.shape[3] != dim or heads % k.shape[1]:
+        raise ValueError(
+            f"k {tuple(k.shape)} does not fit q {tuple(q.shape)}: same batch and head_dim, and query heads a multiple of "
+            "kv heads"
+        )
+    if v is not None and v.shape != k.shape:
+        raise ValueError(f"v {tuple(v.shape)} must have the shape of k {tuple(k.shape)}")
+    if dim > MAX_HEAD_DIM:
+        raise ValueError(f"head_dim {dim} is above the kernels' limit of {MAX_HEAD_DIM}; use the torch back end")
+    keys = k.shape[2]
+    offset = keys - n if offset is None else offset
+    if offset < 0 or offset + n > keys:
+        raise ValueError(f"offset {offset} with {n} queries does not lie within the {keys} keys")
+    scale = dim**-0.5 if scale is None else float(scale)
+    if not (scale > 0 and math.isfinite(scale)):
+        raise ValueError(f"scale must be a positive number, not {scale}")
+    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
+        raise ValueError(f"softcap must be a positive number or None, not {softcap}")
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1 or None, not {window}")
+    if block < 1 or step < 1:
+        raise ValueError(f"block and step must be at least 1, not {block} and {step}")
+    init = block if init is None else init
+    lookback = block if lookback is None else lookback
+    if init < 0 or lookback < 0:
+        raise ValueError(f"init and lookback must not be negative, not {init} and {lookback}")
+    # Beyond the sequence these change nothing; cut so that position arithmetic stays within 32 bits.
+    limit = 2 * keys
+    return Problem(
+        batch,
+        heads,
+        k.shape[1],
+        n,
+        keys,
+        dim,
+        block if block <= n else n,
+        step if block <= n and step * block <= n + block else max(1, math.ceil(n / min(block, n))),
+        min(init, limit),
+        min(lookback, limit),
+        offset,
+        None if window is None or window >= keys else window,
+        scale,
+        0.0 if softcap is None else float(softcap),
+    )
+
+
+@lru_cache(maxsize=1)
+def launch_table() -> dict:
+    """The committed launch configurations (`launch.json`)."""
+    return json.loads(Path(__file__).with_name("launch.json").read_text())
+
+
+@lru_cache(maxsize=64)
+def architecture(device: torch.device) -> str:
+    """Key of the launch table for a device: `sm90`, `sm80`, `sm89`, `sm100`, `gfx942` or `interpret`."""
+    if device.type != "cuda":
+        return "interpret"
+    if torch.version.hip:
+        return "gfx942"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major >= 10:
+        # The smaller chips of this family have the shared memory of sm_89.
+        return "sm100" if major == 10 else "sm89"
+    return "sm90" if major == 9 else ("sm80" if (major, minor) == (8, 0) else "sm89")
+
+
+def launch(op: str, device: torch.device, itemsize: int, dim_pad: int) -> dict[str, int]:
+    """Launch configuration of an op: tile sizes, `num_warps`, `num_stages`."""
+    return launch_for(op, architecture(device), itemsize, dim_pad)
+
+
+def launch_for(op: str, arch: str, itemsize: int, dim_pad: int) -> dict[str, int]:
+    """Entry of the launch table: the given head dimension or the next larger one listed."""
+    sizes = launch_table()[op][arch]["4" if itemsize == 4 else "2"]
+    return dict(sizes[str(min(int(s) for s in sizes if int(s) >= dim_pad))])
+
+
+def theta_tensor(theta: float | Tensor, p: Problem, device: torch.device) -> Tensor:
+    """Thetas in nats as (B, H) float32: a number for all heads, or a (B, H) tensor. Raises ValueError."""
+    if isinstance(theta, Tensor):
+        if theta.numel() != 1 and theta.shape != (p.batch, p.heads):
+            raise ValueError(f"theta must be a number or a (batch, heads) tensor, not of shape {tuple(theta.shape)}")
+        return theta.to(device, torch.float32).expand(p.batch, p.heads).contiguous()
+    if math.isnan(theta):
+        raise ValueError("theta must not be NaN")
+    return torch.full((p.batch, p.heads), float(theta), device=device, dtype=torch.float32)
+
+
+@triton.jit
+def capped(qk, scale, cap, SOFTCAP: tl.constexpr):
+    """Score in nats of a raw product: scale * qk, then cap * tanh(. / cap)."""
+    s = qk * scale
+    if SOFTCAP:
+        # tanh(x) = 1 - 2 / (1 + exp(2x)); saturates to +-1 without overflow trouble.
+        s = cap * (1.0 - 2.0 / (1.0 + tl.exp2(s * (2.0 * LOG2E / cap))))
+    return s
+
+
+@triton.jit
+def accumulate(acc, total, top, qk, v, scale, cap, SOFTCAP: tl.constexpr, MASKED: tl.constexpr, HAS_V: tl.constexpr,
+               SPLIT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """One step of the online softmax: state (acc (M, D), total (M,), top (M,) in log2 units) joined by a tile of products.
+
+    `qk` (M, N) holds -inf where MASKED hides a key. SPLIT feeds the weights to the tensor cores as two halves, which makes the
+    product accurate to about 2^-17 whatever the 16-bit dtype.
+    """
+    if SOFTCAP:
+        s = capped(qk, scale, cap, SOFTCAP) * LOG2E
+        if MASKED:
+            s = tl.where(qk == float("-inf"), float("-inf"), s)
+        new = tl.maximum(top, tl.max(s, 1))
+    else:
+        s = qk
+        new = tl.maximum(top, tl.max(qk, 1) * (scale * LOG2E))
+    if MASKED:
+        shift = tl.where(new == float("-inf"), 0.0, new)
+    else:
+        shift = new
+    if SOFTCAP:
+        w = tl.exp2(s - shift[:, None])
+    else:
+        w = tl.exp2(s * (scale * LOG2E) - shift[:, None])
+    fade = tl.exp2(top - shift)
+    total = total * fade + tl.sum(w, 1)
+    if HAS_V:
+        acc = acc * fade[:, None]
+        half = w.to(v.dtype)
+        acc = tl.dot(half, v, acc, input_precision=PRECISION)
+        if SPLIT:
+            acc = tl.dot((w - half.to(tl.float32)).to(v.dtype), v, acc, input_precision=PRECISION)
+    return acc, total, new

@@ -1,0 +1,304 @@
+"""Stage 2: which key columns are stripes of each group, from the pooled queries and anchors.
+
+`score_kernel` keeps a tile of keys on the chip and walks the groups that have it among their candidates: the pooled queries
+of several heads (of one kv head) and blocks, stacked, give one product per step, so keys are read once per kv head. Its
+result is a bit mask over (head, group, column). `count_kernel` and `list_kernel` turn the mask into ascending column lists.
+Source: Zhang et al., AnchorAttention (EMNLP 2025), step 2, with the candidates of docs/method.md.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import Problem, check_tensors, launch, problem, theta_tensor
+from .types import AnchorState, Stripes
+
+PAD = 256  # columns of the bit mask are a multiple of this, and of every BC below
+
+
+@triton.jit
+def _either(a, b):
+    return a | b
+
+
+@triton.jit(do_not_specialize=["offset", "init", "lookback", "window", "heads", "repeats", "group", "groups", "block",
+                               "blocks", "step", "chunks", "words"])  # fmt: skip
+def score_kernel(
+    QBar, ABar, K, Theta, Bits,
+    sqb, sqh, sqn, skb, skh, skn, skd,
+    keys, offset, init, lookback, window, heads, repeats, group, groups, block, blocks, step, chunks, words,
+    scale, cap,
+    DIM: tl.constexpr, D: tl.constexpr, BC: tl.constexpr, TG: tl.constexpr, RC: tl.constexpr, SP: tl.constexpr,
+    SUB: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid: (B * Hkv * chunks of RC heads, key tiles). Bits: (B * H * groups, words) int16, 16 columns each.
+
+    One step scores TG groups x RC heads x SP blocks, stacked in that order. SUB: a group has more than SP blocks.
+    """
+    part = tl.program_id(0)
+    c0 = tl.program_id(1) * BC
+    chunk = part % chunks
+    kv = part // chunks
+    kv_heads = heads // repeats
+    b = kv // kv_heads
+    hk = kv % kv_heads
+
+    # Groups whose candidates [init, G - lookback) and windows reach into this tile.
+    low = c0 + lookback - offset
+    g0 = tl.where(low < 0, 0, low // group + 1)
+    g1 = groups
+    if WINDOW:
+        g1 = tl.minimum(groups, tl.maximum(tl.cdiv(c0 + BC - 1 + window - offset, group), 0))
+    if c0 + BC <= init:
+        g1 = 0
+
+    c = tl.arange(0, BC)
+    d = tl.arange(0, D)
+    r = tl.arange(0, TG * RC * SP)
+    t = r % SP
+    head_in = chunk * RC + (r // SP) % RC
+    head = b * heads + hk * repeats + head_in
+    head_ok = head_in < repeats
+    inner = d < DIM
+    cols = c0 + c
+    k_at = K + b.to(tl.int64) * skb + hk.to(tl.int64) * skh + c0.to(tl.int64) * skn
+    k = tl.load(k_at + c[:, None] * skn + d[None, :] * skd, mask=(cols < keys)[:, None] & inner[None, :], other=0.0)
+    theta = tl.load(Theta + head, mask=head_ok, other=float("-inf"))
+    bit = (1 << (c % 16)).to(tl.int32)
+    q_at = QBar + (head // heads).to(tl.int64) * sqb + (head % heads).to(tl.int64) * sqh
+
+    wr = tl.arange(0, TG * RC)  # one word row per (group, head)
+    w_in = chunk * RC + wr % RC
+    w_head = (b * heads + hk * repeats + w_in).to(tl.int64)
+    w = tl.arange(0, BC // 16)
+    w_cols = c0 + w * 16
+
+    for g in tl.range(g0, g1, TG):
+        gr = g + r // (RC * SP)
+        word = tl.zeros([BC // 16, TG * RC], tl.int32)
+        subs = tl.cdiv(step, SP) if SUB else 1
+        for s in tl.range(0, subs):
+            tr = t + s * SP
+            at = gr * step + tr
+            ok = head_ok & (tr < step) & (gr < g1) & (at < blocks)
+            q = tl.load(
+                q_at[:, None] + at[:, None] * sqn + d[None, :], mask=ok[:, None] & inner[None, :], other=0.0
+            )  # [TG * RC * SP, D]
+            a = tl.load(ABar + head.to(tl.int64) * blocks + at, mask=ok, other=0.0)
+            need = tl.where(ok, a - theta, float("inf"))  # least score that makes a stripe
+            qk = tl.dot(k, tl.trans(q.to(k.dtype)), input_precision=PRECISION)  # [BC, TG * RC * SP]
+            if SOFTCAP:  # cap * tanh(x / cap) >= need, solved for the raw product
+                x = tl.minimum(tl.maximum(need / cap, -1.0), 1.0)
+                inverse = 0.5 * tl.log((1.0 + x) / (1.0 - x)) * cap
+                need = tl.where(x >= 1.0, float("inf"), tl.where(x <= -1.0, float("-inf"), inverse))
+            hit = qk >= (need / scale)[None, :]
+            if WINDOW:
+                hit = hit & ((offset + at * block)[None, :] - cols[:, None] < window)
+            bits = tl.where(hit & ok[None, :], bit[:, None], 0)
+            bits = tl.permute(tl.reshape(bits, [BC // 16, 16, TG * RC, SP]), [0, 2, 1, 3])
+            word = word | tl.reduce(tl.reshape(bits, [BC // 16, TG * RC, 16 * SP]), 2, _either)
+        # Cut to the candidates of each group.
+        wg = g + wr // RC
+        limit = (offset + wg * group - lookback)[None, :] - w_cols[:, None]
+        least = init - w_cols[:, None]
+        word = word & ((1 << tl.minimum(tl.maximum(limit, 0), 16)) - 1)
+        word = word & (0xFFFF << tl.minimum(tl.maximum(least, 0), 16))
+        to = Bits + (w_head * groups + wg)[None, :] * words + (c0 // 16 + w)[:, None]
+        tl.store(to, word.to(tl.int16), mask=((w_in < repeats) & (wg < g1))[None, :])
+
+
+@triton.jit
+def _ones(x):
+    """Bits set in each int32."""
+    x = x - ((x >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    return ((x * 0x01010101) >> 24) & 0xFF
+
+
+@triton.jit
+def _span(g, offset, init, lookback, window, group, WINDOW: tl.constexpr):
+    """First and past-the-last 32-column word of the candidates of group g that `score_kernel` wrote."""
+    limit = tl.maximum(offset + g * group - lookback, 0)
+    low = init
+    if WINDOW:
+        low = tl.maximum(low, offset + g * group - window + 1)
+    low = tl.minimum(tl.maximum(low, 0), limit)
+    return low // 32, tl.where(low < limit, tl.cdiv(limit, 32), low // 32)
+
+
+@triton.jit(do_not_specialize=["offset", "init", "lookback", "window", "group", "groups", "words"])
+def count_kernel(Bits, Counts, offset, init, lookback, window, group, groups, words,
+                 WINDOW: tl.constexpr, BW: tl.constexpr):  # fmt: skip
+    """Grid: (B * H * groups,). Bits: (rows, words) int32."""
+    row = tl.program_id(0)
+    lo, hi = _span(row % groups, offset, init, lookback, window, group, WINDOW)
+    w = tl.arange(0, BW)
+    total = tl.zeros([BW], tl.int32)
+    for at in tl.range(lo, hi, BW):
+        total += _ones(tl.load(Bits + row.to(tl.int64) * words + at + w, mask=at + w < hi, other=0))
+    tl.store(Counts + row, tl.sum(total, 0))
+
+
+@triton.jit(do_not_specialize=["offset", "init", "lookback", "window", "group", "groups", "words", "capacity"])
+def list_kernel(Bits, Offsets, Columns, offset, init, lookback, window, group, groups, words, capacity,
+                WINDOW: tl.constexpr, BW: tl.constexpr):  # fmt: skip
+    """Grid: (B * H * groups,). Writes each row's columns in ascending order, none beyond the capacity."""
+    row = tl.program_id(0)
+    lo, hi = _span(row % groups, offset, init, lookback, window, group, WINDOW)
+    base = tl.load(Offsets + row)
+    w = tl.arange(0, BW)
+    for at in tl.range(lo, hi, BW):
+        bits = tl.load(Bits + row.to(tl.int64) * words + at + w, mask=at + w < hi, other=0)
+        ones = _ones(bits)
+        to = base + tl.cumsum(ones, 0) - ones
+        for i in tl.static_range(32):
+            got = ((bits >> i) & 1) == 1
+            tl.store(Columns + to, (at + w) * 32 + i, mask=got & (to < capacity))
+            to += tl.where(got, 1, 0)
+        base += tl.sum(ones, 0)
+
+
+def stacking(p: Problem, rows: int) -> tuple[int, int, int, bool]:
+    """(TG groups, RC heads, SP blocks, whether a group takes several steps) stacked to about `rows` pooled queries."""
+    sp = min(triton.next_power_of_2(p.step), rows)
+    rc = min(triton.next_power_of_2(p.repeats), rows // sp)
+    return rows // (sp * rc), rc, sp, p.step > sp
+
+
+@torch.library.custom_op("anchorscope::stripe_bits", mutates_args=())
+def bits_op(
+    q_bar: Tensor, a_bar: Tensor, k: Tensor, theta: Tensor, queries: int, block: int, step: int, init: int,
+    lookback: int, scale: float, window: int | None, softcap: float | None, offset: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Bit mask (B * H * groups, words) int32 over columns, and counts (B, H, groups) int32; see `identify`.
+
+    Words outside a group's candidates are not written.
+    """
+    p = _problem(q_bar, k, queries, block, step, init, lookback, scale, window, softcap, offset)
+    bits, counts = _outputs(q_bar, k, p.groups)
+    c = launch("identify", k.device, k.element_size(), p.dim_pad)
+    tg, rc, sp, sub = stacking(p, c["ROWS"])
+    chunks = triton.cdiv(p.repeats, rc)
+    words = bits.shape[1]
+    # No group has candidates beyond this column.
+    last = max(0, p.offset + (p.groups - 1) * p.group - p.lookback)
+    positions = (p.offset, p.init, p.lookback, p.window or 0)
+    windowed = p.window is not None
+    with torch.cuda.device_of(k):
+        if last > 0:
+            score_kernel[(p.batch * p.kv_heads * chunks, triton.cdiv(last, c["BC"]))](
+                q_bar, a_bar, k, theta, bits.view(torch.int16),
+                *q_bar.stride()[:3], *k.stride(),
+                p.keys, *positions, p.heads, p.repeats, p.group, p.groups, p.block, p.blocks, p.step, chunks, words * 2,
+                p.scale, p.cap,
+                DIM=p.dim, D=p.dim_pad, BC=c["BC"], TG=tg, RC=rc, SP=sp, SUB=sub, WINDOW=windowed, SOFTCAP=p.cap > 0,
+                PRECISION="ieee", num_warps=c["num_warps"], num_stages=c["num_stages"],
+            )  # fmt: skip
+        count_kernel[(bits.shape[0],)](
+            bits, counts, *positions, p.group, p.groups, words, WINDOW=windowed, BW=1024, num_warps=4
+        )
+    return bits, counts
+
+
+def _outputs(q_bar: Tensor, k: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    batch, heads = q_bar.shape[:2]
+    words = (k.shape[2] + PAD - 1) // PAD * (PAD // 32)
+    return (
+        q_bar.new_empty(batch * heads * groups, words, dtype=torch.int32),
+        q_bar.new_empty(batch, heads, groups, dtype=torch.int32),
+    )
+
+
+@bits_op.register_fake
+def _(q_bar, a_bar, k, theta, queries, block, step, init, lookback, scale, window, softcap, offset):
+    return _outputs(q_bar, k, (queries + block * step - 1) // (block * step))
+
+
+@torch.library.custom_op("anchorscope::stripe_list", mutates_args=())
+def list_op(
+    bits: Tensor, offsets: Tensor, capacity: int, group: int, groups: int, init: int, lookback: int, window: int | None,
+    offset: int,
+) -> Tensor:  # fmt: skip
+    """Columns (capacity,) int32 of the bit mask of `bits_op`, row r starting at offsets[r]; see `identify`."""
+    columns = bits.new_empty(capacity)
+    if capacity:
+        with torch.cuda.device_of(bits):
+            list_kernel[(bits.shape[0],)](
+                bits, offsets, columns, offset, init, lookback, window or 0, group, groups, bits.shape[1], capacity,
+                WINDOW=window is not None, BW=1024, num_warps=4,
+            )  # fmt: skip
+    return columns
+
+
+@list_op.register_fake
+def _(bits, offsets, capacity, group, groups, init, lookback, window, offset):
+    return bits.new_empty(capacity)
+
+
+def _problem(
+    q_bar: Tensor, k: Tensor, queries: int, block: int, step: int, init: int | None, lookback: int | None,
+    scale: float | None, window: int | None, softcap: float | None, offset: int | None,
+) -> Problem:  # fmt: skip
+    """`problem` for stages that have pooled queries instead of queries."""
+    batch, heads, blocks, dim = q_bar.shape
+    like = k.new_empty(1).expand(batch, heads, queries, dim)
+    p = problem(
+        like, k, block=block, step=step, init=init, lookback=lookback, scale=scale, window=window, softcap=softcap,
+        offset=offset,
+    )  # fmt: skip
+    if blocks != p.blocks:
+        raise ValueError(f"q_bar has {blocks} blocks, but {queries} queries in blocks of {block} make {p.blocks}")
+    return p
+
+
+def identify(
+    state: AnchorState | tuple[Tensor, Tensor],
+    k: Tensor,
+    *,
+    theta: float | Tensor,
+    queries: int,
+    block: int = 128,
+    step: int = 16,
+    init: int | None = None,
+    lookback: int | None = None,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    offset: int | None = None,
+    capacity: int | None = None,
+) -> Stripes:
+    """Stripes of every group: candidate columns whose margin is at most theta.
+
+    The margin of column j is the smallest of a_bar(t) - score(q_bar(t), k_j) over the group's blocks t that see j. Pooled
+    queries are rounded to the dtype of `k` for the product (`margins` in profile.py does not round them).
+
+    Args:
+        state: what `anchor` returned, or (q_bar (B, H, blocks, d), a_bar (B, H, blocks) float32).
+        k: (B, Hkv, N, d), as given to `anchor`.
+        theta: nats, a number or a (B, H) tensor; -inf selects nothing, +inf every candidate that some query sees.
+        queries: n, and the other parameters as given to `anchor`.
+        capacity: length of `columns`. Without it the total is read back from the GPU once, the only synchronisation. With
+            it nothing synchronises; `offsets[-1] > capacity` then tells that columns were left out.
+
+    Returns:
+        Stripes(columns int32, offsets (B * H * groups + 1,) int64, counts (B, H, groups) int32).
+
+    Raises:
+        ValueError: shapes or parameters that do not fit.
+    """
+    q_bar, a_bar = (state.q_bar, state.a_bar) if isinstance(state, AnchorState) else state
+    check_tensors(k=k)
+    p = _problem(q_bar, k, queries, block, step, init, lookback, scale, window, softcap, offset)
+    bits, counts = bits_op(
+        q_bar.contiguous(), a_bar.contiguous(), k, theta_tensor(theta, p, k.device), queries, p.block, p.step, p.init,
+        p.lookback, p.scale, p.window, p.cap or None, p.offset,
+    )  # fmt: skip
+    offsets = torch.zeros(counts.numel() + 1, dtype=torch.int64, device=k.device)
+    torch.cumsum(counts.flatten(), 0, out=offsets[1:])
+    room = int(offsets[-1]) if capacity is None else capacity
+    columns = list_op(bits, offsets, room, p.group, p.groups, p.init, p.lookback, p.window, p.offset)
+    return Stripes(columns, offsets, counts)

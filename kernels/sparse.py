@@ -1,0 +1,164 @@
+"""Stage 3: the softmax state of stage 1 continued over the stripes of each group, gathered key by key.
+
+Each program owns a tile of queries of one head and walks its group's list of columns, loading that many scattered rows of
+K and V per step. Candidates lie before the group, so no causal mask is needed. Source: Zhang et al., AnchorAttention
+(EMNLP 2025), step 3.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import LN2, LOG2E, accumulate, check_tensors, launch, problem
+from .types import AnchorState, Stripes
+
+
+@triton.jit(do_not_specialize=["n", "offset", "window", "heads", "repeats", "group", "groups", "tiles", "capacity"])
+def sparse_kernel(
+    Q, K, V, Out, Lse, Columns, Offsets,
+    sqb, sqh, sqn, sqd, skb, skh, skn, skd, svb, svh, svn, svd, sob, soh, son, sod,
+    n, offset, window, heads, repeats, group, groups, tiles, batch_heads, capacity, scale, cap,
+    DIM: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid: (tiles per group * B * H * groups,). Late groups, which have most stripes, first; the tiles of a group together."""
+    pid = tl.program_id(0)
+    tile = pid % tiles
+    bh = (pid // tiles) % batch_heads
+    g = groups - 1 - pid // (tiles * batch_heads)
+    row0 = g * group + tile * BM
+    row_end = tl.minimum(g * group + group, n)
+    at = bh.to(tl.int64) * groups + g
+    begin = tl.minimum(tl.load(Offsets + at), capacity)
+    count = (tl.minimum(tl.load(Offsets + at + 1), capacity) - begin).to(tl.int32)
+    if (row0 >= row_end) | (count == 0):
+        return
+    b = (bh // heads).to(tl.int64)
+    h = bh % heads
+    hk = h // repeats
+
+    i = tl.arange(0, BM)
+    d = tl.arange(0, D)
+    c = tl.arange(0, BN)
+    rows = row0 + i
+    live = rows < row_end
+    inner = d < DIM
+    q_at = Q + b * sqb + h.to(tl.int64) * sqh + row0.to(tl.int64) * sqn + i[:, None] * sqn + d[None, :] * sqd
+    o_at = Out + b * sob + h.to(tl.int64) * soh + row0.to(tl.int64) * son + i[:, None] * son + d[None, :] * sod
+    flat = bh.to(tl.int64) * n + rows
+    q = tl.load(q_at, mask=live[:, None] & inner[None, :], other=0.0)  # [BM, D]
+    k_base = K + b * skb + hk.to(tl.int64) * skh + d[None, :] * skd
+    v_base = V + b * svb + hk.to(tl.int64) * svh + d[None, :] * svd
+
+    # The state so far: a normalised output is one with total 1 at the reference LSE.
+    lse = tl.load(Lse + flat, mask=live, other=0.0)
+    top = lse * LOG2E
+    total = tl.where(top > float("-inf"), 1.0, 0.0)
+    acc = tl.load(o_at, mask=live[:, None] & inner[None, :], other=0.0).to(tl.float32)
+
+    full = 0 if WINDOW else count // BN
+    listed = Columns + begin
+    for it in tl.range(0, full):
+        cols = tl.load(listed + it * BN + c).to(tl.int64)
+        if D == DIM:
+            k = tl.load(k_base + cols[:, None] * skn)  # [BN, D]
+            v = tl.load(v_base + cols[:, None] * svn)
+        else:
+            k = tl.load(k_base + cols[:, None] * skn, mask=inner[None, :], other=0.0)
+            v = tl.load(v_base + cols[:, None] * svn, mask=inner[None, :], other=0.0)
+        qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        acc, total, top = accumulate(acc, total, top, qk, v, scale, cap, SOFTCAP, False, True, False, PRECISION)
+    for it in tl.range(full, tl.cdiv(count, BN)):
+        there = it * BN + c < count
+        cols = tl.load(listed + it * BN + c, mask=there, other=0).to(tl.int64)
+        k = tl.load(k_base + cols[:, None] * skn, mask=there[:, None] & inner[None, :], other=0.0)
+        v = tl.load(v_base + cols[:, None] * svn, mask=there[:, None] & inner[None, :], other=0.0)
+        qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        seen = there[None, :] & (rows >= 0)[:, None]
+        if WINDOW:
+            seen = seen & ((offset + rows)[:, None] - cols[None, :] < window)
+        qk = tl.where(seen, qk, float("-inf"))
+        acc, total, top = accumulate(acc, total, top, qk, v, scale, cap, SOFTCAP, True, True, False, PRECISION)
+
+    tl.store(Lse + flat, tl.where(total > 0, (top + tl.log2(total)) * LN2, float("-inf")), mask=live)
+    acc = acc * (1.0 / tl.where(total > 0, total, 1.0))[:, None]
+    tl.store(o_at, acc.to(Out.dtype.element_ty), mask=live[:, None] & inner[None, :])
+
+
+@torch.library.custom_op("anchorscope::sparse_", mutates_args=("out", "lse"))
+def sparse_op(
+    out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, columns: Tensor, offsets: Tensor, block: int, step: int,
+    scale: float, window: int | None, softcap: float | None, offset: int,
+) -> None:  # fmt: skip
+    """Launcher of `sparse_kernel`: continues `out` (B, H, n, d) and `lse` (B, H, n) in place; see `sparse`."""
+    p = problem(q, k, v, block=block, step=step, scale=scale, window=window, softcap=softcap, offset=offset)
+    c = launch("sparse", q.device, q.element_size(), p.dim_pad)
+    bm = min(c["BM"], max(16, triton.next_power_of_2(p.group)))
+    tiles = triton.cdiv(p.group, bm)
+    if columns.numel() == 0 or p.groups == 0:
+        return
+    with torch.cuda.device_of(q):
+        sparse_kernel[(tiles * p.batch * p.heads * p.groups,)](
+            q, k, v, out, lse, columns, offsets,
+            *q.stride(), *k.stride(), *v.stride(), *out.stride(),
+            p.queries, p.offset, p.window or 0, p.heads, p.repeats, p.group, p.groups, tiles, p.batch * p.heads,
+            columns.numel(), p.scale, p.cap,
+            DIM=p.dim, D=p.dim_pad, BM=bm, BN=c["BN"], WINDOW=p.window is not None, SOFTCAP=p.cap > 0,
+            PRECISION="ieee", num_warps=c["num_warps"], num_stages=c["num_stages"],
+        )  # fmt: skip
+
+
+@sparse_op.register_fake
+def _(out, lse, q, k, v, columns, offsets, block, step, scale, window, softcap, offset):
+    return None
+
+
+def sparse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: AnchorState,
+    stripes: Stripes,
+    *,
+    block: int = 128,
+    step: int = 16,
+    init: int | None = None,
+    lookback: int | None = None,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    offset: int | None = None,
+    inplace: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Exact attention of every query over its anchor region and its group's stripes.
+
+    Args:
+        q, k, v: as given to `anchor`, and so the parameters; `init` and `lookback` are implied by the stripes.
+        state: what `anchor` returned.
+        stripes: what `identify` returned (with any capacity; columns beyond it are left out).
+        inplace: overwrite `state.out` and `state.lse` and return them, which saves a copy of the output.
+
+    Returns:
+        Output (B, H, n, d) in the dtype of `state.out`, and LSE over the kept keys (B, H, n) float32 in nats.
+
+    Raises:
+        ValueError: shapes or parameters that do not fit.
+    """
+    check_tensors(q=q, k=k, v=v)
+    p = problem(
+        q, k, v, block=block, step=step, init=init, lookback=lookback, scale=scale, window=window, softcap=softcap,
+        offset=offset,
+    )  # fmt: skip
+    if stripes.offsets.numel() != p.batch * p.heads * p.groups + 1:
+        raise ValueError(
+            f"stripes list {stripes.offsets.numel() - 1} rows, but the call has {p.batch * p.heads * p.groups} "
+            "(batch x heads x groups)"
+        )
+    out, lse = (state.out, state.lse) if inplace else (state.out.clone(), state.lse.clone())
+    sparse_op(
+        out, lse, q, k, v, stripes.columns, stripes.offsets, p.block, p.step, p.scale, p.window, p.cap or None, p.offset
+    )
+    return out, lse
