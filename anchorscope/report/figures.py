@@ -644,18 +644,19 @@ def _regions(axes: Axes, p: HeadProfile, *, outline: str, fill: str | None) -> N
     apart = left > p.init  # groups whose local part does not touch the first keys
     left = np.where(apart, left, 0)
     stairs = np.stack([np.stack([left, starts], 1), np.stack([left, ends], 1)], 1).reshape(-1, 2)
-    stairs[:, 0] = np.maximum(stairs[:, 0], stairs[:, 1] - window)
     _area(axes, [*stairs, (n, n)], face)
+    stairs[:, 0] = np.maximum(stairs[:, 0], stairs[:, 1] - window)
     if window < n:
         axes.plot([0, n - window], [window, n], color=MUTED, linestyle="--", linewidth=1.0, zorder=4)
     if not apart.any():
         return
     top = int(starts[apart.argmax()])
     edge = stairs[2 * int(apart.argmax()) :]
-    if p.init and top < window:
-        low = min(n, p.init + window)
-        _area(axes, [(0, top), (p.init, top), (p.init, low), (0, min(window, n))], face)
-        edge = np.concatenate([[(p.init, low), (p.init, top)], edge])
+    if p.init:
+        _area(axes, [(0, top), (p.init, top), (p.init, n), (0, n)], face)
+        reach = min(n, p.init + window)  # no query sees the first keys beyond that
+        if reach > top:
+            edge = np.concatenate([[(p.init, reach), (p.init, top)], edge])
     axes.plot(edge[:, 0], edge[:, 1], color=outline, linewidth=1.0, zorder=5)
 
 
