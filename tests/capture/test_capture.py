@@ -1,0 +1,442 @@
+"""Capture on tiny random models: the dump is what attention consumed, and the model never notices."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from anchorscope.kernels import reference
+
+from anchorscope.capture import AttentionCall, PromptInput, capture_model, intercept, prefill
+from anchorscope.dumps import Dump, Entry, open_dump, verify
+from anchorscope.errors import InputError, MissingBackendError, RunFailure
+
+transformers = pytest.importorskip("transformers")
+
+COMMON: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 2},
+    "qwen3": {"head_dim": 16},
+    "gemma2": {
+        "head_dim": 16,
+        "query_pre_attn_scalar": 32,
+        "sliding_window": 24,
+        "attn_logit_softcapping": 4.0,
+    },
+    "gemma3_text": {
+        "head_dim": 16,
+        "query_pre_attn_scalar": 32,
+        "sliding_window": 24,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+    },
+}
+WINDOWS = {"qwen2": [None, None, 24], "gemma2": [24, None, 24], "gemma3_text": [24, 24, None]}
+# transformers' sdpa refuses soft-caps, so gemma2 runs eager only, as it does by default
+CASES = [(f, a) for f in FAMILIES for a in ("sdpa", "eager") if (f, a) != ("gemma2", "sdpa")]
+N = 80
+
+
+def tiny(family: str = "llama", **changes: Any) -> Any:
+    """A seeded random model in float32, milliseconds per forward; weights large enough for attention to be
+    far from uniform."""
+    torch.manual_seed(7)
+    config = transformers.AutoConfig.for_model(family, **{**COMMON, **FAMILIES.get(family, {}), **changes})
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation=changes.get("attn_implementation")
+    )
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim == 2 and "embed" not in name and "head" not in name:
+                weight.mul_(6)
+    return model.eval()
+
+
+def prompt(count: int = N, name: str = "p", seed: int = 0) -> PromptInput:
+    generator = torch.Generator().manual_seed(seed)
+    return PromptInput(name, token_ids=tuple(torch.randint(3, 97, (count,), generator=generator).tolist()))
+
+
+def collect(model: Any, ids: tuple[int, ...]) -> dict[int, AttentionCall]:
+    """Every layer's call of one forward, tensors copied."""
+    calls: dict[int, AttentionCall] = {}
+
+    def keep(call: AttentionCall) -> None:
+        tensors = {name: getattr(call, name).clone() for name in ("q", "k", "v", "output")}
+        assert call.layer is not None
+        calls[call.layer] = AttentionCall(**{**vars(call), **tensors})
+
+    with torch.no_grad(), intercept(model, keep):
+        model(torch.tensor([ids]))
+    return calls
+
+
+def recompute(dump: Dump, entry: Entry) -> torch.Tensor:
+    """Attention output (H, N, d) in float64 from the dump alone, by the specification."""
+    t = dump.load(entry)
+    assert t.v is not None
+    q, k, v = t.q[None], t.k[None], t.v[None]
+    scores = reference.scores(q, k, scale=entry.scale, softcap=entry.softcap)
+    mask = reference.visible_mask(reference.geometry(q, k, window=entry.window))
+    return reference.masked_attention(scores, v, mask)[0][0]
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+@pytest.mark.parametrize(("family", "attention"), CASES)
+def test_attention_from_the_dump_is_the_models_own(tmp_path: Path, family: str, attention: str) -> None:
+    model = tiny(family, attn_implementation=attention)
+    p = prompt()
+    calls = collect(model, p.token_ids)
+    dump = capture_model(model, [p], tmp_path / "d", notify=quiet)
+    assert [e.layer for e in dump.entries] == [0, 1, 2]
+    assert [e.window for e in dump.entries] == WINDOWS.get(family, [None] * 3)
+    assert {e.softcap for e in dump.entries} == {4.0 if family == "gemma2" else None}
+    for entry in dump.entries:
+        call, t = calls[entry.layer], dump.load(entry)
+        assert torch.equal(t.q, call.q[0])  # as consumed: after rotary and norms, K and V not repeated
+        assert torch.equal(t.k, call.k[0])
+        assert torch.equal(t.v, call.v[0])
+        output = call.output[0].transpose(0, 1).double()
+        assert float((recompute(dump, entry) - output).abs().max()) < 1e-5 * float(output.abs().max())
+    # the comparison above can fail: a shifted window or another scale is seen
+    wrong = Entry(**{**vars(dump.entries[0]), "scale": dump.entries[0].scale * 1.01})
+    shift = (recompute(dump, wrong) - recompute(dump, dump.entries[0])).abs().max()
+    assert float(shift) > 1e-4
+
+
+@pytest.mark.parametrize(("family", "attention"), CASES)
+def test_logits_are_bit_equal_and_the_model_is_restored(family: str, attention: str) -> None:
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    model = tiny(family, attn_implementation=attention)
+    ids = torch.tensor([prompt().token_ids])
+    before = (dict(AttentionInterface._global_mapping), dict(AttentionMaskInterface._global_mapping))
+    with torch.no_grad():
+        plain = model(ids).logits
+        with intercept(model, lambda call: None):
+            assert model.config._attn_implementation != attention  # it is hooked
+            hooked = model(ids).logits
+    assert torch.equal(plain, hooked)
+
+    def fail(call: AttentionCall) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), torch.no_grad(), intercept(model, fail):
+        model(ids)
+    assert model.config._attn_implementation == attention
+    assert before == (AttentionInterface._global_mapping, AttentionMaskInterface._global_mapping)
+    with torch.no_grad():
+        assert torch.equal(plain, model(ids).logits)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text"])
+@pytest.mark.parametrize("chunk", [1, 13, 40, 79])
+def test_chunked_prefill_gives_the_same_dump(tmp_path: Path, family: str, chunk: int) -> None:
+    model, p = tiny(family), prompt()
+    whole = capture_model(model, [p], tmp_path / "whole", notify=quiet)
+    parts = capture_model(model, [p], tmp_path / "parts", notify=quiet, chunk=chunk)
+    assert verify(parts).state == "verified"
+    for a, b in zip(whole.entries, parts.entries, strict=True):
+        assert (a.layer, a.scale, a.window, a.softcap) == (b.layer, b.scale, b.window, b.softcap)
+        one, two = whole.load(a), parts.load(b)
+        for x, y in ((one.q, two.q), (one.k, two.k), (one.v, two.v)):
+            assert float((x - y).abs().max()) < 2e-5 * float(x.abs().max())
+
+
+def test_logits_are_made_for_the_last_position_only() -> None:
+    model, ids = tiny(), prompt().token_ids
+    logits = prefill(model, ids)
+    assert logits is not None
+    with torch.no_grad():
+        assert torch.allclose(logits[0, 0], model(torch.tensor([ids])).logits[0, -1], atol=1e-4)
+    assert logits.shape == (1, 1, 97)
+
+
+def test_selected_layers_heads_dtype_and_values(tmp_path: Path) -> None:
+    model, p = tiny(), prompt()
+    calls = collect(model, p.token_ids)
+    dump = capture_model(
+        model, [p], tmp_path / "d", layers=[2, 0], kv_heads=[1], dtype="bf16", values=False, notify=quiet
+    )
+    assert [(e.layer, e.query_heads, e.kv_heads, e.dtype) for e in dump.entries] == [
+        (0, (3, 4, 5), (1,), "bf16"),
+        (2, (3, 4, 5), (1,), "bf16"),
+    ]
+    t = dump.load(dump.entries[1])
+    assert torch.equal(t.q, calls[2].q[0, 3:].bfloat16())
+    assert torch.equal(t.k, calls[2].k[0, 1:].bfloat16())
+    assert t.v is None
+    assert t.kv_index(4) == 0
+
+
+def test_early_stop_runs_no_later_layer(tmp_path: Path) -> None:
+    model = tiny()
+    ran: list[int] = []
+    hooks = [
+        layer.mlp.register_forward_pre_hook(lambda *_, i=i: ran.append(i))
+        for i, layer in enumerate(model.model.layers)
+    ]
+    capture_model(model, [prompt()], tmp_path / "d", layers=[0], notify=quiet)
+    for hook in hooks:
+        hook.remove()
+    assert ran == [0, 1, 2]  # the trial run; the real one ends inside layer 0
+
+
+def test_several_prompts_and_what_is_recorded(tmp_path: Path) -> None:
+    said: list[str] = []
+    prompts = [prompt(60, "a"), prompt(60, "a", seed=1), prompt(9, "short")]
+    dump = capture_model(tiny(), prompts, tmp_path / "d", tokens=50, notify=said.append)
+    assert [(p.name, p.tokens) for p in dump.prompts] == [("a", 50), ("a-2", 50), ("short", 9)]
+    assert dump.prompts[1].token_ids == list(prompts[1].token_ids or ())[:50]
+    assert dump.prompts[0].sha256 != dump.prompts[1].sha256
+    assert any("short has 9 tokens, fewer than the 50" in line for line in said)
+    assert any("need" in line and "kB" in line for line in said)
+    model = dump.model
+    assert model is not None
+    assert (model["type"], model["layers"], model["query_heads"], model["kv_heads"]) == ("llama", 3, 6, 2)
+    assert dump.manifest["dtype"] == "fp32"
+    assert str(tmp_path) not in (dump.path / "manifest.json").read_text()
+
+
+def test_disk_need_is_exact_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import shutil
+
+    said: list[str] = []
+    dump = capture_model(tiny(), [prompt()], tmp_path / "d", notify=said.append)
+    actual = sum(e.bytes for e in dump.entries)
+    stated = float(next(line for line in said if "need" in line).split("need ")[1].split(" kB")[0]) * 1000
+    assert actual <= stated <= 1.2 * actual
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1_200_000))
+    with pytest.raises(RunFailure, match=r"needs .* free"):
+        capture_model(
+            tiny(), [prompt(256)], tmp_path / "e", notify=quiet, tokens=256, dtype="fp32", values=True
+        )
+    assert not (tmp_path / "e").exists()
+
+
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "learned sinks": (
+        "gpt_oss",
+        {"head_dim": 16, "num_local_experts": 2, "num_experts_per_tok": 1},
+        "learned attention sinks",
+    ),
+    "latent attention": (
+        "deepseek_v3",
+        {
+            "num_key_value_heads": 6,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 8,
+            "first_k_dense_replace": 3,
+            "n_routed_experts": 4,
+            "n_group": 1,
+            "topk_group": 1,
+            "num_experts_per_tok": 1,
+        },
+        "latent",
+    ),
+    "no interface": ("mamba", {}, "never called|names no attention"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_a_dump_cannot_represent_is_refused_by_name(tmp_path: Path, case: str) -> None:
+    family, changes, message = REFUSED[case]
+    with pytest.raises(InputError, match=message):
+        capture_model(tiny(family, **changes), [prompt(20)], tmp_path / "d", notify=quiet)
+    assert not (tmp_path / "d").exists()
+
+
+def test_unknown_attention_is_caught_by_its_output(tmp_path: Path) -> None:
+    """A model that does something no option tells: its output betrays it."""
+    model = tiny()
+
+    def odd(module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, **options: Any) -> Any:
+        return (transformers.AttentionInterface()["sdpa"](module, q * 1.2, k, v, mask, **options)[0], None)
+
+    transformers.AttentionInterface.register("odd", odd)
+    transformers.AttentionMaskInterface.register("odd", transformers.AttentionMaskInterface()["sdpa"])
+    try:
+        model.config._attn_implementation = "odd"
+        with pytest.raises(InputError, match="output differs from softmax"):
+            capture_model(model, [prompt()], tmp_path / "d", notify=quiet)
+    finally:
+        transformers.AttentionInterface._global_mapping.pop("odd")
+        transformers.AttentionMaskInterface._global_mapping.pop("odd")
+    assert not (tmp_path / "d").exists()
+
+
+def test_bidirectional_attention_is_refused(tmp_path: Path) -> None:
+    model = tiny("gemma3_text", use_bidirectional_attention=True)
+    with pytest.raises(InputError, match=r"mask|bidirectional"):
+        capture_model(model, [prompt()], tmp_path / "d", notify=quiet)
+
+
+def test_overflow_is_named_by_layer_and_head(tmp_path: Path) -> None:
+    model = tiny()
+    with torch.no_grad():
+        model.model.layers[1].self_attn.v_proj.weight[8:].mul_(1e6)  # kv head 1
+    with pytest.raises(InputError, match=r"layer 1 .*v of kv head 1 holds NaN or infinity"):
+        capture_model(model, [prompt()], tmp_path / "d", dtype="fp16", notify=quiet)
+    assert not (tmp_path / "d").exists()
+
+
+INPUT_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
+    "layer": ({"layers": [3]}, "layer 3 is out of range: the model has layers 0 to 2"),
+    "kv head": ({"kv_heads": [2]}, "kv head 2 is out of range"),
+    "no layers": ({"layers": []}, "at least one"),
+    "tokens": ({"tokens": 1}, "at least 2"),
+    "positions": ({"tokens": 300}, "300 tokens and the model 256 positions"),
+    "chunk": ({"chunk": 0}, "chunk must be"),
+    "dtype": ({"dtype": "fp8"}, "fp32, fp16 or bf16"),
+}
+
+
+@pytest.mark.parametrize("fault", INPUT_FAULTS)
+def test_input_faults(tmp_path: Path, fault: str) -> None:
+    options, message = INPUT_FAULTS[fault]
+    with pytest.raises(InputError, match=message):
+        capture_model(tiny(), [prompt(300)], tmp_path / "d", notify=quiet, **{"tokens": 20, **options})
+    assert not (tmp_path / "d").exists()
+
+
+def test_prompt_faults(tmp_path: Path) -> None:
+    files = {"empty": b" \n", "binary": b"ab\0c", "latin": b"caf\xe9"}
+    for name, raw in files.items():
+        (tmp_path / name).write_bytes(raw)
+    for name, message in (
+        ("empty", "is empty"),
+        ("binary", "is binary"),
+        ("latin", "not UTF-8"),
+        ("none", "does not exist"),
+    ):
+        with pytest.raises(InputError, match=message):
+            capture_model(tiny(), [tmp_path / name], tmp_path / "d", notify=quiet)
+    with pytest.raises(InputError, match="is a folder"):
+        capture_model(tiny(), [tmp_path], tmp_path / "d", notify=quiet)
+    with pytest.raises(InputError, match="at least one prompt"):
+        capture_model(tiny(), [], tmp_path / "d", notify=quiet)
+    with pytest.raises(InputError, match="at least 2"):
+        capture_model(tiny(), [prompt(1)], tmp_path / "d", notify=quiet)
+    with pytest.raises(InputError, match="outside the model's vocabulary of 97"):
+        capture_model(tiny(), [PromptInput("x", token_ids=(3, 97))], tmp_path / "d", notify=quiet)
+    (tmp_path / "text").write_text("fine")
+    with pytest.raises(InputError, match="no tokenizer"):
+        capture_model(tiny(), [tmp_path / "text"], tmp_path / "d", notify=quiet)
+
+
+def test_unknown_models_and_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    for source, message in (
+        (str(folder), "holds no config.json"),
+        (str(tmp_path / "x.gguf"), "does not exist"),
+        ("no such/model at all", "no Hugging Face id"),
+        ("nobody/nothing-of-that-name", "cannot be loaded"),
+    ):
+        with pytest.raises(InputError, match=message):
+            capture_model(source, [prompt()], tmp_path / "d", notify=quiet)
+    with pytest.raises(InputError, match="device must be"):
+        capture_model("smollm2", [prompt()], tmp_path / "d", device="tpu", notify=quiet)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(MissingBackendError, match="no CUDA GPU"):
+        capture_model("smollm2", [prompt()], tmp_path / "d", device="cuda", notify=quiet)
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF" + b"\0" * 100)
+    with pytest.raises(InputError, match="cannot be loaded"):
+        capture_model(str(tmp_path / "broken.gguf"), [prompt()], tmp_path / "d", device="cpu", notify=quiet)
+    assert not (tmp_path / "d").exists()
+
+
+def test_a_local_folder_is_loaded(tmp_path: Path) -> None:
+    model = tiny()
+    model.save_pretrained(tmp_path / "model")
+    dump = capture_model(str(tmp_path / "model"), [prompt()], tmp_path / "d", device="cpu", notify=quiet)
+    direct = capture_model(model, [prompt()], tmp_path / "e", notify=quiet)
+    assert [e.sha256 for e in dump.entries] == [e.sha256 for e in direct.entries]
+    assert dump.model is not None
+    assert dump.model["name"] == "model"
+    half = capture_model(
+        str(tmp_path / "model"), [prompt()], tmp_path / "f", device="cpu", model_dtype="bf16", notify=quiet
+    )
+    assert {e.dtype for e in half.entries} == {"bf16"}
+
+
+def test_ctrl_c_then_resume_is_byte_identical(tmp_path: Path) -> None:
+    prompts = [prompt(name="a"), prompt(name="b", seed=3)]
+    seen: list[int] = []
+
+    def press(event: Any) -> None:
+        seen.append(event.done)
+        if event.done == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        capture_model(tiny(), prompts, tmp_path / "d", notify=quiet, progress=press)
+    manifest = json.loads((tmp_path / "d" / "manifest.json").read_text())
+    assert not manifest["complete"]
+    assert len(manifest["entries"]) == 4
+    assert len(list((tmp_path / "d").glob("*.safetensors"))) == 4
+    with pytest.raises(InputError, match="--resume"):
+        capture_model(tiny(), prompts, tmp_path / "d", notify=quiet)
+    resumed = capture_model(tiny(), prompts, tmp_path / "d", notify=quiet, resume=True)
+    straight = capture_model(tiny(), prompts, tmp_path / "e", notify=quiet)
+    assert [(e.file, e.sha256) for e in resumed.entries] == [(e.file, e.sha256) for e in straight.entries]
+    assert resumed.manifest["created"] == manifest["created"]
+
+
+def test_resume_with_other_settings_is_refused(tmp_path: Path) -> None:
+    def press(event: Any) -> None:
+        if event.done == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        capture_model(tiny(), [prompt()], tmp_path / "d", notify=quiet, progress=press)
+    with pytest.raises(InputError, match=r"other settings \(capture\)"):
+        capture_model(tiny(), [prompt()], tmp_path / "d", notify=quiet, resume=True, values=False)
+    assert len(open_dump(tmp_path / "d", allow_incomplete=True).entries) == 1  # and nothing is lost
+
+
+def test_tokenizer_text_is_cut_where_the_tokens_end(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["one", "two", "three", "four", "five"]
+    inner = Tokenizer(
+        models.WordLevel({"[UNK]": 0, **{w: i + 3 for i, w in enumerate(words)}}, unk_token="[UNK]")
+    )
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="[UNK]")
+    (tmp_path / "count.txt").write_text("one two three four five")
+    dump = capture_model(
+        tiny(),
+        [tmp_path / "count.txt"],
+        tmp_path / "d",
+        tokenizer=tokenizer,
+        tokens=3,
+        layers=[1],
+        notify=quiet,
+    )
+    assert (dump.prompts[0].name, dump.prompts[0].text) == ("count", "one two three")
+    assert dump.prompts[0].token_ids == [3, 4, 5]
+    assert open_dump(dump.path).manifest["tokenizer"] == {"class": type(tokenizer).__name__, "vocabulary": 6}
