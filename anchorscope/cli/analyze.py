@@ -128,9 +128,10 @@ def print_summary(result: Analysis) -> None:
     report = result.report
     console = stdout_console()
     target, settings = report["target"]["recall"], report["settings"]
-    theta = settings["theta"][0]
+    theta = _theta(settings["theta"][0])
 
-    table = Table(title=f"theta {theta}, groups of {settings['block']} x {settings['step']}", title_justify="left")
+    console.print(f"theta {theta}, groups of {settings['block']} x {settings['step']}, means over prompts and heads")
+    table = Table()
     for name in ("layer", "recall", "worst", "head", "sparsity", "stripes", "out.err."):
         table.add_column(name, justify="right")
     for item in report["by_layer"]:
@@ -140,13 +141,17 @@ def print_summary(result: Analysis) -> None:
     console.print(table)
 
     if len(settings["theta"]) > 1:
+        console.print("all heads, each theta")
         console.print(_theta_table(report))
 
     short = report["target"]["short"]
     if not short:
         console.print(f"Every head reaches recall {target:g} at theta {theta}.")
     else:
-        console.print(_short_table(short, target, theta, report["target"]["heads"]))
+        more = f"; the worst {SHORT_ROWS}:" if len(short) > SHORT_ROWS else ":"
+        heads = report["target"]["heads"]
+        console.print(f"{len(short)} of {heads} heads fall short of recall {target:g} at theta {theta}{more}")
+        console.print(_short_table(short[:SHORT_ROWS]))
     need, oracle = report["target"]["density_needed_mean"], report["target"]["oracle_density_needed_mean"]
     if need is not None and oracle is not None:
         console.print(
@@ -156,6 +161,11 @@ def print_summary(result: Analysis) -> None:
     console.print(f"Tables and profiles: {result.path}", soft_wrap=True, highlight=False)
     if result.figures:
         console.print(f"Figures: {result.path / 'figures'}", soft_wrap=True, highlight=False)
+
+
+def _theta(value: float | str | None) -> str:
+    """A theta of the report: a number, "inf", "-inf" or null."""
+    return "-" if value is None else value if isinstance(value, str) else f"{value:g}"
 
 
 def _cell(value: float | None, digits: int = 3) -> str:
@@ -177,12 +187,12 @@ def _layer_cells(row: dict[str, Any]) -> list[str]:
 def _theta_table(report: dict[str, Any]) -> Any:
     from rich.table import Table
 
-    table = Table(title="all heads, each theta", title_justify="left")
+    table = Table()
     for name in ("theta", "recall", "p05", "last rows", "worst", "density", "out.err."):
         table.add_column(name, justify="right")
     for row in report["overall"]:
         table.add_row(
-            str(row["theta"]),
+            _theta(row["theta"]),
             _cell(row["recall_mean"]),
             _cell(row["recall_p05_mean"]),
             _cell(row["recall_last_mean"]),
@@ -193,17 +203,14 @@ def _theta_table(report: dict[str, Any]) -> Any:
     return table
 
 
-def _short_table(short: list[dict[str, Any]], target: float, theta: float | str, heads: int) -> Any:
+def _short_table(rows: list[dict[str, Any]]) -> Any:
     from rich.table import Table
 
-    shown = short[:SHORT_ROWS]
-    more = "" if len(shown) == len(short) else f"; the worst {len(shown)}"
-    title = f"{len(short)} of {heads} heads fall short of recall {target:g} at theta {theta}{more}"
-    table = Table(title=title, title_justify="left")
+    table = Table()
     table.add_column("prompt", max_width=18, no_wrap=True)
     for name in ("layer", "head", "recall", "density", "theta needed", "density then"):
         table.add_column(name, justify="right")
-    for row in shown:
+    for row in rows:
         needed = row["theta_needed"]
         table.add_row(
             row["prompt"],
