@@ -1,4 +1,4 @@
-"""The sparse back ends: the three stages and the whole pipeline, in Triton or in plain torch, behind one type."""
+"""The sparse back ends: three stages and the whole pipeline, in Triton or in plain torch."""
 
 from __future__ import annotations
 
@@ -68,7 +68,9 @@ def resolve_backend(name: str, device: torch.device) -> SparseBackend:
 
         return SparseBackend("torch", t.anchor, t.identify, t.sparse, t.anchor_attention)
     if not installed:
-        raise MissingBackendError("--backend triton: Triton is not installed; install it or use --backend torch")
+        raise MissingBackendError(
+            "--backend triton: Triton is not installed; install it or use --backend torch"
+        )
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise MissingBackendError(
             "--backend triton needs a GPU (or TRITON_INTERPRET=1, slow, for checking); use --backend torch"

@@ -24,7 +24,7 @@ class Ratio:
         what: "dense cudnn", "anchor", "identification theta=6", "sparse theta=6", "whole theta=6".
         old_ms, new_ms: medians.
         ratio: new / old; below 1 the new one is faster.
-        beyond_spread: the medians differ by more than both p20 to p80 ranges explain (the ranges do not overlap).
+        beyond_spread: the p20 to p80 ranges do not overlap.
     """
 
     source: str
@@ -65,7 +65,9 @@ def load_result(path: str | Path) -> dict[str, Any]:
         _key(data, data["rows"][0]) if data["rows"] else data["settings"]
         _ = [data["hardware"][x] for x in _MACHINE]
     except (KeyError, TypeError, ValueError, AttributeError):
-        raise InputError(f"{file} is damaged: a bench result lacks rows or times; run that bench again") from None
+        raise InputError(
+            f"{file} is damaged: a bench result lacks rows or times; run that bench again"
+        ) from None
     return data
 
 
@@ -98,7 +100,9 @@ def compare(new: dict[str, Any], old: dict[str, Any]) -> tuple[list[Ratio], list
         if old.get("versions", {}).get(name) != new.get("versions", {}).get(name)
     ]
     if old["settings"].get("backend") != new["settings"].get("backend"):
-        notes.append(f"different back end: {old['settings'].get('backend')} before, {new['settings']['backend']} now")
+        notes.append(
+            f"different back end: {old['settings'].get('backend')} before, {new['settings']['backend']} now"
+        )
     if unmatched:
         notes.append(f"{unmatched} of {unmatched + len(ratios)} times have no counterpart in the old result")
     return ratios, notes
@@ -114,7 +118,11 @@ def _times(data: dict[str, Any]) -> Iterator[tuple[tuple[Any, str], dict[str, An
         key = _key(data, row)
         named = [(f"dense {dense['name']}", dense["timing"]) for dense in row["dense"]]
         for i, sparse in enumerate(row["sparse"]):
-            theta = f"theta={sparse['theta']}" if isinstance(sparse["theta"], str) else f"theta={sparse['theta']:g}"
+            theta = (
+                f"theta={sparse['theta']}"
+                if isinstance(sparse["theta"], str)
+                else f"theta={sparse['theta']:g}"
+            )
             named += [
                 (name if name == "anchor" else f"{name} {theta}", time)
                 for name, time in sparse["stages"].items()

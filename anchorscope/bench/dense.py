@@ -1,7 +1,7 @@
 """The dense baselines: every causal attention back end that PyTorch brings here, behind one call.
 
-`dense_backends` tries each one on the actual inputs and returns those that run, with K and V grouped (GQA native)
-where the back end can, repeated beforehand where it cannot (then it says so). The repetition is not timed.
+`dense_backends` tries each one on the actual inputs and returns those that run, with K and V grouped (GQA
+native) where the back end can, repeated beforehand where it cannot (then it says so; repeating is not timed).
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ FLEX_TILE = 128  # side of a FlexAttention mask block
 def default_names(device: torch.device, plain: bool = True) -> tuple[str, ...]:
     """Back ends tried when none are named; `plain` means neither sliding window nor soft-cap.
 
-    `math` holds N x N scores and is never the fastest. On a CPU, `flash` is PyTorch's only tiled kernel and
-    compiling FlexAttention takes longer than the benchmark: there it is tried only when nothing else can do it.
+    `math` holds N x N scores and is never the fastest. On a CPU, `flash` is PyTorch's only tiled kernel, and
+    compiling FlexAttention takes longer than the benchmark: it is tried only when nothing else can do it.
     """
     if device.type == "cuda":
         return "flash", "cudnn", "efficient", "flex"
@@ -155,13 +155,17 @@ def _flex(
 ) -> Callable[[], Tensor]:
     mask = flex_mask(q.shape[2], window, q.device)
 
+    attend = _compiled_flex()
+    grouped = q.shape[1] != k.shape[1]
+    score_mod = None if softcap is None else _cap(softcap)
+    return lambda: attend(q, k, v, score_mod=score_mod, block_mask=mask, scale=scale, enable_gqa=grouped)
+
+
+def _cap(softcap: float) -> Callable[..., Tensor]:
     def capped(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return softcap * torch.tanh(score / softcap)
 
-    attend = _compiled_flex()
-    grouped = q.shape[1] != k.shape[1]
-    score_mod = None if softcap is None else capped
-    return lambda: attend(q, k, v, score_mod=score_mod, block_mask=mask, scale=scale, enable_gqa=grouped)
+    return capped
 
 
 def flex_mask(n: int, window: int | None, device: torch.device) -> Any:

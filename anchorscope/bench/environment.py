@@ -44,10 +44,10 @@ def _installed(name: str) -> str | None:
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
-    """The device by name, with what its speed depends on. Values of nvidia-smi are taken right after the timing.
+    """The device by name, with what its speed depends on; called right after the timing.
 
-    Keys: type, name, memory_bytes, threads (CPU), sms (GPU), platform, and for a GPU those of nvidia-smi's query
-    `driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu` (absent without nvidia-smi).
+    Keys: type, name, memory_bytes, threads (CPU), sms (GPU), platform; for a GPU also what nvidia-smi says of
+    driver_version, clocks.sm, clocks.max.sm, clocks.mem, power.limit and temperature.gpu, where it exists.
     """
     common = {"type": device.type, "platform": f"{platform.system()} {platform.machine()}"}
     if device.type == "cuda":
@@ -59,7 +59,12 @@ def hardware(device: torch.device) -> dict[str, Any]:
             "threads": None,
             **_nvidia_smi(device),
         }
-    return common | {"name": _cpu_name(), "memory_bytes": None, "sms": None, "threads": torch.get_num_threads()}
+    return common | {
+        "name": _cpu_name(),
+        "memory_bytes": None,
+        "sms": None,
+        "threads": torch.get_num_threads(),
+    }
 
 
 def _cpu_name() -> str:

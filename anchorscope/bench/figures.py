@@ -1,4 +1,4 @@
-"""Figures of a bench, from the content of bench.json. Each function returns a `Figure`; `output.save` writes it."""
+"""Figures of a bench, from the content of bench.json. Functions return a `Figure`; `output.save` writes."""
 
 from __future__ import annotations
 
@@ -9,16 +9,29 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-# Okabe-Ito: distinct with the common colour deficiencies and in grey print.
-_STAGES = {"anchor": "#56B4E9", "identification": "#E69F00", "sparse": "#009E73"}
+from anchorscope.report.style import (
+    BLUE,
+    GREEN,
+    INK,
+    MUTED,
+    ORANGE,
+    RED,
+    SKY,
+    SMALL,
+    label,
+    legend,
+    new_figure,
+    tidy,
+)
+
+_STAGES = {"anchor": SKY, "identification": ORANGE, "sparse": GREEN}
 _STAGE_LABELS = {"anchor": "anchor", "identification": "+ identification", "sparse": "+ sparse computation"}
-_DENSE = {"flash": "#0072B2", "cudnn": "#D55E00", "efficient": "#CC79A7", "flex": "#7F7F7F", "math": "#B0A000"}
-_WHOLE = "#000000"
+_DENSE = {"flash": BLUE, "cudnn": RED, "efficient": "#CC79A7", "flex": MUTED, "math": "#B0A000"}
 _PANELS = 9  # sources drawn at most
 
 
 def figure_time(data: dict[str, Any]) -> Figure:
-    """Time against N, log-log, one panel per input: dense back ends as lines, the stages of the first theta stacked.
+    """Time against N, log-log, one panel per input: dense back ends as lines, stages of the first theta stacked.
 
     Inputs with a single length are drawn as stacked bars instead.
     """
@@ -29,36 +42,35 @@ def figure_time(data: dict[str, Any]) -> Figure:
 
 
 def figure_density(data: dict[str, Any]) -> Figure | None:
-    """Time relative to the fastest dense back end against density, one line per input; None with fewer than two thetas.
+    """Time relative to the fastest dense back end, against density; None with fewer than two thetas.
 
-    Below the horizontal line the sparse pipeline wins; on the diagonal its efficiency is 1.
+    One line per input. Below the horizontal line the sparse pipeline wins; on the diagonal its efficiency is 1.
     """
     rows = [row for row in data["rows"] if row["baseline"] is not None and len(row["sparse"]) > 1]
     rows = [row for row in rows if row["check"]["passed"]]
     if not rows:
         return None
     rows = rows[: 2 * _PANELS]
-    figure = Figure(figsize=(7, 5), layout="constrained")
+    figure = new_figure(8, 6, "When sparse starts to win", _subtitle(data, rows[0], theta=False))
     axes = figure.add_subplot()
+    tidy(axes)
     many = len({row["source"] for row in rows}) > 1
     shades = [i / max(len(rows) - 1, 1) for i in range(len(rows))]
     from matplotlib import colormaps
 
     for row, shade in zip(rows, shades, strict=True):
         points = sorted((s["density"], 1 / s["speedup"]) for s in row["sparse"])
-        label = f"{row['source']}, N = {row['n']:,}" if many else f"N = {row['n']:,}"
-        axes.plot(*zip(*points, strict=True), "o-", color=colormaps["viridis"](0.9 * shade), label=label, ms=4)
+        text = f"{row['source']}, N = {row['n']:,}" if many else f"N = {row['n']:,}"
+        axes.plot(*zip(*points, strict=True), "o-", color=colormaps["viridis"](0.9 * shade), label=text, ms=4)
     low = min(s["density"] for row in rows for s in row["sparse"])
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.axhline(1, color="black", lw=1, label="as fast as dense")
-    axes.plot([low, 1], [low, 1], ":", color="black", lw=1, label="efficiency 1")
+    axes.axhline(1, color=INK, lw=1, label="as fast as dense")
+    axes.plot([low, 1], [low, 1], ":", color=INK, lw=1, label="efficiency 1")
     _plain_ticks(axes, x=True, y=True)
-    axes.set_xlabel("density (kept pairs / visible pairs)")
-    axes.set_ylabel(f"time / fastest dense time ({', '.join(sorted({r['baseline'] for r in rows}))})")
-    axes.set_title(f"When sparse starts to win\n{_subtitle(data, rows[0], theta=False)}", fontsize=10)
-    axes.grid(alpha=0.3, which="both", lw=0.5)
-    axes.legend(fontsize=8)
+    baselines = ", ".join(sorted({row["baseline"] for row in rows}))
+    label(axes, "density (kept pairs / visible pairs)", f"time / fastest dense time ({baselines})")
+    legend(axes)
     return figure
 
 
@@ -81,26 +93,30 @@ def _subtitle(data: dict[str, Any], row: dict[str, Any], theta: bool = True) -> 
         text += f", theta {_theta(row['sparse'][0]['theta'])}"
     where = machine["name"] if machine["type"] == "cuda" else f"CPU timing: {machine['name']}"
     threads = f", {machine['threads']} threads" if machine.get("threads") else ""
-    return f"{text}\n{where}{threads}, {settings['backend']} back end"
+    return f"{text}; {where}{threads}, {settings['backend']} back end"
 
 
 def _time_lines(data: dict[str, Any], sources: dict[str, list[dict[str, Any]]]) -> Figure:
     columns = min(len(sources), 3)
     lines = math.ceil(len(sources) / columns)
-    figure = Figure(figsize=(max(7.0, 5 * columns), 4.2 * lines + 1), layout="constrained")
+    first = next(iter(sources.values()))[0]
+    size = max(9.0, 5.0 * columns), 4.5 * lines + 1.5
+    figure = new_figure(*size, "Dense and sparse attention, causal prefill", _subtitle(data, first))
     grid = figure.subplots(lines, columns, squeeze=False, sharey=True)
     for axes in grid.flat[len(sources) :]:
         axes.set_visible(False)
     for axes, (source, rows) in zip(grid.flat, sources.items(), strict=False):
         _panel(axes, rows)
         if len(sources) > 1:
-            axes.set_title(source, fontsize=9)
+            axes.set_title(source, fontsize=SMALL, loc="left", color=INK)
     for axes in grid[:, 0]:
-        axes.set_ylabel("time (ms, median)")
-    first = next(iter(sources.values()))[0]
-    figure.suptitle(f"Dense and sparse attention, causal prefill\n{_subtitle(data, first)}", fontsize=10)
-    handles = {text: handle for axes in grid.flat for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=8)
+        label(axes, "N (tokens)", "time (ms, median)")
+    handles = {
+        text: handle
+        for axes in grid.flat
+        for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    legend(figure, handles=handles.values(), labels=handles.keys(), loc="outside lower center", ncols=4)
     return figure
 
 
@@ -110,15 +126,19 @@ def _panel(axes: Axes, rows: list[dict[str, Any]]) -> None:
     base = [low] * len(rows)
     total = [0.0] * len(rows)
     for stage, colour in _STAGES.items():
-        total = [t + row["sparse"][0]["stages"][stage]["median_ms"] for t, row in zip(total, rows, strict=True)]
+        total = [
+            t + row["sparse"][0]["stages"][stage]["median_ms"] for t, row in zip(total, rows, strict=True)
+        ]
         axes.fill_between(lengths, base, total, color=colour, alpha=0.6, lw=0, label=_STAGE_LABELS[stage])
         base = total
-    _line(axes, lengths, [row["sparse"][0]["whole"] for row in rows], _WHOLE, "whole pipeline", 2.2)
+    _line(axes, lengths, [row["sparse"][0]["whole"] for row in rows], INK, "whole pipeline", 2.2)
     for name in dict.fromkeys(dense["name"] for row in rows for dense in row["dense"]):
         had = [(row["n"], d) for row in rows for d in row["dense"] if d["name"] == name]
         repeated = " (K/V repeated)" if had[0][1]["kv_repeated"] else ""
-        colour = _DENSE.get(name, "#7F7F7F")
-        _line(axes, [n for n, _ in had], [d["timing"] for _, d in had], colour, f"dense {name}{repeated}", 1.4)
+        colour = _DENSE.get(name, MUTED)
+        _line(
+            axes, [n for n, _ in had], [d["timing"] for _, d in had], colour, f"dense {name}{repeated}", 1.4
+        )
     for row in rows:
         sparse = row["sparse"][0]
         if sparse["speedup"] is not None:
@@ -128,8 +148,10 @@ def _panel(axes: Axes, rows: list[dict[str, Any]]) -> None:
                 xycoords=axes.get_xaxis_transform(),  # along the bottom, clear of every line
                 ha="right" if row is rows[-1] else "left" if row is rows[0] else "center",
                 va="bottom",
-                fontsize=7,
+                fontsize=SMALL,
+                color=INK,
             )
+    tidy(axes)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_ylim(bottom=low)
@@ -137,45 +159,49 @@ def _panel(axes: Axes, rows: list[dict[str, Any]]) -> None:
     axes.set_xticks(lengths, [f"{n:,}" for n in lengths])
     axes.xaxis.set_minor_locator(NullLocator())
     _plain_ticks(axes, x=False, y=True)
-    axes.set_xlabel("N (tokens)")
-    axes.grid(alpha=0.3, which="major", lw=0.5)
+    label(axes, "N (tokens)")
 
 
 def _line(
-    axes: Axes, x: list[int], times: list[dict[str, float]], colour: str, label: str, width: float
+    axes: Axes, x: list[int], times: list[dict[str, float]], colour: str, text: str, width: float
 ) -> None:
     middle = [t["median_ms"] for t in times]
     spread = [[m - t["p20_ms"] for m, t in zip(middle, times, strict=True)]]
     spread.append([t["p80_ms"] - m for m, t in zip(middle, times, strict=True)])
-    axes.errorbar(x, middle, spread, fmt="o-", color=colour, lw=width, ms=4, capsize=2, label=label)
+    axes.errorbar(x, middle, spread, fmt="o-", color=colour, lw=width, ms=4, capsize=2, label=text)
 
 
 def _time_bars(data: dict[str, Any], rows: list[dict[str, Any]]) -> Figure:
     rows = rows[: 4 * _PANELS]
-    figure = Figure(figsize=(8, 1.8 + 0.55 * len(rows)), layout="constrained")
+    title = "Dense and sparse attention, causal prefill"
+    figure = new_figure(9, 2.4 + 0.6 * len(rows), title, _subtitle(data, rows[0]))
     axes = figure.add_subplot()
+    tidy(axes)
     for i, row in enumerate(rows):
         sparse, left = row["sparse"][0], 0.0
         for stage, colour in _STAGES.items():
             width = sparse["stages"][stage]["median_ms"]
-            label = _STAGE_LABELS[stage] if i == 0 else None
-            axes.barh(i - 0.18, width, 0.34, left=left, color=colour, alpha=0.8, label=label)
+            text = _STAGE_LABELS[stage] if i == 0 else None
+            axes.barh(i - 0.18, width, 0.34, left=left, color=colour, alpha=0.8, label=text)
             left += width
-        text = "" if sparse["speedup"] is None else f"{sparse['speedup']:.1f}×, "
-        text += f"recall {sparse['recall']:.3f}, density {sparse['density']:.3f}"
-        axes.text(left, i - 0.18, "  " + text, va="center", fontsize=7)
+        words = "" if sparse["speedup"] is None else f"{sparse['speedup']:.1f}×, "
+        words += f"recall {sparse['recall']:.3f}, density {sparse['density']:.3f}"
+        axes.text(left, i - 0.18, "  " + words, va="center", fontsize=SMALL, color=INK)
         best = next((d for d in row["dense"] if d["name"] == row["baseline"]), None)
         if best is not None:
-            label = "fastest dense" if i == 0 else None
-            axes.barh(i + 0.18, best["timing"]["median_ms"], 0.34, color="#BBBBBB", label=label)
-            axes.text(best["timing"]["median_ms"], i + 0.18, f"  {best['name']}", va="center", fontsize=7)
-    axes.set_yticks(range(len(rows)), [f"{row['source']}\nN = {row['n']:,}" for row in rows], fontsize=8)
+            axes.barh(
+                i + 0.18,
+                best["timing"]["median_ms"],
+                0.34,
+                color="#BBBBBB",
+                label="" if i else "fastest dense",
+            )
+            axes.text(best["timing"]["median_ms"], i + 0.18, f"  {best['name']}", va="center", fontsize=SMALL)
+    axes.set_yticks(range(len(rows)), [f"{row['source']}\nN = {row['n']:,}" for row in rows])
     axes.invert_yaxis()
-    axes.margins(x=0.3)
-    axes.set_xlabel("time (ms, median)")
-    axes.set_title(f"Dense and sparse attention, causal prefill\n{_subtitle(data, rows[0])}", fontsize=10)
-    axes.grid(axis="x", alpha=0.3, lw=0.5)
-    figure.legend(loc="outside lower center", ncols=4, fontsize=8)
+    axes.margins(x=0.35)
+    label(axes, "time (ms, median)")
+    legend(figure, loc="outside lower center", ncols=4)
     return figure
 
 

@@ -1,4 +1,4 @@
-"""What was kept and what it cost in accuracy: exact pair counts, recall and output error of a timed selection."""
+"""What was kept and what it cost in accuracy: pair counts, recall and output error of a timed selection."""
 
 from __future__ import annotations
 
@@ -69,7 +69,10 @@ def count_pairs(n: int, params: AnchorParams, stripes: Stripes, window: int | No
                 stripe_pairs += int(seen[stripes.columns[low:high].long() - start].sum())
     total = batch * heads
     return Kept(
-        total * visible_pairs(n, window), total * anchor_pairs(n, params, window), stripe_pairs, total * candidates
+        total * visible_pairs(n, window),
+        total * anchor_pairs(n, params, window),
+        stripe_pairs,
+        total * candidates,
     )
 
 
@@ -78,7 +81,7 @@ def exact_dense(
 ) -> tuple[Tensor, Tensor]:
     """Dense causal attention in float32, in chunks of rows: output (B, H, N, d) and LSE (B, H, N).
 
-    One group as long as the prompt makes every visible key anchor region, so the anchor stage is the dense pass.
+    One group as long as the prompt makes every visible key anchor region: the anchor stage is the dense pass.
     """
     n = q.shape[2]
     state = torch_backend.anchor(q, k, v, block=n, step=1, scale=scale, window=window, softcap=softcap)
@@ -97,6 +100,6 @@ def output_error(out: Tensor, exact: Tensor) -> tuple[float, float]:
 
 
 def recall(lse: Tensor, lse_all: Tensor) -> tuple[float, float]:
-    """Attention mass kept: mean over queries of exp(LSE_kept - LSE_all) per head, then mean and least of the heads."""
+    """Attention mass kept, mean over queries of exp(LSE_kept - LSE_all) per head: mean and least of the heads."""
     per_head = torch.exp(lse.float() - lse_all).double().mean(-1)
     return float(per_head.mean()), float(per_head.min())

@@ -1,14 +1,14 @@
 """`run_bench`: dense and sparse attention timed on the same inputs, with what the sparse selection kept.
 
-For every input and length: dense back ends are tried, the sparse pipeline is checked against exact dense attention at
-theta = +inf, everything is warmed up, timed with interleaved repetitions, and the outputs of what was timed are
-measured. A speed-up is given only where the check passed, next to its recall, density and output error.
+For every input and length: dense back ends are tried, the sparse pipeline is checked against exact dense
+attention at theta = +inf, everything is warmed up and timed with interleaved repetitions, and the outputs of what
+was timed are measured. A speed-up is given only where the check passed, next to its recall, density and error.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from anchorscope.bench import measures, timing
 from anchorscope.bench.backends import BACKENDS, SparseBackend, resolve_backend, resolve_device
-from anchorscope.bench.dense import NAMES, Absent, DenseBackend, default_names, dense_backends
+from anchorscope.bench.dense import NAMES, Absent, default_names, dense_backends
 from anchorscope.bench.environment import hardware, versions
 from anchorscope.bench.timing import Timing
 from anchorscope.dumps import Dump, Entry, open_dump
@@ -37,8 +37,8 @@ SHAPE = {"cuda": (32, 8, 128), "cpu": (4, 1, 64)}  # query heads, kv heads, head
 REPEATS = {"cuda": (20, 20_000.0), "cpu": (7, 4_000.0)}  # at most, and milliseconds per length
 WARM_UP = {"cuda": 2, "cpu": 0}  # calls after the first
 
-# Output error (relative, per head) that rounding explains. At theta = +inf the pipeline may err as much, or twice as
-# much as dense; a dense back end that errs over `_DENSE_LIMIT` times as much computes something else.
+# Output error (relative, per head) that rounding explains. At theta = +inf the pipeline may err as much, or twice
+# as much as dense; a dense back end that errs over `_DENSE_LIMIT` times as much computes something else.
 _ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2e-5}
 _DENSE_LIMIT = 5.0
 
@@ -137,7 +137,7 @@ class Check:
 
 @dataclass(frozen=True)
 class SparseRow:
-    """The pipeline at one theta; all figures from the same inputs and the same selection. See docs/bench.md."""
+    """The pipeline at one theta; all figures from the same inputs and selection. See docs/bench.md."""
 
     theta: float
     whole: Timing
@@ -252,7 +252,9 @@ def run_bench(
     for case in cases:
         share = case.n**2 / total
 
-        def report(part: float, text: str, case: Case = case, done: float = done, share: float = share) -> None:
+        def report(
+            part: float, text: str, case: Case = case, done: float = done, share: float = share
+        ) -> None:
             progress(done + part * share, f"{case.n:,}: {text}")
 
         try:
@@ -262,8 +264,8 @@ def run_bench(
                 finished = max((row.n for row in rows), default=None)
                 fits = f"; N = {finished:,} fitted, use --lengths up to that" if finished else ""
                 raise RunFailure(
-                    f"out of memory on {device} at N = {case.n:,} with {case.heads} heads of {case.head_dim}{fits}"
-                    " (or fewer heads, or a shorter --lengths)"
+                    f"out of memory on {device} at N = {case.n:,} with {case.heads} heads of {case.head_dim}"
+                    f"{fits} (or fewer heads, or a shorter --lengths)"
                 ) from None
             raise
         done += share
@@ -331,7 +333,9 @@ def _dump_dtype(dump: Dump, device: torch.device) -> str:
 def _dump_cases(config: BenchConfig, dump: Dump, device: torch.device, dtype: torch.dtype) -> list[Case]:
     for name in ("heads", "kv_heads", "head_dim", "period", "seed"):
         if getattr(config, name) is not None:
-            raise InputError(f"{name.replace('_', ' ')} belongs to planted input; a dump brings its own tensors")
+            raise InputError(
+                f"{name.replace('_', ' ')} belongs to planted input; a dump brings its own tensors"
+            )
     entries = [e for e in dump.entries if config.layers is None or e.layer in config.layers]
     known = sorted({e.layer for e in dump.entries})
     if missing := sorted(set(config.layers or ()) - set(known)):
@@ -340,14 +344,16 @@ def _dump_cases(config: BenchConfig, dump: Dump, device: torch.device, dtype: to
         raise InputError(f"{dump.path} holds no layers to time")
     if bare := [e for e in entries if not e.has_values]:
         raise InputError(
-            f"{dump.path} holds no values for layer {bare[0].layer}, and attention needs V; capture without --no-values"
+            f"{dump.path} holds no values for layer {bare[0].layer}, and attention needs V;"
+            " capture it without --no-values"
         )
     cases = []
     for entry in entries:
         for n in config.lengths or (entry.tokens,):
             if n > entry.tokens:
                 raise InputError(
-                    f"length {n} is more than the {entry.tokens} tokens of prompt {entry.prompt} in {dump.path}"
+                    f"length {n} is more than the {entry.tokens} tokens of prompt {entry.prompt}"
+                    f" in {dump.path}"
                 )
             cases.append(_dump_case(dump, entry, n, device, dtype))
     return cases

@@ -25,25 +25,32 @@ MAX_LENGTH = 1 << 20
 
 def bench(
     dump: Annotated[
-        Path | None, typer.Argument(help="Dump folder to take Q, K, V from; planted input without.", metavar="[DIR]")
+        Path | None,
+        typer.Argument(help="Dump folder to take Q, K, V from; planted input without.", metavar="[DIR]"),
     ] = None,
     lengths: Annotated[
         str | None,
         typer.Option(
-            help="Tokens, like 4096,8192 or 4k,8k.  [default: 16k to 128k on a GPU, 2k to 8k on a CPU; whole prompts]"
+            help="Tokens, like 4096,8192 or 4k,8k.  [default: 16k-128k, CPU 2k-8k; of a dump whole prompts]"
         ),
     ] = None,
-    heads: Annotated[int | None, typer.Option(help="Query heads of planted input.  [default: 32; CPU 4]")] = None,
+    heads: Annotated[
+        int | None, typer.Option(help="Query heads of planted input.  [default: 32; CPU 4]")
+    ] = None,
     kv_heads: Annotated[int | None, typer.Option(help="Its kv heads.  [default: 8; CPU 1]")] = None,
     head_dim: Annotated[int | None, typer.Option(help="Its head dimension.  [default: 128; CPU 64]")] = None,
     theta: Annotated[
         str | None,
-        typer.Option(help="Thetas in nats: 6, or 4,6,8, or 0:12:2; inf is dense.  [default: planted 6, dump 12]"),
+        typer.Option(
+            help="Thetas in nats: 6, or 4,6,8, or 0:12:2; inf is dense.  [default: planted 6, dump 12]"
+        ),
     ] = None,
     block: Annotated[int, typer.Option(help="Queries pooled together.")] = 128,
     step: Annotated[int, typer.Option(help="Query blocks that share one selection of stripes.")] = 16,
     init: Annotated[int | None, typer.Option(help="First tokens always kept.  [default: block]")] = None,
-    lookback: Annotated[int | None, typer.Option(help="Tokens before a group always kept.  [default: block]")] = None,
+    lookback: Annotated[
+        int | None, typer.Option(help="Tokens before a group always kept.  [default: block]")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32.  [default: bf16; CPU fp32]")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
     backend: Annotated[str, typer.Option(help="Of the sparse stages: auto, torch or triton.")] = "auto",
@@ -51,8 +58,12 @@ def bench(
         str | None,
         typer.Option(help="Baselines: flash,cudnn,efficient,flex,math.  [default: all but math; CPU flash]"),
     ] = None,
-    layers: Annotated[str | None, typer.Option(help="Layers of the dump, like 0,5,10-15.  [default: all]")] = None,
-    repeats: Annotated[int | None, typer.Option(help="Timed repetitions.  [default: 3 to 20 by time]")] = None,
+    layers: Annotated[
+        str | None, typer.Option(help="Layers of the dump, like 0,5,10-15.  [default: all]")
+    ] = None,
+    repeats: Annotated[
+        int | None, typer.Option(help="Timed repetitions.  [default: 3 to 20 by time]")
+    ] = None,
     period: Annotated[
         int | None, typer.Option(help="Queries that share one planted direction.  [default: block * step]")
     ] = None,
@@ -62,11 +73,13 @@ def bench(
     against: Annotated[
         Path | None, typer.Option(help="bench.json of an earlier bench: print the ratio of every time.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")
+    ] = False,
 ) -> None:
     """Time sparse against dense attention on the same inputs, with recall, density and output error.
 
-    No speed-up is printed unless the pipeline equals dense attention at theta = inf. docs/bench.md says how to read it.
+    No speed-up is printed unless the pipeline equals dense attention at theta = inf.
     """
     from anchorscope.selection import parse_indices, parse_thetas
 
@@ -90,7 +103,9 @@ def bench(
         device=device,
         backend=backend,
         dense=None if dense is None else tuple(x.strip() for x in dense.split(",")),
-        layers=None if layers is None or layers == "all" else parse_indices(layers, "--layers", _layers(dump)),
+        layers=None
+        if layers is None or layers == "all"
+        else parse_indices(layers, "--layers", _layers(dump)),
         repeats=repeats,
     )
     if out is not None:
@@ -128,7 +143,8 @@ def bench(
     if not result.passed:
         row = next(row for row in result.rows if not row.check.passed)
         raise RunFailure(
-            f"no speed-up is given: at N = {row.n:,} ({row.source}) the check against dense failed: {row.check.reason}"
+            f"no speed-up is given: at N = {row.n:,} ({row.source}) the check against dense failed:"
+            f" {row.check.reason}"
         )
 
 
@@ -148,7 +164,9 @@ def parse_lengths(text: str, option: str = "--lengths") -> tuple[int, ...]:
             raise InputError(f"{option} {text!r} is malformed; write token counts like 4096,8192 or 4k,8k")
         size = int(match[1]) * (1024 if match[2] else 1)
         if not 1 <= size <= MAX_LENGTH:
-            raise InputError(f"{option}: {part.strip()} is out of range; lengths go from 1 to {MAX_LENGTH:,} tokens")
+            raise InputError(
+                f"{option}: {part.strip()} is out of range; lengths go from 1 to {MAX_LENGTH:,} tokens"
+            )
         if size in sizes:
             raise InputError(f"{option} {text!r} names {size} twice")
         sizes.append(size)
@@ -180,20 +198,27 @@ def print_result(data: dict[str, Any], ratios: list[Ratio] | None = None) -> Non
         f" {settings['backend']} back end"
     )
     console.print(
-        f"{shape['heads']} query heads, {shape['kv_heads']} kv heads, d = {shape['head_dim']}, {settings['dtype']},"
-        f" groups of {settings['block']} x {settings['step']}\n"
+        f"{shape['heads']} query heads, {shape['kv_heads']} kv heads, d = {shape['head_dim']},"
+        f" {settings['dtype']}, groups of {settings['block']} x {settings['step']}"
     )
-    several = len({row["source"] for row in data["rows"]}) > 1 or data["settings"]["input"] == "dump"
-    console.print(_dense_table(data, several))
+    for source, number in _numbers(data).items():
+        if data["settings"]["input"] == "dump":
+            console.print(f"#{number} {source}", soft_wrap=True)
+    console.print()
+    console.print(_dense_table(data))
+    console.print("* baseline; memory: peak beyond the inputs; error: relative, against float32")
     for sentence in _absent_notes(data):
         console.print(sentence)
     console.print()
-    console.print(_time_table(data, several))
+    console.print(_time_table(data))
+    console.print("spread: p20 to p80 of whole; first: first call; speed-up over *")
     console.print()
-    console.print(_quality_table(data, several))
+    console.print(_quality_table(data))
+    console.print("effic.: speed-up * density; TFLOP/s: of kept pairs; memory: beyond the output")
     if ratios is not None:
         console.print()
-        console.print(_ratio_table(ratios))
+        console.print(_ratio_table(data, ratios))
+        console.print("= : the p20 to p80 ranges overlap")
         if len(ratios) > RATIO_ROWS:
             console.print(f"{len(ratios) - RATIO_ROWS} more in bench.json (--out) or --json")
 
@@ -202,23 +227,42 @@ def _table(title: str, names: list[str]) -> Table:
     from rich import box
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1))
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        show_edge=False,
+    )
     for name in names:
-        table.add_column(name, justify="left" if name in ("input", "back end", "time") else "right", no_wrap=True)
+        table.add_column(name, justify="left" if name in ("back end", "time", "") else "right", no_wrap=True)
     return table
 
 
-def _sections(data: dict[str, Any], several: bool) -> list[tuple[str, dict[str, Any]]]:
-    """Rows with their label: N, or the input's name above it."""
-    labelled = []
-    for row in data["rows"]:
-        name = row["source"] if len(row["source"]) <= 16 else "..." + row["source"][-13:]
-        labelled.append((f"{name} {row['n']:,}" if several else f"{row['n']:,}", row))
-    return labelled
+def _sections(data: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Rows with their label: N, after the input's number where there are several."""
+    numbers = _numbers(data)
+    several = len(numbers) > 1
+    return [
+        (f"#{numbers[row['source']]} {row['n']:,}" if several else f"{row['n']:,}", row)
+        for row in data["rows"]
+    ]
+
+
+def _numbers(data: dict[str, Any]) -> dict[str, int]:
+    """The inputs, numbered from 1 in order of appearance: their names are too long for a table."""
+    return {source: i for i, source in enumerate(dict.fromkeys(row["source"] for row in data["rows"]), 1)}
 
 
 def _ms(value: float) -> str:
     return f"{value:.0f}" if value >= 1000 else f"{value:.3g}" if value < 100 else f"{value:.1f}"
+
+
+def _spread(time: dict[str, float]) -> str:
+    """The p20 to p80 range as a share of the median."""
+    return f"{(time['p80_ms'] - time['p20_ms']) / time['median_ms']:.0%}"
 
 
 def _theta(value: float | str) -> str:
@@ -229,9 +273,9 @@ def _optional(value: float | None, pattern: str) -> str:
     return "-" if value is None else format(value, pattern)
 
 
-def _dense_table(data: dict[str, Any], several: bool) -> Table:
-    table = _table("Dense attention, causal", ["N", "back end", "ms", "p20-p80", "TFLOP/s", "memory", "error"])
-    for label, row in _sections(data, several):
+def _dense_table(data: dict[str, Any]) -> Table:
+    table = _table("Dense attention, causal", ["N", "back end", "ms", "spread", "TFLOP/s", "memory", "error"])
+    for label, row in _sections(data):
         for dense in row["dense"]:
             time = dense["timing"]
             best = "*" if dense["name"] == row["baseline"] else ""
@@ -241,14 +285,12 @@ def _dense_table(data: dict[str, Any], several: bool) -> Table:
                 label,
                 f"{dense['name']}{best}{repeated}",
                 _ms(time["median_ms"]),
-                f"{_ms(time['p20_ms'])}-{_ms(time['p80_ms'])}",
+                _spread(time),
                 f"{dense['tflops']:.3g}",
                 "-" if memory is None else human_bytes(memory),
                 f"{dense['output_error']:.1e}",
             )
             label = ""
-    table.caption = "* baseline; memory beyond the inputs, output included; error against float32"
-    table.caption_justify = "left"
     return table
 
 
@@ -264,10 +306,10 @@ def _absent_notes(data: dict[str, Any]) -> list[str]:
     ]
 
 
-def _time_table(data: dict[str, Any], several: bool) -> Table:
-    names = ["N", "theta", "anchor", "identif.", "sparse", "whole", "p20-p80", "first", "speed-up"]
+def _time_table(data: dict[str, Any]) -> Table:
+    names = ["N", "theta", "anchor", "identif.", "sparse", "whole", "spread", "first", "speed-up"]
     table = _table("Anchor attention, milliseconds", names)
-    for label, row in _sections(data, several):
+    for label, row in _sections(data):
         for sparse in row["sparse"]:
             stages, whole = sparse["stages"], sparse["whole"]
             table.add_row(
@@ -275,20 +317,18 @@ def _time_table(data: dict[str, Any], several: bool) -> Table:
                 _theta(sparse["theta"]),
                 *(_ms(stages[stage]["median_ms"]) for stage in ("anchor", "identification", "sparse")),
                 _ms(whole["median_ms"]),
-                f"{_ms(whole['p20_ms'])}-{_ms(whole['p80_ms'])}",
+                _spread(whole),
                 _ms(whole["first_ms"]),
                 "refused" if not row["check"]["passed"] else _optional(sparse["speedup"], ".2f"),
             )
             label = ""
-    table.caption = "speed-up over the dense baseline *; first: first call, compilation included"
-    table.caption_justify = "left"
     return table
 
 
-def _quality_table(data: dict[str, Any], several: bool) -> Table:
+def _quality_table(data: dict[str, Any]) -> Table:
     names = ["N", "theta", "recall", "density", "stripes", "error", "effic.", "TFLOP/s", "memory"]
     table = _table("What that kept and cost", names)
-    for label, row in _sections(data, several):
+    for label, row in _sections(data):
         for sparse in row["sparse"]:
             memory = sparse["extra_memory_bytes"]
             table.add_row(
@@ -303,19 +343,14 @@ def _quality_table(data: dict[str, Any], several: bool) -> Table:
                 "-" if memory is None else human_bytes(memory),
             )
             label = ""
-    table.caption = "efficiency = speed-up * density; memory beyond inputs and output"
-    table.caption_justify = "left"
     return table
 
 
-def _ratio_table(ratios: list[Ratio]) -> Table:
-    table = _table("Against the older result", ["input", "N", "time", "old ms", "new ms", "new/old", ""])
+def _ratio_table(data: dict[str, Any], ratios: list[Ratio]) -> Table:
+    table = _table("Against the older result", ["N", "time", "old ms", "new ms", "new/old", ""])
+    numbers = _numbers(data)
     for ratio in ratios[:RATIO_ROWS]:
-        name = ratio.source if len(ratio.source) <= 16 else "..." + ratio.source[-13:]
+        label = f"#{numbers[ratio.source]} {ratio.n:,}" if len(numbers) > 1 else f"{ratio.n:,}"
         verdict = ("slower" if ratio.ratio > 1 else "faster") if ratio.beyond_spread else "="
-        table.add_row(
-            name, f"{ratio.n:,}", ratio.what, _ms(ratio.old_ms), _ms(ratio.new_ms), f"{ratio.ratio:.2f}", verdict
-        )
-    table.caption = "= : the p20-p80 ranges overlap"
-    table.caption_justify = "left"
+        table.add_row(label, ratio.what, _ms(ratio.old_ms), _ms(ratio.new_ms), f"{ratio.ratio:.2f}", verdict)
     return table
