@@ -16,7 +16,7 @@ from .common import LN2, Problem, accumulate, launch, problem
 from .types import AnchorState
 
 
-@triton.jit(do_not_specialize=["n", "offset", "init", "lookback", "window", "heads", "repeats", "group", "tiles", "blocks"])
+@triton.jit(do_not_specialize=["n", "offset", "init", "lookback", "window", "heads", "repeats", "group", "tiles", "blocks", "batch_heads"])
 def anchor_kernel(
     Q, K, V, Out, Lse, Tops, QBar, ABar,
     sqb, sqh, sqn, sqd, skb, skh, skn, skd, svb, svh, svn, svd, sob, soh, son, sod,
@@ -47,6 +47,18 @@ def anchor_kernel(
     inner = d < DIM
     q_at = Q + b * sqb + h.to(tl.int64) * sqh + row0.to(tl.int64) * sqn + i[:, None] * sqn + d[None, :] * sqd
     q = tl.load(q_at, mask=live[:, None] & inner[None, :], other=0.0)  # [BM, D]
+    if POOL:  # blocks lie within this tile
+        parts: tl.constexpr = BM // BLOCK
+        p = tl.arange(0, parts)
+        count = tl.minimum(row_end - row0 - p * BLOCK, BLOCK)
+        share = 1.0 / tl.maximum(count, 1).to(tl.float32)
+        pooled = bh.to(tl.int64) * blocks + row0 // BLOCK + p
+        q_sum = tl.sum(tl.reshape(q.to(tl.float32), [parts, BLOCK, D]), 1)
+        tl.store(
+            QBar + pooled[:, None] * DIM + d[None, :],
+            (q_sum * share[:, None]).to(QBar.dtype.element_ty),
+            mask=(count > 0)[:, None] & inner[None, :],
+        )
     k_base = K + b * skb + hk.to(tl.int64) * skh
     v_base = V + b * svb + hk.to(tl.int64) * svh
     k_off = c[:, None] * skn + d[None, :] * skd
@@ -122,21 +134,9 @@ def anchor_kernel(
         acc = acc * (1.0 / tl.where(total > 0, total, 1.0))[:, None]
         o_at = Out + b * sob + h.to(tl.int64) * soh + row0.to(tl.int64) * son + i[:, None] * son + d[None, :] * sod
         tl.store(o_at, acc.to(Out.dtype.element_ty), mask=live[:, None] & inner[None, :])
-    if POOL:  # blocks lie within this tile
-        parts: tl.constexpr = BM // BLOCK
-        p = tl.arange(0, parts)
-        block0 = row0 // BLOCK
-        count = tl.minimum(row_end - row0 - p * BLOCK, BLOCK)
-        share = 1.0 / tl.maximum(count, 1).to(tl.float32)
+    if POOL:
         a_sum = tl.sum(tl.reshape(tl.where(live, top * LN2, 0.0), [parts, BLOCK]), 1)
-        q_sum = tl.sum(tl.reshape(q.to(tl.float32), [parts, BLOCK, D]), 1)
-        at = bh.to(tl.int64) * blocks + block0 + p
-        tl.store(ABar + at, a_sum * share, mask=count > 0)
-        tl.store(
-            QBar + at[:, None] * DIM + d[None, :],
-            (q_sum * share[:, None]).to(QBar.dtype.element_ty),
-            mask=(count > 0)[:, None] & inner[None, :],
-        )
+        tl.store(ABar + pooled, a_sum * share, mask=count > 0)
     else:
         tl.store(Tops + flat, top * LN2, mask=live)
 

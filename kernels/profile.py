@@ -43,7 +43,7 @@ class Sweep(NamedTuple):
     close_005: Tensor
 
 
-@triton.jit(do_not_specialize=["n", "offset", "window", "heads", "repeats"])
+@triton.jit(do_not_specialize=["n", "offset", "window", "heads", "repeats", "tiles", "batch_heads"])
 def dense_kernel(
     Q, K, V, Out, Lse,
     sqb, sqh, sqn, sqd, skb, skh, skn, skd, svb, svh, svn, svd,
@@ -111,7 +111,7 @@ def dense_kernel(
         tl.store(to, acc / total[:, None], mask=live[:, None] & inner[None, :])
 
 
-@triton.jit(do_not_specialize=["n", "offset", "window", "heads", "repeats", "group", "keys"])
+@triton.jit(do_not_specialize=["n", "offset", "window", "heads", "repeats", "group", "groups", "keys"])
 def mass_kernel(
     Q, K, Lse, Mass, sqb, sqh, sqn, sqd, skb, skh, skn, skd,
     n, offset, window, heads, repeats, group, groups, keys, scale, cap,
@@ -255,7 +255,7 @@ def margin_kernel(
         tl.store(Margin + (w_head * groups + wg)[None, :] * keys + cols[:, None], least, mask=ok)
 
 
-@triton.jit(do_not_specialize=["n", "offset", "window", "heads", "repeats", "group", "groups", "tiles", "thetas"])
+@triton.jit(do_not_specialize=["n", "offset", "window", "heads", "repeats", "group", "groups", "tiles", "batch_heads", "thetas"])
 def sweep_kernel(
     Q, K, V, OutA, LseA, OutD, Columns, Bins, Lse, Sums,
     sqb, sqh, sqn, sqd, skb, skh, skn, skd, svb, svh, svn, svd,

@@ -16,7 +16,7 @@ from .common import LN2, LOG2E, accumulate, check_tensors, launch, problem
 from .types import AnchorState, Stripes
 
 
-@triton.jit(do_not_specialize=["n", "offset", "window", "heads", "repeats", "group", "groups", "tiles", "capacity"])
+@triton.jit(do_not_specialize=["n", "offset", "window", "heads", "repeats", "group", "groups", "tiles", "batch_heads", "capacity"])
 def sparse_kernel(
     Q, K, V, Out, Lse, Columns, Offsets,
     sqb, sqh, sqn, sqd, skb, skh, skn, skd, svb, svh, svn, svd, sob, soh, son, sod,

@@ -1,0 +1,157 @@
+"""Times launch configurations of the kernels on planted input, on a GPU: `python tests/kernels/timing.py OP [OP ...]`.
+
+Results go to docs/benchmarks/log.md by hand. Each op is timed alone, medians of CUDA events, every configuration checked against
+the first. `--warm I/N` only compiles every N-th configuration, to fill Triton's cache from several processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from anchorscope.kernels import anchor, common, identify, pipeline, profile, sparse
+from anchorscope.planted import planted
+
+VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "anchor": [
+        dict(BM=m, BN=n, num_warps=w, num_stages=s)
+        for m, n, w, s in (
+            (128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 8, 4), (128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 4, 2),
+            (128, 32, 4, 3), (128, 32, 8, 3),
+        )
+    ],
+    "sparse": [
+        dict(BM=m, BN=n, num_warps=w, num_stages=s)
+        for m, n, w, s in (
+            (128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 8, 4), (128, 128, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3),
+            (128, 32, 8, 3), (128, 32, 8, 4), (128, 64, 4, 2), (256, 64, 8, 2), (256, 32, 8, 3),
+        )
+    ],
+    "identify": [
+        dict(BC=c, ROWS=r, num_warps=w, num_stages=s)
+        for c, r, w, s in (
+            (128, 64, 4, 2), (128, 64, 4, 3), (128, 64, 4, 4), (128, 128, 4, 3), (256, 64, 8, 2), (256, 64, 8, 3),
+            (256, 64, 8, 4), (256, 128, 8, 3), (256, 64, 4, 3),
+        )
+    ],
+    "column_mass": [
+        dict(BC=c, BQ=q, num_warps=w, num_stages=s)
+        for c, q, w, s in (
+            (128, 64, 8, 3), (128, 64, 4, 3), (128, 128, 8, 2), (256, 64, 8, 3), (256, 64, 8, 4), (256, 32, 8, 4),
+            (128, 128, 8, 3), (64, 128, 4, 3),
+        )
+    ],
+    "dense_lse": [
+        dict(BM=m, BN=n, num_warps=w, num_stages=s)
+        for m, n, w, s in (
+            (128, 64, 8, 3), (128, 64, 4, 3), (128, 128, 8, 3), (256, 64, 8, 3), (256, 64, 8, 4), (256, 128, 8, 2),
+            (64, 128, 4, 3), (256, 32, 8, 4),
+        )
+    ],
+}  # fmt: skip
+
+
+def median(call: Callable[[], object], repeats: int = 9) -> float:
+    """Median milliseconds of a call by CUDA events, after a warm-up."""
+    call()
+    call()
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return sorted(times)[len(times) // 2]
+
+
+def dense_time(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> float:
+    """Median of cuDNN's causal attention."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return median(
+            lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True), 5
+        )
+
+
+def configured(op: str) -> Iterator[dict[str, Any]]:
+    """Set each variant in the launch table in turn."""
+    table = common.launch_table()[op]
+    before = json.dumps(table)
+    for config in VARIANTS[op]:
+        for arch in table.values():
+            for dim in arch["2"]:
+                arch["2"][dim] = config
+        yield config
+    common.launch_table()[op] = json.loads(before)
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("ops", nargs="*", default=list(VARIANTS))
+    parser.add_argument("--n", type=int, default=131072)
+    parser.add_argument("--theta", type=float, default=6.0)
+    parser.add_argument("--warm", default="")
+    parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--kv-heads", type=int, default=8)
+    parser.add_argument("--dim", type=int, default=128)
+    parser.add_argument("--block", type=int, default=128)
+    parser.add_argument("--step", type=int, default=16)
+    args = parser.parse_args()
+    part, parts = (int(x) for x in args.warm.split("/")) if args.warm else (0, 1)
+    n = min(args.n, 8192) if args.warm else args.n
+    q, k, v = planted(n, heads=args.heads, kv_heads=args.kv_heads, dim=args.dim, device="cuda")
+    grid: dict[str, Any] = {"block": args.block, "step": args.step}
+    state = anchor.anchor(q, k, v, **grid)
+    stripes = identify.identify(state, k, theta=args.theta, queries=n, **grid)
+    lse = state.lse
+    room = stripes.columns.numel()
+    out, final = (x.clone() for x in (state.out, state.lse))
+    scale = args.dim**-0.5
+    bits_args = (state.q_bar, state.a_bar, k, torch.full(q.shape[:2], args.theta, device="cuda"), n, args.block, args.step,
+                 args.block, args.block, scale, None, None, 0)  # fmt: skip
+    calls: dict[str, Callable[[], object]] = {
+        "anchor": lambda: anchor.anchor(q, k, v, **grid),
+        "sparse": lambda: sparse.sparse_op(
+            out, final, q, k, v, stripes.columns, stripes.offsets, args.block, args.step, scale, None, None, 0
+        ),
+        "identify": lambda: identify.bits_op(*bits_args),
+        "column_mass": lambda: profile.column_mass(q[:, :4], k[:, :1], lse[:, :4], **grid),
+        "dense_lse": lambda: profile.dense_lse(q[:, :4], k[:, :1], None),
+    }
+    for number, (op, config) in enumerate(itertools.chain(*(((o, c) for c in configured(o)) for o in args.ops))):
+        if args.warm and number % parts != part:
+            continue
+        try:
+            if args.warm:
+                calls[op]()
+                continue
+            ms = median(calls[op])
+        except Exception as error:  # a configuration that does not fit the chip is a result too
+            print(f"{op:12s} {config} failed: {str(error)[:90]}", flush=True)
+            continue
+        print(f"{op:12s} {n:7d} {ms:8.3f} ms  {config}", flush=True)
+    if args.warm:
+        return
+    base = dense_time(q, k, v)
+    print(f"stripes {room}, {torch.cuda.get_device_name()}, torch {torch.__version__}, cuDNN dense {base:.2f} ms")
+    if set(args.ops) != set(VARIANTS):
+        return
+    for length in (16384, 32768, 65536, n):
+        x, y, z = (t[:, :, :length].contiguous() for t in (q, k, v))
+        total = median(lambda: pipeline.anchor_attention(x, y, z, theta=args.theta, **grid))  # noqa: B023
+        base = dense_time(x, y, z)
+        print(f"pipeline {length}: {total:.3f} ms, dense {base:.3f} ms, {base / total:.2f}x", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
