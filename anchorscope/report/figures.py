@@ -317,8 +317,7 @@ def stripe_heatmap(profile: HeadProfile) -> Figure:
     side_axes = figure.add_subplot(grid[0, 2], sharey=mass_axes)
     below = [figure.add_subplot(grid[1, c], sharex=mass_axes) for c in (0, 1)]
 
-    colours = matplotlib.colormaps["magma"].copy()
-    colours.set_under(colours(0))
+    colours = matplotlib.colormaps["magma"]
     norm = LogNorm(MASS_FLOOR, 1.0)
     _cells(mass_axes, cells, cells.mass, colours, norm)
     _cells(miss_axes, cells, cells.missed, MISSED, norm)

@@ -21,8 +21,9 @@ INK, MUTED, FAINT, PAPER = "#222222", "#666666", "#d8d8d8", "#eeeeee"
 
 # Missed mass: starts at a colour that can be told from white, so that every cell above the scale's low end
 # shows.
-MISSED = LinearSegmentedColormap.from_list("missed", ["#fee3d3", "#fdae6b", RED, "#7f1d00"])
-MISSED.set_under("white")
+MISSED = LinearSegmentedColormap.from_list("missed", ["#fee3d3", "#fdae6b", RED, "#7f1d00"]).with_extremes(
+    under="white"
+)
 
 
 def new_figure(width: float, height: float, title: str, subtitle: str, *, constrained: bool = True) -> Figure:

@@ -32,6 +32,8 @@ def make_profile(
     tokens: int = 8192,
     block: int = 64,
     step: int = 4,
+    init: int | None = None,
+    lookback: int | None = None,
     thetas: tuple[float, ...] = (8.0, 4.0, 12.0),
     window: int | None = None,
     values: bool = True,
@@ -39,7 +41,7 @@ def make_profile(
 ) -> HeadProfile:
     """A synthetic head; its share of local, sink and stripe mass follows from the seed, layer and head."""
     rng = np.random.default_rng([seed, layer, head])
-    params = AnchorParams(block, step)
+    params = AnchorParams(block, step, init, lookback)
     groups, n = params.groups(tokens), tokens
     rows = bin_edges(n, MAX_ROWS, params.group)
     columns = bin_edges(n, MAX_COLUMNS)
