@@ -146,7 +146,7 @@ def anchor(
     softcap: float | None = None,
     offset: int | None = None,
 ) -> AnchorState:
-    """Exact softmax over the anchor region A(i) = {j <= i : j < init or j >= G(g) - lookback}, and what to pool.
+    """Exact softmax over A(i) = {j <= i : j < init or j >= G(g) - lookback}, and the pooled anchors.
 
     Args:
         q: (B, H, n, d) queries; `k`, `v`: (B, Hkv, N, d). bf16, fp16, float32 or float64.

@@ -1,4 +1,4 @@
-"""Sparse against dense attention, on the same inputs: `run_bench` measures, `save` writes, `compare` compares."""
+"""Sparse against dense attention, timed: `run_bench` measures, `save` writes, `compare` compares."""
 
 from __future__ import annotations
 

@@ -18,13 +18,18 @@ BACKENDS = ("auto", "torch", "triton")
 
 @dataclass(frozen=True)
 class SparseBackend:
-    """The stages of anchor attention with the signatures of `anchorscope.kernels.torch_backend`."""
+    """The stages of anchor attention with the signatures of `anchorscope.kernels.torch_backend`.
+
+    `in_place` tells whether `sparse` takes `inplace=True`, which is how `whole` calls it: it then continues
+    the anchor stage's state instead of a copy.
+    """
 
     name: str
     anchor: Callable[..., Any]
     identify: Callable[..., Any]
     sparse: Callable[..., Any]
     whole: Callable[..., Any]
+    in_place: bool = False
 
 
 def resolve_device(name: str) -> torch.device:
@@ -85,5 +90,10 @@ def resolve_backend(name: str, device: torch.device) -> SparseBackend:
         )
     }
     return SparseBackend(
-        "triton", stages["anchor"], stages["identify"], stages["sparse"], stages["anchor_attention"]
+        "triton",
+        stages["anchor"],
+        stages["identify"],
+        stages["sparse"],
+        stages["anchor_attention"],
+        in_place=True,
     )

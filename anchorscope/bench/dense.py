@@ -143,10 +143,11 @@ def _sdpa(name: str, q: Tensor, k: Tensor, v: Tensor, scale: float, repeated: bo
     return run
 
 
-@functools.cache
 def _compiled_flex() -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
+    # Every length compiles anew; past a handful, PyTorch would quietly run the uncompiled N x N version.
+    torch.compiler.reset()
     return torch.compile(flex_attention, dynamic=False)
 
 

@@ -31,7 +31,7 @@ _PANELS = 9  # sources drawn at most
 
 
 def figure_time(data: dict[str, Any]) -> Figure:
-    """Time against N, log-log, one panel per input: dense back ends as lines, stages of the first theta stacked.
+    """Time against N, log-log, one panel per input: dense as lines, the stages of the first theta stacked.
 
     Inputs with a single length are drawn as stacked bars instead.
     """
@@ -42,9 +42,9 @@ def figure_time(data: dict[str, Any]) -> Figure:
 
 
 def figure_density(data: dict[str, Any]) -> Figure | None:
-    """Time relative to the fastest dense back end, against density; None with fewer than two thetas.
+    """Time relative to the fastest dense back end, against density; None below two.
 
-    One line per input. Below the horizontal line the sparse pipeline wins; on the diagonal its efficiency is 1.
+    One line per input. Below the horizontal line sparse wins; on the diagonal its efficiency is 1.
     """
     rows = [row for row in data["rows"] if row["baseline"] is not None and len(row["sparse"]) > 1]
     rows = [row for row in rows if row["check"]["passed"]]

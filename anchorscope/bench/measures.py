@@ -55,6 +55,7 @@ def count_pairs(n: int, params: AnchorParams, stripes: Stripes, window: int | No
     """
     batch, heads, groups = stripes.counts.shape
     per_group = stripes.counts.long().sum((0, 1)).cpu().numpy()
+    ends = stripes.offsets.tolist()
     candidates = stripe_pairs = 0
     for g in range(groups):
         start, _ = candidate_range(g, params)
@@ -65,8 +66,7 @@ def count_pairs(n: int, params: AnchorParams, stripes: Stripes, window: int | No
         elif per_group[g]:
             seen = torch.from_numpy(np.ascontiguousarray(pairs)).to(stripes.columns.device)
             for row in range(g, batch * heads * groups, groups):
-                low, high = int(stripes.offsets[row]), int(stripes.offsets[row + 1])
-                stripe_pairs += int(seen[stripes.columns[low:high].long() - start].sum())
+                stripe_pairs += int(seen[stripes.columns[ends[row] : ends[row + 1]].long() - start].sum())
     total = batch * heads
     return Kept(
         total * visible_pairs(n, window),
@@ -100,6 +100,6 @@ def output_error(out: Tensor, exact: Tensor) -> tuple[float, float]:
 
 
 def recall(lse: Tensor, lse_all: Tensor) -> tuple[float, float]:
-    """Attention mass kept, mean over queries of exp(LSE_kept - LSE_all) per head: mean and least of the heads."""
+    """Attention mass kept, mean over queries of exp(LSE_kept - LSE_all) per head: mean and least head."""
     per_head = torch.exp(lse.float() - lse_all).double().mean(-1)
     return float(per_head.mean()), float(per_head.min())

@@ -25,7 +25,7 @@ class Timing:
 
     Attributes:
         median_ms, p20_ms, p80_ms: quantiles over the repetitions (linear interpolation).
-        first_ms: the very first call in this process at this shape: compilation and tuning included.
+        first_ms: the first call at this shape; what had to be compiled for it is included.
         repeats: number of timed repetitions.
     """
 
@@ -98,8 +98,8 @@ def interleaved(
 def peak_memory(run: Callable[[], Any], device: torch.device) -> int | None:
     """Bytes that one call needs at its peak beyond what was allocated before it, its results included.
 
-    On a GPU, from PyTorch's caching allocator (exact). On Linux with glibc, growth of the resident set after the
-    C library gave its free memory back: pages touched, fragmentation included. None elsewhere.
+    On a GPU, from PyTorch's caching allocator (exact). On Linux with glibc, growth of the resident set after
+    the C library gave its free memory back: pages touched, fragmentation included. None elsewhere.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)

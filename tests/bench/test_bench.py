@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +151,24 @@ def test_no_speed_up_on_a_failed_check(monkeypatch: pytest.MonkeyPatch, change: 
     assert reason in row.check.reason
     assert row.sparse[0].speedup is row.sparse[0].efficiency is None
     jsonschema.validate(result.to_json(), SCHEMA)
+
+
+@pytest.mark.slow
+def test_triton_kernels_in_the_interpreter() -> None:
+    """Wiring of the Triton stages, the in-place one included, where there is no GPU."""
+    shape = (
+        ["--lengths", "70", "--heads", "2", "--kv-heads", "1", "--head-dim", "32", "--block", "16", "--step", "1", "--theta", "4", "--repeats", "2"]
+    )
+    command = [sys.executable, "-m", "anchorscope", "bench", "--backend", "triton", *shape, "--device", "cpu"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([*command, "--json"], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    row = json.loads(done.stdout)["rows"][0]
+    assert row["check"]["passed"]
+    assert row["check"]["recall"] == pytest.approx(1, abs=1e-4)
+    q, k, v = planted(70, 2, 1, 32, group=16, device="cpu", dtype=torch.float32)
+    mask = reference.anchor_attention(q, k, v, theta=4.0, block=16, step=1)[2]
+    assert row["sparse"][0]["kept_pairs"] == int(mask.sum())
 
 
 def test_failed_check_on_the_command_line(
