@@ -434,8 +434,8 @@ def _begin(path: Path, plan: Plan, overwrite: bool) -> dict[str, Any]:
             " free some space or name another --out"
         )
     state = {**identity, "started": started}
-    (path / PROFILES).mkdir(exist_ok=True)
     write_atomic(path / STATE, _json_bytes(state))
+    (path / PROFILES).mkdir(exist_ok=True)
     return state
 
 

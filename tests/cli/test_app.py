@@ -1,0 +1,266 @@
+"""The program as its user meets it: exit codes, one sentence per mistake, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from anchorscope.cli import main
+
+ROOT = Path(__file__).parents[2]
+SAMPLE = ROOT / "samples" / "smollm2-4k"
+
+
+@pytest.fixture(scope="module")
+def dump(tmp_path_factory):
+    from anchorscope import write_dump
+
+    g = torch.Generator().manual_seed(0)
+    path = tmp_path_factory.mktemp("cli") / "dump"
+    q, k, v = (torch.randn(h, 300, 16, generator=g) for h in (4, 2, 2))
+    write_dump(path, [{"prompt": "p", "layer": i, "q": q, "k": k, "v": v, "scale": 0.25} for i in (0, 3)])
+    return path
+
+
+def run(capsys, *args):
+    """Exit code, stdout, stderr of one in-process run."""
+    code = main([str(a) for a in args])
+    out = capsys.readouterr()
+    return code, out.out, out.err
+
+
+def refused(capsys, word, *args, code=2):
+    """The run ends with `code` and one sentence on stderr that holds `word`; no traceback."""
+    got, _, err = run(capsys, *args)
+    assert got == code, err
+    assert "Traceback" not in err
+    assert word in err.replace("\n", " "), err
+    return err
+
+
+def test_version_and_help(capsys):
+    from anchorscope import __version__
+
+    assert run(capsys, "--version")[:2] == (0, f"anchorscope {__version__}\n")
+    code, out, _ = run(capsys, "--help")
+    assert code == 0
+    for command in ("capture", "info", "analyze", "figures", "bench"):
+        assert command in out
+        assert run(capsys, command, "--help")[0] == 0
+
+
+def test_module_runs_and_help_is_quick():
+    command = [sys.executable, "-m", "anchorscope", "--help"]
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
+        times.append(time.perf_counter() - start)
+    # Half a second on a quiet machine; doubled, because CI's is not.
+    assert min(times) < 1.0
+
+
+def test_analyze_prints_a_table_within_80_columns(capsys, dump, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, err = run(capsys, "analyze", dump, "--out", tmp_path / "o", "--block", 16, "--step", 2, "--theta", "1,2", "--no-figures")
+    assert code == 0, err
+    assert "theta 1, groups of 16 x 2" in out
+    assert max(len(line) for line in out.splitlines() if str(tmp_path) not in line) <= 80
+    assert "needs about" in err
+
+
+def test_json_is_the_report_alone(capsys, dump, tmp_path):
+    out_dir = tmp_path / "o"
+    code, out, _ = run(capsys, "analyze", dump, "--out", out_dir, "--block", 16, "--step", 2, "--no-figures", "--json")
+    assert code == 0
+    assert json.loads(out) == json.loads((out_dir / "report.json").read_text())
+
+
+def test_figures_are_redrawn_without_the_dump(capsys, dump, tmp_path):
+    copy = shutil.copytree(dump, tmp_path / "d")
+    args = ("--block", 16, "--step", 2, "--heatmap", "3:1")
+    assert run(capsys, "analyze", copy, "--out", tmp_path / "o", *args)[0] == 0
+    pictures = sorted((tmp_path / "o" / "figures").glob("*.png"))
+    assert any("layer03-head01-heatmap" in p.name for p in pictures)
+    before = {p: p.read_bytes() for p in pictures}
+    shutil.rmtree(copy)
+    for p in pictures:
+        p.unlink()
+    code, out, _ = run(capsys, "figures", tmp_path / "o", "--heatmap", "3:1")
+    assert code == 0
+    assert {Path(line): Path(line).read_bytes() for line in out.split()} == before
+
+
+@pytest.mark.parametrize(
+    ("args", "word"),
+    [
+        (["--theta", "abc"], "'abc' is not a number"),
+        (["--theta", "nan"], "is not a number"),
+        (["--theta", ""], "--theta"),
+        (["--theta", "3:1:1"], "backwards"),
+        (["--block", "0"], "block must be"),
+        (["--step", "-1"], "step must be"),
+        (["--init", "-1"], "init must be"),
+        (["--block", "x"], "--block"),
+        (["--layers", "9"], "there are 0,3"),
+        (["--layers", "3-0"], "backwards"),
+        (["--heads", "4"], "there are 0-3"),
+        (["--prompts", "q"], "no prompt 'q'"),
+        (["--target-recall", "2"], "target recall"),
+        (["--heatmap", "x"], "--heatmap"),
+        (["--heatmap", "1:1"], "not analyzed"),
+        (["--backend", "cuda"], "--backend"),
+        (["--device", "gpu"], "--device"),
+        (["--frobnicate"], "--frobnicate"),
+    ],
+)
+def test_bad_options_of_analyze(capsys, dump, tmp_path, args, word):
+    refused(capsys, word, "analyze", dump, "--out", tmp_path / "o", *args)
+    assert not (tmp_path / "o").exists(), "a refused run leaves nothing behind"
+
+
+def test_missing_hardware_is_named(capsys, dump, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    refused(capsys, "no CUDA GPU", "analyze", dump, "--out", tmp_path / "o", "--device", "cuda")
+    refused(capsys, "riton", "analyze", dump, "--out", tmp_path / "o", "--backend", "triton", "--device", "cpu")
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    refused(capsys, "Triton is not installed", "analyze", dump, "--out", tmp_path / "o", "--backend", "triton", "--device", "cuda")
+
+
+def test_missing_extra_is_named(capsys, tmp_path, monkeypatch):
+    (tmp_path / "p.txt").write_text("some words")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    refused(capsys, "anchorscope[hf]", "capture", "--model", "smollm2", "--prompt", tmp_path / "p.txt", "--out", tmp_path / "o")
+    assert not (tmp_path / "o").exists()
+
+
+def test_out_that_cannot_be_used(capsys, dump, tmp_path):
+    (tmp_path / "file").write_text("x")
+    refused(capsys, "is a file", "analyze", dump, "--out", tmp_path / "file")
+    refused(capsys, "is a file", "analyze", dump, "--out", tmp_path / "file" / "below")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").write_text("x")
+    refused(capsys, "is not an analysis", "analyze", dump, "--out", tmp_path / "full")
+    assert (tmp_path / "full" / "x").read_text() == "x"
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may write anywhere")
+def test_unwritable_out(capsys, dump, tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    refused(capsys, "cannot be made", "analyze", dump, "--out", tmp_path / "locked" / "o")
+
+
+def test_dumps_that_are_none(capsys, dump, tmp_path):
+    out = ("--out", tmp_path / "o")
+    refused(capsys, "does not exist", "analyze", tmp_path / "nowhere", *out)
+    refused(capsys, "not a dump", "analyze", tmp_path, *out)
+    refused(capsys, "is a file", "analyze", dump / "manifest.json", *out)
+    broken = shutil.copytree(dump, tmp_path / "broken")
+    text = (broken / "manifest.json").read_text()
+    (broken / "manifest.json").write_text(text[: len(text) // 2])
+    refused(capsys, "truncated", "analyze", broken, *out)
+    (broken / "manifest.json").write_text(text)
+    victim = sorted(broken.glob("*.safetensors"))[0]
+    victim.write_bytes(victim.read_bytes()[:-100])
+    refused(capsys, victim.name, "analyze", broken, *out)
+    assert not (tmp_path / "o").exists()
+
+
+def test_full_disk_is_exit_1(capsys, dump, tmp_path, monkeypatch):
+    import anchorscope.profiles as profiles
+
+    def no_space(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(profiles.os, "fsync", no_space)
+    refused(capsys, "No space left", "analyze", dump, "--out", tmp_path / "o", code=1)
+    assert not (tmp_path / "o" / "report.json").exists()
+    monkeypatch.undo()
+    assert run(capsys, "analyze", dump, "--out", tmp_path / "o", "--no-figures")[0] == 0
+
+
+def test_little_disk_is_said_before_starting(capsys, dump, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    refused(capsys, "free some space", "analyze", dump, "--out", tmp_path / "o", code=1)
+
+
+def test_out_of_memory_is_exit_1(capsys, dump, tmp_path, monkeypatch):
+    import anchorscope.analysis.backends as backends
+
+    def greedy(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(backends, "profile_head", greedy)
+    err = refused(capsys, "out of memory", "analyze", dump, "--out", tmp_path / "o", code=1)
+    assert "GiB" in err
+
+
+def test_defect_of_ours_is_no_traceback(capsys, dump, tmp_path, monkeypatch):
+    import anchorscope.analysis.backends as backends
+
+    def broken(*_):
+        raise ZeroDivisionError("oh")
+
+    monkeypatch.setattr(backends, "profile_head", broken)
+    refused(capsys, "internal error (ZeroDivisionError: oh)", "analyze", dump, "--out", tmp_path / "o", code=1)
+    monkeypatch.setenv("ANCHORSCOPE_DEBUG", "1")
+    assert "Traceback" in run(capsys, "analyze", dump, "--out", tmp_path / "o")[2]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_ctrl_c_is_130_and_the_run_continues_later(tmp_path):
+    from anchorscope import write_dump
+
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(h, 3000, 32, generator=g) for h in (16, 4, 4))
+    write_dump(tmp_path / "d", [{"prompt": "p", "layer": i, "q": q, "k": k, "v": v, "scale": 0.2} for i in range(4)])
+    command = [sys.executable, "-m", "anchorscope", "analyze", tmp_path / "d", "--out", tmp_path / "o", "--no-figures"]
+    command += ["--block", "16", "--step", "1", "--theta", "0:10:0.5"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    profiles = tmp_path / "o" / "profile"
+    deadline = time.monotonic() + 120
+    while not (profiles.exists() and any(profiles.glob("*.safetensors"))):
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert not (tmp_path / "o" / "report.json").exists()
+    done = len(list(profiles.glob("*.safetensors")))
+    assert 0 < done < 64
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    assert (tmp_path / "o" / "report.json").exists()
+
+
+def test_real_command_refuses_with_exit_2(tmp_path):
+    command = [sys.executable, "-m", "anchorscope", "analyze", tmp_path / "none", "--out", tmp_path / "o"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_sample_dump_analyzes(capsys, tmp_path):
+    """The README's first taste: the shipped dump, with the README's own arguments, on one head."""
+    args = ("--block", 64, "--step", 4, "--theta", 8, "--layers", 20, "--heads", 6, "--no-figures")
+    code, _, err = run(capsys, "analyze", SAMPLE, "--out", tmp_path / "o", *args)
+    assert code == 0, err
+    report = json.loads((tmp_path / "o" / "report.json").read_text())
+    assert report["dump"]["model"]["name"] == "smollm2"
+    row = report["overall"][0]
+    assert 0.4 < row["recall_mean"] < 0.9, "layer 20 head 6 is a head that anchors serve badly"
