@@ -1,7 +1,7 @@
 """AnchorScope: what do your attention heads keep?
 
-Per-head recall against sparsity of anchor attention, measured on your model and your prompts. What the command line does,
-these functions do:
+Per-head recall against sparsity of anchor attention, measured on your model and your prompts. What the command line
+does, these functions do:
 
 - `capture_model`: run a model and write its Q/K/V dump.
 - `open_dump`, `verify`, `write_dump`: read, check and write dumps.

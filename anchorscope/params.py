@@ -1,8 +1,8 @@
 """The parameters of anchor attention and the integer geometry that follows from them.
 
 Everything here is exact integer arithmetic on token positions: which keys form the anchor region of a query, which are
-candidates for stripes, and how many (query, key) pairs that makes. No tensor is built; numpy arrays of length N at most.
-Source: Zhang et al., AnchorAttention (EMNLP 2025), section 3, with the partition stated in docs/method.md.
+candidates for stripes, and how many (query, key) pairs that makes. No tensor is built; numpy arrays of length N at
+most. Source: Zhang et al., AnchorAttention (EMNLP 2025), section 3, with the partition stated in docs/method.md.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""The specification in float64: brute force, N x N masks, plain torch. Slow on purpose; every fast path is tested against it.
+"""The specification in float64: brute force, N x N masks, plain torch. Slow on purpose; every fast path is tested
+against it.
 
-Layout as in the kernels: `q` (B, H, n, d), `k` and `v` (B, Hkv, N, d). The n queries are the last n of the N positions, or
-start at `offset` (absolute position of the first query; N - n by default). Query head h reads kv head h // (H // Hkv).
-Groups start at the first query. Source: Zhang et al., AnchorAttention (EMNLP 2025), section 3, with the exact partition of
-docs/method.md: anchor region, candidates and later keys are disjoint and cover everything.
+Layout as in the kernels: `q` (B, H, n, d), `k` and `v` (B, Hkv, N, d). The n queries are the last n of the N
+positions, or start at `offset` (absolute position of the first query; N - n by default). Query head h reads kv head h
+// (H // Hkv). Groups start at the first query. Source: Zhang et al., AnchorAttention (EMNLP 2025), section 3, with the
+exact partition of docs/method.md: anchor region, candidates and later keys are disjoint and cover everything.
 """
 
 from __future__ import annotations
@@ -110,13 +111,11 @@ def pooled(q: Tensor, s: Tensor, geo: Geometry) -> tuple[Tensor, Tensor]:
     return q_bar, a_bar
 
 
-def margins(
-    q: Tensor, k: Tensor, geo: Geometry, *, scale: float, softcap: float | None = None
-) -> Tensor:
+def margins(q: Tensor, k: Tensor, geo: Geometry, *, scale: float, softcap: float | None = None) -> Tensor:
     """Margin of every column, (B, H, groups, N) float64; +inf where the column is no candidate or no block sees it.
 
-    delta(t, j) = mean anchor of block t - score of the block's mean query with key j; the margin is the minimum over the
-    group's blocks that see j (with a window: blocks whose first query t0 has t0 - j < window).
+    delta(t, j) = mean anchor of block t - score of the block's mean query with key j; the margin is the minimum over
+    the group's blocks that see j (with a window: blocks whose first query t0 has t0 - j < window).
     """
     q_bar, a_bar = pooled(q, scores(q, k, scale=scale, softcap=softcap), geo)
     delta = a_bar[..., None] - scores(q_bar, k, scale=scale, softcap=softcap)

@@ -2,15 +2,16 @@
 
 How one group of queries is processed (nothing of size N x N is ever held):
 
-1. Scores over the anchor region give every query's anchor; pooled over blocks they give the margin of each candidate column.
-2. The candidates are *reordered by the theta that first selects them*. The stripes of all thetas asked for are then nested
-   prefixes of one key order, so one pass over contiguous slices yields, for every theta at once, the kept mass of each row
-   and its output. The dense result is the last prefix.
-3. The same exponentials, divided by the row sums, are summed over the rows: the attention mass of each column. Margins and
-   masses are all that the recall-density curve of *every* theta and the stripe oracle need.
+1. Scores over the anchor region give every query's anchor; pooled over blocks they give the margin of each candidate
+   column.
+2. The candidates are *reordered by the theta that first selects them*. The stripes of all thetas asked for are then
+   nested prefixes of one key order, so one pass over contiguous slices yields, for every theta at once, the kept mass
+   of each row and its output. The dense result is the last prefix.
+3. The same exponentials, divided by the row sums, are summed over the rows: the attention mass of each column. Margins
+   and masses are all that the recall-density curve of *every* theta and the stripe oracle need.
 
-Definitions: docs/method.md. Accuracy: scores and sums in float32 from upcast inputs (float64 if asked), totals in float64,
-pair counts in int64.
+Definitions: docs/method.md. Accuracy: scores and sums in float32 from upcast inputs (float64 if asked), totals in
+float64, pair counts in int64.
 """
 
 from __future__ import annotations
@@ -30,9 +31,12 @@ from anchorscope.params import AnchorParams, anchor_pairs, candidate_range, colu
 # Curves are kept at these thetas (nats): every 1/16 where models live, geometric beyond, so that any logit scale fits.
 _FINE = np.arange(-16.0, 48.0, 1 / 16)
 _TAIL = np.geomspace(48.0, 2.0**17, 96)
-CURVE_THETAS = np.concatenate([[-np.inf], -_TAIL[::-1][:-1], -np.arange(16.25, 48.25, 0.25)[::-1], _FINE, _TAIL, [np.inf]])
+CURVE_THETAS = np.concatenate(
+    [[-np.inf], -_TAIL[::-1][:-1], -np.arange(16.25, 48.25, 0.25)[::-1], _FINE, _TAIL, [np.inf]]
+)
 
-# Oracle breakpoints are kept at these steps of ln(mass per visible pair): every prefix they cut is an exact oracle choice.
+# Oracle breakpoints are kept at these steps of ln(mass per visible pair): every prefix they cut is an exact oracle
+# choice.
 ORACLE_STEP = 0.02
 ORACLE_BINS = 2048
 
@@ -55,8 +59,8 @@ class Cancelled(Exception):
 class HeadShape:
     """What the engine must know about a head besides its tensors: sizes, parameters, thetas.
 
-    `thetas` are in nats, in the order asked; they may repeat and may hold +-inf, never NaN. `cancelled` is asked before
-    every group; once true, the engine stops by raising `Cancelled`.
+    `thetas` are in nats, in the order asked; they may repeat and may hold +-inf, never NaN. `cancelled` is asked
+    before every group; once true, the engine stops by raising `Cancelled`.
     """
 
     tokens: int
@@ -81,7 +85,9 @@ class HeadShape:
 
 @dataclass
 class HeadResult:
-    """Everything measured on one head; numpy, independent of the back end. Shapes as in `anchorscope.profiles.HeadProfile`."""
+    """Everything measured on one head; numpy, independent of the back end. Shapes as in
+    `anchorscope.profiles.HeadProfile`.
+    """
 
     visible_pairs: int
     anchor_pairs: int
@@ -130,31 +136,36 @@ class HeadAccumulator:
     def __post_init__(self) -> None:
         s, dev = self.shape, self.device
         n, levels = s.tokens, len(s.sorted_thetas)
-        f64 = {"dtype": torch.float64, "device": dev}
-        i64 = {"dtype": torch.int64, "device": dev}
-        self.levels = torch.as_tensor(s.sorted_thetas, **f64)
-        self.grid = torch.as_tensor(CURVE_THETAS, **f64)
+
+        def f64(*size: int) -> Tensor:
+            return torch.zeros(size, dtype=torch.float64, device=dev)
+
+        def i64(*size: int) -> Tensor:
+            return torch.zeros(size, dtype=torch.int64, device=dev)
+
+        self.levels = torch.as_tensor(s.sorted_thetas, dtype=torch.float64, device=dev)
+        self.grid = torch.as_tensor(CURVE_THETAS, dtype=torch.float64, device=dev)
         self.kept_rows = torch.zeros(levels, n, dtype=torch.float32, device=dev)
-        self.level_pairs = torch.zeros(levels + 1, **i64)
-        self.curve_mass = torch.zeros(len(CURVE_THETAS) + 1, **f64)
-        self.curve_pairs = torch.zeros(len(CURVE_THETAS) + 1, **i64)
-        self.oracle_mass = torch.zeros(ORACLE_BINS, **f64)
-        self.oracle_pairs = torch.zeros(ORACLE_BINS, **i64)
-        self.anchor_mass = torch.zeros((), **f64)
-        self.column_mass = torch.zeros(n, **f64)
-        self.error_sq = torch.zeros(levels, **f64)
-        self.norm_sq = torch.zeros((), **f64)
-        self.close = torch.zeros(len(CLOSE), levels, **i64)
+        self.level_pairs = i64(levels + 1)
+        self.curve_mass = f64(len(CURVE_THETAS) + 1)
+        self.curve_pairs = i64(len(CURVE_THETAS) + 1)
+        self.oracle_mass = f64(ORACLE_BINS)
+        self.oracle_pairs = i64(ORACLE_BINS)
+        self.anchor_mass = f64()
+        self.column_mass = f64(n)
+        self.error_sq = f64(levels)
+        self.norm_sq = f64()
+        self.close = i64(len(CLOSE), levels)
 
         groups = s.params.groups(n)
         self.groups_per_row = math.ceil(groups / HEAT_ROWS)
         self.width = math.ceil(n / HEAT_COLUMNS)
         cells = math.ceil(groups / self.groups_per_row), math.ceil(n / self.width)
-        self.heat_mass = torch.zeros(cells, **f64)
-        self.heat_kept = torch.zeros(cells, **f64)
+        self.heat_mass = f64(*cells)
+        self.heat_kept = f64(*cells)
         self.heat_margin = torch.full(cells, math.inf, dtype=torch.float32, device=dev)
-        self.heat_stripes = torch.zeros(cells, **f64)
-        self.heat_candidates = torch.zeros(cells, **f64)
+        self.heat_stripes = f64(*cells)
+        self.heat_candidates = f64(*cells)
 
     def level_of(self, margin: Tensor) -> Tensor:
         """Index of the smallest asked theta that selects each column; `len(sorted_thetas)` where none does."""
@@ -200,7 +211,9 @@ class HeadAccumulator:
             cells = self._pad(spread, math.inf).amin(1)
             self.heat_margin[row] = torch.minimum(self.heat_margin[row], cells)
             self.heat_candidates[row] += self._bin(torch.isfinite(spread).double())
-            self.heat_stripes[row] += self._bin((spread.double() <= s.thetas[0]).logical_and_(spread < math.inf).double())
+            self.heat_stripes[row] += self._bin(
+                (spread.double() <= s.thetas[0]).logical_and_(spread < math.inf).double()
+            )
 
     def _pad(self, x: Tensor, value: float) -> Tensor:
         """Columns in cells: (E,) -> (C, width), padded with `value`."""
@@ -215,8 +228,9 @@ class HeadAccumulator:
         self.kept_rows[:, first : first + kept.shape[1]] = kept
 
     def add_outputs(self, dense: Tensor, difference: Tensor, prefix: Tensor) -> None:
-        """Add outputs of R queries: dense (R, d), differences O_sparse - O_dense (P, R, d) of P distinct selections, and
-        which of them is in force at each sorted theta (levels,)."""
+        """Add outputs of R queries: dense (R, d), differences O_sparse - O_dense (P, R, d) of P distinct selections,
+        and which of them is in force at each sorted theta (levels,).
+        """
         self.norm_sq += dense.square().sum(dtype=torch.float64)
         difference = difference.abs_()
         for t, tol in enumerate(CLOSE):
@@ -328,7 +342,9 @@ class Group:
         self.local_start = max(self.local, low)
 
 
-def profile_head(q: Tensor, k: Tensor, v: Tensor | None, shape: HeadShape, *, dtype: torch.dtype = torch.float32) -> HeadResult:
+def profile_head(
+    q: Tensor, k: Tensor, v: Tensor | None, shape: HeadShape, *, dtype: torch.dtype = torch.float32
+) -> HeadResult:
     """Measure one query head with plain torch operations, on the device of its tensors.
 
     Args:
@@ -372,7 +388,7 @@ def _anchor_scores(q: Tensor, kt: Tensor, shape: HeadShape, g: Group, first: int
     i = torch.arange(first, last, device=q.device)[:, None]
     # Only keys from the chunk's first query on can be later than a query.
     own = last - first
-    s[:, s.shape[1] - own :].masked_fill_(i.T > i, -math.inf)
+    s[:, s.shape[1] - own :].masked_fill_(i < i.T, -math.inf)
     at = torch.cat([torch.arange(x.start, x.stop, device=q.device) for x in (init, local)])
     if shape.window is not None:
         s.masked_fill_(at <= i - shape.window, -math.inf)
@@ -436,7 +452,9 @@ def _profile_group(q: Tensor, kt: Tensor, v: Tensor | None, shape: HeadShape, g:
         books.add_rows(a, kept)
         if v is not None and values is not None:
             lost = (anchor_sum < _TINY).nonzero().squeeze(1)
-            exact = _far_outputs(q, kt, v, values, keys, columns, shape, g, (a, b), lost, slices) if lost.numel() else None
+            exact = (
+                _far_outputs(q, kt, v, values, keys, columns, shape, g, (a, b), lost, slices) if lost.numel() else None
+            )
             _outputs(near, far, v[at], values, anchor_sum, sums, slices, books, lost, exact)
 
     mass.index_add_(0, columns, stripe_mass)
@@ -474,7 +492,8 @@ def _far_outputs(
 ) -> list[Tensor]:
     """Outputs of the queries `lost` at every prefix, each around the prefix's own maximum.
 
-    Relative to the row's largest score their anchor region underflows; their sparse softmax is well defined all the same.
+    Relative to the row's largest score their anchor region underflows; their sparse softmax is well defined all the
+    same.
     """
     near, at = _anchor_scores(q, kt, shape, g, *chunk)
     near = near[lost]

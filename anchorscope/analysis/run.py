@@ -1,8 +1,8 @@
 """`analyze`: a dump in, an output folder out; interruptible, resumable, one head at a time.
 
-Stages: every head is measured and saved as a profile; then tables, figures and the report are made from the saved profiles
-alone. So an interrupted run continues where it stopped and ends with the same bytes, and figures can be redrawn later
-without the dump.
+Stages: every head is measured and saved as a profile; then tables, figures and the report are made from the saved
+profiles alone. So an interrupted run continues where it stopped and ends with the same bytes, and figures can be
+redrawn later without the dump.
 """
 
 from __future__ import annotations
@@ -330,7 +330,8 @@ def load_report(out: Path | str) -> dict[str, Any]:
     return report
 
 
-# ---------------------------------------------------------------------------------------------------------------- planning
+# ----------------------------------------------------------------------------------------------------------------
+# planning
 
 
 def _choose_prompts(prompts: Sequence[str] | None, names: list[str]) -> set[str]:
@@ -365,13 +366,16 @@ def _anchor_warnings(dump: Dump, jobs: Sequence[Job], params: AnchorParams) -> I
 def _check_heatmaps(heatmaps: Sequence[tuple[int, int]] | str | None, plan: Plan) -> None:
     if heatmaps is None or heatmaps == "all":
         return
+    if isinstance(heatmaps, str):
+        raise InputError(f"heatmaps must be 'all' or (layer, head) pairs, not {heatmaps!r}")
     known = {(j.entry.layer, j.head) for j in plan.jobs}
     for layer, head in heatmaps:
         if (layer, head) not in known:
-            raise InputError(f"heat map {layer}:{head}: that layer and head are not analyzed here")  # type: ignore[str-format, unused-ignore]
+            raise InputError(f"heat map {layer}:{head}: that layer and head are not analyzed here")
 
 
-# ------------------------------------------------------------------------------------------------------------------ folder
+# ------------------------------------------------------------------------------------------------------------------
+# folder
 
 
 def _make_folder(path: Path) -> Path:
@@ -422,7 +426,9 @@ def _begin(path: Path, plan: Plan, overwrite: bool) -> dict[str, Any]:
         same = {k: v for k, v in state.items() if k != "started"} == identity
         if (path / REPORT).exists() or not same:
             if not overwrite:
-                what = "a finished analysis" if (path / REPORT).exists() else "an unfinished analysis with other settings"
+                what = (
+                    "a finished analysis" if (path / REPORT).exists() else "an unfinished analysis with other settings"
+                )
                 raise InputError(f"--out {path} holds {what}; add --overwrite to replace it, or name a new folder")
             _clear(path)
         else:
@@ -448,7 +454,8 @@ def _clear(path: Path) -> None:
             file.unlink()
 
 
-# --------------------------------------------------------------------------------------------------------------- measuring
+# ---------------------------------------------------------------------------------------------------------------
+# measuring
 
 
 def _measure(path: Path, plan: Plan, report: ProgressCallback) -> None:
@@ -553,7 +560,8 @@ def _measure_head(path: Path, plan: Plan, job: Job, tensors: LayerTensors, stop:
     profile.save(path / PROFILES / job.name)
 
 
-# --------------------------------------------------------------------------------------------------------------- finishing
+# ---------------------------------------------------------------------------------------------------------------
+# finishing
 
 
 def _finish(path: Path, plan: Plan, state: dict[str, Any]) -> Analysis:
@@ -575,7 +583,9 @@ def _finish(path: Path, plan: Plan, state: dict[str, Any]) -> Analysis:
         "version": REPORT_VERSION,
         "started": state["started"],
         "dump": {"identity": plan.dump.identity, "model": plan.dump.model},
-        "prompts": [{"name": p.name, "tokens": p.tokens} for p in plan.dump.prompts if p.name in plan.settings["prompts"]],
+        "prompts": [
+            {"name": p.name, "tokens": p.tokens} for p in plan.dump.prompts if p.name in plan.settings["prompts"]
+        ],
         "settings": plan.settings,
         "versions": versions(),
         "hardware": plan.backend.hardware,
@@ -601,7 +611,12 @@ def _mean_or_none(values: Sequence[float | None]) -> float | None:
 
 def versions() -> dict[str, str]:
     """Versions that a reader needs to reproduce a result."""
-    found = {"anchorscope": __version__, "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    found = {
+        "anchorscope": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+    }
     try:
         import triton
 
@@ -611,4 +626,14 @@ def versions() -> dict[str, str]:
     return found
 
 
-__all__ = ["Analysis", "Plan", "Progress", "analyze", "iter_profiles", "load_report", "plan_analysis", "redraw", "versions"]
+__all__ = [
+    "Analysis",
+    "Plan",
+    "Progress",
+    "analyze",
+    "iter_profiles",
+    "load_report",
+    "plan_analysis",
+    "redraw",
+    "versions",
+]

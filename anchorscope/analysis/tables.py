@@ -69,7 +69,9 @@ def curves_rows(profile: HeadProfile) -> list[tuple[str, ...]]:
     new = np.flatnonzero(np.diff(p.curve_pairs, prepend=-1) > 0)  # rows where the selection grew
     step = p.curve_theta[new] / CURVE_STEP
     keep = new[~np.isfinite(step) | (step == np.round(step)) | (new == new[-1])]
-    rows = [(*key, "anchor", number(p.curve_theta[i]), number(density[i]), number(recall[i])) for i in keep]
+    rows: list[tuple[str, ...]] = [
+        (*key, "anchor", number(p.curve_theta[i]), number(density[i]), number(recall[i])) for i in keep
+    ]
     density, recall = p.curve("oracle")
     # Even in log density: the oracle's bend is where few columns carry much mass.
     picks = np.searchsorted(density, np.geomspace(density[0], density[-1], ORACLE_ROWS))

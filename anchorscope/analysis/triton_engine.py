@@ -1,20 +1,23 @@
-"""The Triton back end of `analyze`: the kernels of `anchorscope.kernels`, bookkept exactly as the torch engine's groups."""
+"""The Triton back end of `analyze`: the kernels of `anchorscope.kernels`, bookkept exactly as the torch engine's
+groups.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
+from anchorscope.kernels.anchor import anchor
+from anchorscope.kernels.profile import bin_columns, column_mass, dense_lse, margins, sweep
 from torch import Tensor
 
 from anchorscope.analysis.engine import Cancelled, Group, HeadAccumulator, HeadResult, HeadShape
-from anchorscope.kernels.anchor import anchor
-from anchorscope.kernels.profile import bin_columns, column_mass, dense_lse, margins, sweep
 
 
 def profile_head_triton(q: Tensor, k: Tensor, v: Tensor | None, shape: HeadShape) -> HeadResult:
     """Measure one query head with the Triton kernels; arguments and result as `engine.profile_head`.
 
-    Products accumulate in float32 from the stored dtype. Working memory on the device is about 40 bytes per (group, key).
+    Products accumulate in float32 from the stored dtype. Working memory on the device is about 40 bytes per (group,
+    key).
 
     Raises:
         Cancelled: `shape.cancelled` said so.

@@ -54,7 +54,8 @@ def _root(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code: 0, 2 (bad usage or input), 1 (the run failed), 130 (Ctrl-C).
 
-    A mistake of the user's is one sentence on stderr. A defect of ours says so; ANCHORSCOPE_DEBUG=1 shows its traceback.
+    A mistake of the user's is one sentence on stderr. A defect of ours says so; ANCHORSCOPE_DEBUG=1 shows its
+    traceback.
     """
     try:
         app(list(sys.argv[1:] if argv is None else argv), prog_name="anchorscope")

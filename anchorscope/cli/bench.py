@@ -30,27 +30,19 @@ def bench(
     ] = None,
     lengths: Annotated[
         str | None,
-        typer.Option(
-            help="Tokens, like 4096,8192 or 4k,8k.  [default: 16k-128k, CPU 2k-8k; of a dump whole prompts]"
-        ),
+        typer.Option(help="Tokens, like 4096,8192 or 4k,8k.  [default: 16k-128k, CPU 2k-8k; of a dump whole prompts]"),
     ] = None,
-    heads: Annotated[
-        int | None, typer.Option(help="Query heads of planted input.  [default: 32; CPU 4]")
-    ] = None,
+    heads: Annotated[int | None, typer.Option(help="Query heads of planted input.  [default: 32; CPU 4]")] = None,
     kv_heads: Annotated[int | None, typer.Option(help="Its kv heads.  [default: 8; CPU 1]")] = None,
     head_dim: Annotated[int | None, typer.Option(help="Its head dimension.  [default: 128; CPU 64]")] = None,
     theta: Annotated[
         str | None,
-        typer.Option(
-            help="Thetas in nats: 6, or 4,6,8, or 0:12:2; inf is dense.  [default: planted 6, dump 12]"
-        ),
+        typer.Option(help="Thetas in nats: 6, or 4,6,8, or 0:12:2; inf is dense.  [default: planted 6, dump 12]"),
     ] = None,
     block: Annotated[int, typer.Option(help="Queries pooled together.")] = 128,
     step: Annotated[int, typer.Option(help="Query blocks that share one selection of stripes.")] = 16,
     init: Annotated[int | None, typer.Option(help="First tokens always kept.  [default: block]")] = None,
-    lookback: Annotated[
-        int | None, typer.Option(help="Tokens before a group always kept.  [default: block]")
-    ] = None,
+    lookback: Annotated[int | None, typer.Option(help="Tokens before a group always kept.  [default: block]")] = None,
     dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32.  [default: bf16; CPU fp32]")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
     backend: Annotated[str, typer.Option(help="Of the sparse stages: auto, torch or triton.")] = "auto",
@@ -58,12 +50,8 @@ def bench(
         str | None,
         typer.Option(help="Baselines: flash,cudnn,efficient,flex,math.  [default: all but math; CPU flash]"),
     ] = None,
-    layers: Annotated[
-        str | None, typer.Option(help="Layers of the dump, like 0,5,10-15.  [default: all]")
-    ] = None,
-    repeats: Annotated[
-        int | None, typer.Option(help="Timed repetitions.  [default: 3 to 20 by time]")
-    ] = None,
+    layers: Annotated[str | None, typer.Option(help="Layers of the dump, like 0,5,10-15.  [default: all]")] = None,
+    repeats: Annotated[int | None, typer.Option(help="Timed repetitions.  [default: 3 to 20 by time]")] = None,
     period: Annotated[
         int | None, typer.Option(help="Queries that share one planted direction.  [default: block * step]")
     ] = None,
@@ -73,9 +61,7 @@ def bench(
     against: Annotated[
         Path | None, typer.Option(help="bench.json of an earlier bench: print the ratio of every time.")
     ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")
-    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")] = False,
 ) -> None:
     """Time sparse against dense attention on the same inputs, with recall, density and output error.
 
@@ -103,9 +89,7 @@ def bench(
         device=device,
         backend=backend,
         dense=None if dense is None else tuple(x.strip() for x in dense.split(",")),
-        layers=None
-        if layers is None or layers == "all"
-        else parse_indices(layers, "--layers", _layers(dump)),
+        layers=None if layers is None or layers == "all" else parse_indices(layers, "--layers", _layers(dump)),
         repeats=repeats,
     )
     if out is not None:
@@ -143,8 +127,7 @@ def bench(
     if not result.passed:
         row = next(row for row in result.rows if not row.check.passed)
         raise RunFailure(
-            f"no speed-up is given: at N = {row.n:,} ({row.source}) the check against dense failed:"
-            f" {row.check.reason}"
+            f"no speed-up is given: at N = {row.n:,} ({row.source}) the check against dense failed: {row.check.reason}"
         )
 
 
@@ -164,9 +147,7 @@ def parse_lengths(text: str, option: str = "--lengths") -> tuple[int, ...]:
             raise InputError(f"{option} {text!r} is malformed; write token counts like 4096,8192 or 4k,8k")
         size = int(match[1]) * (1024 if match[2] else 1)
         if not 1 <= size <= MAX_LENGTH:
-            raise InputError(
-                f"{option}: {part.strip()} is out of range; lengths go from 1 to {MAX_LENGTH:,} tokens"
-            )
+            raise InputError(f"{option}: {part.strip()} is out of range; lengths go from 1 to {MAX_LENGTH:,} tokens")
         if size in sizes:
             raise InputError(f"{option} {text!r} names {size} twice")
         sizes.append(size)
@@ -245,10 +226,7 @@ def _sections(data: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """Rows with their label: N, after the input's number where there are several."""
     numbers = _numbers(data)
     several = len(numbers) > 1
-    return [
-        (f"#{numbers[row['source']]} {row['n']:,}" if several else f"{row['n']:,}", row)
-        for row in data["rows"]
-    ]
+    return [(f"#{numbers[row['source']]} {row['n']:,}" if several else f"{row['n']:,}", row) for row in data["rows"]]
 
 
 def _numbers(data: dict[str, Any]) -> dict[str, int]:

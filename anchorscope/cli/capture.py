@@ -28,9 +28,7 @@ STDIN = "-"
 def capture(
     model: Annotated[
         str,
-        typer.Option(
-            "--model", help="Hugging Face id, local folder, .gguf file, or the preset smollm2.", metavar="M"
-        ),
+        typer.Option("--model", help="Hugging Face id, local folder, .gguf file, or the preset smollm2.", metavar="M"),
     ],
     out: Annotated[Path, typer.Option("--out", help="Folder for the dump; must be new.", metavar="DIR")],
     prompt: Annotated[
@@ -49,12 +47,8 @@ def capture(
         int | None, typer.Option(help="Prompt length N; longer prompts are cut.  [default: whole prompts]")
     ] = None,
     layers: Annotated[str, typer.Option(help="Layers to keep, like 0,5,10-15.")] = "all",
-    kv_heads: Annotated[
-        str, typer.Option(help="Kv heads to keep, with their query heads, like 0,2.")
-    ] = "all",
-    dtype: Annotated[
-        str | None, typer.Option(help="What is stored: bf16, fp16 or fp32.  [default: the run's]")
-    ] = None,
+    kv_heads: Annotated[str, typer.Option(help="Kv heads to keep, with their query heads, like 0,2.")] = "all",
+    dtype: Annotated[str | None, typer.Option(help="What is stored: bf16, fp16 or fp32.  [default: the run's]")] = None,
     model_dtype: Annotated[
         str | None,
         typer.Option(help="What the model computes in.  [default: its checkpoint's; fp32 for GGUF]"),
@@ -74,9 +68,7 @@ def capture(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue an interrupted capture of the same settings.")
     ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")
-    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")] = False,
 ) -> None:
     """Run a model on prompts and write Q, K and V of its attention layers, exactly as attention consumes
     them.
@@ -104,7 +96,7 @@ def capture(
     inputs += [PromptInput("text", item) for item in text or ()]
 
     if not sys.stderr.isatty() or model == "smollm2" or model.endswith(".gguf"):
-        # conversion bars of a GGUF are noise; the bars of a long download are not. tqdm reads this when it is imported
+        # conversion bars of a GGUF are noise, those of a long download are not; tqdm reads this when imported
         os.environ.setdefault("TQDM_DISABLE", "1")
     require_transformers()
     from transformers.utils import logging as transformers_logging
@@ -186,8 +178,6 @@ def _progress() -> Iterator[Callable[[CaptureProgress], None]]:
         task = bar.add_task("", total=None, visible=False)
 
         def update(event: CaptureProgress) -> None:
-            bar.update(
-                task, total=event.total, completed=event.done, description=event.prompt[:24], visible=True
-            )
+            bar.update(task, total=event.total, completed=event.done, description=event.prompt[:24], visible=True)
 
         yield update

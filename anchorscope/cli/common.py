@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from anchorscope.analysis.run import Progress
+    from anchorscope.analysis.run import Progress as Event
 
 
 def stdout_console() -> Console:
@@ -47,7 +47,7 @@ def human_bytes(count: float) -> str:
 
 
 @contextmanager
-def progress_bar() -> Iterator[Callable[[Progress], None]]:
+def progress_bar() -> Iterator[Callable[[Event], None]]:
     """A bar with time left on stderr; silent when stderr is no terminal."""
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
@@ -64,7 +64,7 @@ def progress_bar() -> Iterator[Callable[[Progress], None]]:
     )
     tasks: dict[str, Any] = {}
 
-    def update(event: Progress) -> None:
+    def update(event: Event) -> None:
         task = tasks.get(event.stage)
         if task is None:
             task = tasks[event.stage] = bar.add_task(event.stage, total=event.total, detail="")

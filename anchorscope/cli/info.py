@@ -19,9 +19,7 @@ SHOWN_DAMAGE = 10
 
 def info(
     dump: Annotated[Path, typer.Argument(help="Dump folder.", metavar="DIR")],
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print everything as JSON, and nothing else.")
-    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, and nothing else.")] = False,
 ) -> None:
     """Show what a dump holds and verify every file: verified, unverified (no checksums) or damaged.
 
@@ -41,8 +39,7 @@ def info(
         _show(result)
     if result.damaged:
         raise DumpError(
-            f"{len(result.damaged)} of {len(result.checks)} files of {dump} are damaged:"
-            f" {result.damaged[0].detail}"
+            f"{len(result.damaged)} of {len(result.checks)} files of {dump} are damaged: {result.damaged[0].detail}"
         )
     if not result.complete:
         raise DumpError(f"{dump} is an unfinished capture: run the same command with --resume")
@@ -62,8 +59,7 @@ def describe(result: Verification) -> dict[str, Any]:
         "model": dump.model,
         "tokenizer": dump.manifest.get("tokenizer"),
         "prompts": [
-            {"name": p.name, "tokens": p.tokens, "sha256": p.sha256, "text": p.text is not None}
-            for p in dump.prompts
+            {"name": p.name, "tokens": p.tokens, "sha256": p.sha256, "text": p.text is not None} for p in dump.prompts
         ],
         "entries": [
             {
@@ -113,9 +109,7 @@ def _show(result: Verification) -> None:
     # one row for each kind of layer of a prompt: hybrids and windows show at a glance
     table = Table()
     for column in ("prompt", "tokens", "layers", "heads", "kv heads", "d", "dtype", "V", "window", "cap"):
-        table.add_column(
-            column, justify="left" if column in ("prompt", "layers") else "right", overflow="fold"
-        )
+        table.add_column(column, justify="left" if column in ("prompt", "layers") else "right", overflow="fold")
     groups: dict[tuple[Any, ...], list[int]] = {}
     for e in dump.entries:
         kind_of = (

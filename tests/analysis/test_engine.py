@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from anchorscope.analysis.engine import HeadShape, profile_head
 from anchorscope.params import AnchorParams
 
+
 def check(
     n, d, params, *, thetas=THETAS, window=None, softcap=None, seed=0, scale=None, dtype=torch.float32, engine=None
 ):
@@ -46,9 +47,7 @@ def test_softcap(softcap):
     check(130, 16, AnchorParams(B, S), softcap=softcap)
 
 
-@pytest.mark.parametrize(
-    ("init", "lookback"), [(0, 0), (0, 9), (3, 0), (17, 5), (500, 1), (1, 500), (40, 40)]
-)
+@pytest.mark.parametrize(("init", "lookback"), [(0, 0), (0, 9), (3, 0), (17, 5), (500, 1), (1, 500), (40, 40)])
 def test_anchor_region(init, lookback):
     check(150, 16, AnchorParams(B, S, init, lookback))
     check(150, 16, AnchorParams(B, S, init, lookback), window=50)

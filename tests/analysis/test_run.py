@@ -28,7 +28,11 @@ def write(path, *, values=True, window=None, n=N):
     entries = []
     for prompt in ("story", "code"):
         for layer in (2, 7):
-            q, k, v = torch.randn(4, n, D, generator=g), torch.randn(2, n, D, generator=g), torch.randn(2, n, D, generator=g)
+            q, k, v = (
+                torch.randn(4, n, D, generator=g),
+                torch.randn(2, n, D, generator=g),
+                torch.randn(2, n, D, generator=g),
+            )
             k[:, :3] += 1
             q += 0.5
             entry = {"prompt": prompt, "layer": layer, "q": q, "k": k, "scale": 0.25, "window": window, "softcap": None}
@@ -141,7 +145,11 @@ def test_interrupted_run_continues_to_the_same_bytes(dump, tmp_path, monkeypatch
     assert not (tmp_path / "part" / "report.json").exists()
     assert 0 < len(list((tmp_path / "part" / "profile").iterdir())) < 16 or after == 15
     whole = files(tmp_path / "whole")
-    kept = {n: (tmp_path / "part" / n).stat().st_mtime_ns for n in whole if n.startswith("profile") and (tmp_path / "part" / n).exists()}
+    kept = {
+        n: (tmp_path / "part" / n).stat().st_mtime_ns
+        for n in whole
+        if n.startswith("profile") and (tmp_path / "part" / n).exists()
+    }
     result = analyze(dump, tmp_path / "part", **settings)
     part = files(tmp_path / "part")
     # Only the start time may differ: it is the first run's own.

@@ -34,7 +34,15 @@ def same(a, b, tolerance=2e-5):
         assert getattr(a, name) == getattr(b, name)
     for name in ("kept_pairs", "stripe_pairs", "curve_pairs", "heat_rows", "heat_columns", "position_edges"):
         assert (getattr(a, name) == getattr(b, name)).all(), name
-    for name in ("recall", "recall_p05", "recall_min", "recall_last", "output_error", "curve_recall", "position_recall"):
+    for name in (
+        "recall",
+        "recall_p05",
+        "recall_min",
+        "recall_last",
+        "output_error",
+        "curve_recall",
+        "position_recall",
+    ):
         assert getattr(a, name) == pytest.approx(getattr(b, name), abs=tolerance, nan_ok=True), name
     for name in ("heat_mass", "heat_kept", "heat_stripes"):
         assert getattr(a, name) == pytest.approx(getattr(b, name), abs=1e-4), name

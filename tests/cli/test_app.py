@@ -71,7 +71,9 @@ def test_module_runs_and_help_is_quick():
 
 def test_analyze_prints_a_table_within_80_columns(capsys, dump, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    code, out, err = run(capsys, "analyze", dump, "--out", tmp_path / "o", "--block", 16, "--step", 2, "--theta", "1,2", "--no-figures")
+    code, out, err = run(
+        capsys, "analyze", dump, "--out", tmp_path / "o", "--block", 16, "--step", 2, "--theta", "1,2", "--no-figures"
+    )
     assert code == 0, err
     assert "theta 1, groups of 16 x 2" in out
     assert max(len(line) for line in out.splitlines() if str(tmp_path) not in line) <= 80
@@ -136,13 +138,34 @@ def test_missing_hardware_is_named(capsys, dump, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    refused(capsys, "Triton is not installed", "analyze", dump, "--out", tmp_path / "o", "--backend", "triton", "--device", "cuda")
+    refused(
+        capsys,
+        "Triton is not installed",
+        "analyze",
+        dump,
+        "--out",
+        tmp_path / "o",
+        "--backend",
+        "triton",
+        "--device",
+        "cuda",
+    )
 
 
 def test_missing_extra_is_named(capsys, tmp_path, monkeypatch):
     (tmp_path / "p.txt").write_text("some words")
     monkeypatch.setitem(sys.modules, "transformers", None)
-    refused(capsys, "anchorscope[hf]", "capture", "--model", "smollm2", "--prompt", tmp_path / "p.txt", "--out", tmp_path / "o")
+    refused(
+        capsys,
+        "anchorscope[hf]",
+        "capture",
+        "--model",
+        "smollm2",
+        "--prompt",
+        tmp_path / "p.txt",
+        "--out",
+        tmp_path / "o",
+    )
     assert not (tmp_path / "o").exists()
 
 

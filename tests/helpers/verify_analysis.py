@@ -1,8 +1,9 @@
-"""Check a finished analysis against the float64 brute force, head by head: `python verify_analysis.py DUMP OUT [--every K]`.
+"""Check a finished analysis against the float64 brute force, head by head: `python verify_analysis.py DUMP OUT
+[--every K]`.
 
-Reads heads.csv as a user would, recomputes every per-theta column from N x N float64 masks and weights (about 4 GB at 8,192
-tokens) and prints the largest differences as JSON. Kept pairs must be equal, except for columns whose margin lies within the
-float32 tolerance of theta, which are counted.
+Reads heads.csv as a user would, recomputes every per-theta column from N x N float64 masks and weights (about 4 GB at
+8,192 tokens) and prints the largest differences as JSON. Kept pairs must be equal, except for columns whose margin
+lies within the float32 tolerance of theta, which are counted.
 """
 
 from __future__ import annotations

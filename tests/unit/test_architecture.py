@@ -91,7 +91,9 @@ def test_help_loads_nothing_heavy():
         f"print('LOADED', sorted(set(sys.modules) & {HEAVY!r}))"
     )
     env = {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"}
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=env, check=True).stdout
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=env, check=True
+    ).stdout
     assert "capture" in out
     assert out.rstrip().endswith("LOADED []")
 

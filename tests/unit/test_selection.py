@@ -34,7 +34,9 @@ def test_long_range_hits_its_end_exactly():
     assert 12.0 in thetas
 
 
-@pytest.mark.parametrize("text", ["", "abc", "nan", "1,,2", "1:2", "3:1:0.5", "0:1:0", "0:1:-1", "0:inf:1", "0:1e9:1", "1:2:3:4"])
+@pytest.mark.parametrize(
+    "text", ["", "abc", "nan", "1,,2", "1:2", "3:1:0.5", "0:1:0", "0:1:-1", "0:inf:1", "0:1e9:1", "1:2:3:4"]
+)
 def test_bad_thetas(text):
     with pytest.raises(InputError, match="--theta"):
         parse_thetas(text)
