@@ -1,0 +1,114 @@
+"""Capture on real weights (SmolLM2-135M): exactness, cost in time and memory. Prints its figures with -s."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from anchorscope.kernels import reference
+
+from anchorscope.capture import AttentionCall, PromptInput, capture_model, intercept, prefill
+from anchorscope.capture.models import load_model
+from anchorscope.dumps import verify
+
+pytestmark = [pytest.mark.slow, pytest.mark.network]
+N = 8192
+CHECKED = (0, 7, 15, 29)
+ROWS = 48  # query rows recomputed in float64, spread over the prompt
+
+
+@pytest.fixture(scope="module")
+def loaded() -> Any:
+    pytest.importorskip("transformers")
+    return load_model("smollm2", device="cpu", notify=print)
+
+
+@pytest.fixture(scope="module")
+def ids(loaded: Any) -> tuple[int, ...]:
+    """8,192 tokens of real source code, a module that every Python carries."""
+    text = Path(argparse.__file__).read_text(encoding="utf-8")
+    found = loaded.tokenizer(text)["input_ids"]
+    assert len(found) >= N
+    return tuple(found[:N])
+
+
+def peak_bytes() -> int:
+    """High-water mark of this process's resident memory."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def test_cost_and_exactness_at_8192_tokens(loaded: Any, ids: tuple[int, ...], tmp_path: Path) -> None:
+    model = loaded.model
+    prefill(model, ids[:512])  # allocator and thread pools warm
+    plain = []
+    for _ in range(2):
+        started = time.perf_counter()
+        prefill(model, ids)
+        plain.append(time.perf_counter() - started)
+    gc.collect()
+    before = peak_bytes()
+    captured = []
+    for turn in range(2):
+        started = time.perf_counter()
+        dump = capture_model(model, [PromptInput("p", token_ids=ids)], tmp_path / f"d{turn}", notify=print)
+        captured.append(time.perf_counter() - started)
+    extra = peak_bytes() - before
+    layer = max(e.bytes for e in dump.entries)
+    total = sum(e.bytes for e in dump.entries)
+    ratio = min(captured) / min(plain)
+    print(f"\nplain forward {plain} s, capture of {len(dump.entries)} layers ({total / 1e6:.0f} MB) {captured} s")
+    print(f"ratio {ratio:.3f}; extra memory {extra / 1e6:.1f} MB, one layer {layer / 1e6:.1f} MB")
+    assert len(dump.entries) == 30
+    assert ratio <= 1.5
+    assert extra <= layer + 16e6
+
+    outputs: dict[int, torch.Tensor] = {}
+
+    def keep(call: AttentionCall) -> None:
+        if call.layer in CHECKED:
+            outputs[call.layer] = call.output[0].clone()
+
+    with intercept(model, keep):
+        prefill(model, ids)
+    rows = torch.linspace(0, N - 1, ROWS).long()
+    for layer_index in CHECKED:
+        entry = dump.entry("p", layer_index)
+        t = dump.load(entry)
+        assert t.v is not None
+        scores = reference.scores(t.q[None, :, rows], t.k[None], scale=entry.scale)
+        visible = torch.arange(N) <= rows[:, None]
+        expected = reference.masked_attention(scores, t.v[None], visible)[0][0]  # (H, ROWS, d)
+        actual = outputs[layer_index][rows].transpose(0, 1).double()
+        error = float((expected - actual).norm() / expected.norm())
+        print(f"layer {layer_index}: relative difference to the model's own attention output {error:.2e}")
+        assert error < 1e-5
+    assert verify(dump).state == "verified"
+
+
+def test_logits_are_bit_equal(loaded: Any, ids: tuple[int, ...]) -> None:
+    with torch.inference_mode():
+        x = torch.tensor([ids[:1024]])
+        plain = loaded.model(x).logits
+        with intercept(loaded.model, lambda call: None):
+            hooked = loaded.model(x).logits
+    assert torch.equal(plain, hooked)
+
+
+def test_chunked_prefill_on_real_weights(loaded: Any, ids: tuple[int, ...], tmp_path: Path) -> None:
+    p = PromptInput("p", token_ids=ids[:2048])
+    whole = capture_model(loaded.model, [p], tmp_path / "whole", layers=[0, 15, 29], notify=print)
+    parts = capture_model(loaded.model, [p], tmp_path / "parts", layers=[0, 15, 29], chunk=600, notify=print)
+    for a, b in zip(whole.entries, parts.entries, strict=True):
+        one, two = whole.load(a), parts.load(b)
+        for x, y in ((one.q, two.q), (one.k, two.k), (one.v, two.v)):
+            error = float((x - y).norm() / x.norm())
+            print(f"layer {a.layer}: chunked against whole {error:.2e}")
+            assert error < 1e-4
