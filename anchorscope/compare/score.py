@@ -1,0 +1,238 @@
+"""The one engine that scores every selection: recall, exact density, output error, identification cost.
+
+The attention weights of a run of queries are computed once for all selections and thrown away. Where a run of
+queries keeps the same keys, only those keys are touched, so the cost of a selection falls with its density;
+where every query keeps its own, a mask of that run is used. Every selection is intersected with what the
+query sees, and a union counts each pair once.
+
+Accuracy: scores and weights in float32 (float64 if the head is), totals in float64, pair counts in int64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from anchorscope.analysis.engine import Cancelled, full_precision
+from anchorscope.methods.head import Chunk, Head
+from anchorscope.methods.selection import Selection
+
+LAST_ROWS = 128  # queries that `recall_last` averages over
+_TINY = 1e-30  # kept shares of a row below this are renormalised around their own maximum
+
+
+@dataclass(frozen=True)
+class Score:
+    """One selection of one head, scored.
+
+    Attributes:
+        recall: attention mass kept, mean over queries.
+        recall_p05: its 5th percentile over queries, by linear interpolation.
+        recall_last: its mean over the last 128 queries.
+        pairs: kept (query, key) pairs.
+        density: pairs / visible causal pairs.
+        output_error: ||O_sparse - O_dense||_F / ||O_dense||_F; NaN without values. Queries that keep nothing
+            output zero.
+        identify_cost: arithmetic spent beyond the sparse attention itself, as a share of dense attention's 4
+            * d FLOPs per visible pair: density + identify_cost is the share of dense arithmetic.
+    """
+
+    recall: float
+    recall_p05: float
+    recall_last: float
+    pairs: int
+    density: float
+    output_error: float
+    identify_cost: float
+
+
+def score(
+    head: Head,
+    v: Tensor | None,
+    selections: Sequence[Selection],
+    *,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> list[Score]:
+    """Score selections of one head.
+
+    Args:
+        head: queries and keys.
+        v: (N, d_v) values of its kv head, or None.
+        selections: what each setting of each method keeps.
+        cancelled: asked before every run of queries.
+
+    Returns:
+        One score per selection, in their order.
+
+    Raises:
+        Cancelled: `cancelled` returned true.
+    """
+    with torch.inference_mode(), full_precision():
+        books = _Books(head, v, selections)
+        for chunk in head.chunks():
+            if cancelled():
+                raise Cancelled
+            books.add(chunk)
+        return books.result()
+
+
+class _Run(NamedTuple):
+    """What a selection kept in one run of queries: keys, sums (R, d_v + 1) and visible pairs."""
+
+    keep: Tensor
+    total: Tensor
+    pairs: Tensor
+
+
+class _Books:
+    """Running totals of all selections."""
+
+    def __init__(self, head: Head, v: Tensor | None, selections: Sequence[Selection]) -> None:
+        self.head, self.selections = head, selections
+        self.values = None if v is None else v.to(head.q.dtype)
+        ones = head.k.new_ones(head.n, 1)
+        # One product gives the output and, in the last column, the mass kept.
+        self.extended = ones if self.values is None else torch.cat([self.values, ones], 1)
+        self.edges = [s.edges(head.n) for s in selections]
+        dev, count = head.device, len(selections)
+        self.rows = torch.zeros(count, head.n, dtype=head.q.dtype, device=dev)
+        self.pairs = torch.zeros(count, dtype=torch.int64, device=dev)
+        self.error = torch.zeros(count, dtype=torch.float64, device=dev)
+        self.norm = torch.zeros((), dtype=torch.float64, device=dev)
+
+    def add(self, chunk: Chunk) -> None:
+        weights = torch.softmax(chunk.scores, 1)
+        dense = weights @ self.extended[chunk.low : chunk.last]
+        self.norm += dense[:, :-1].double().square().sum()
+        before: dict[tuple[int, int], _Run] = {}
+        for index, (selection, edges) in enumerate(zip(self.selections, self.edges, strict=True)):
+            if edges is None:
+                self._add_mask(index, selection, chunk, weights, dense)
+                continue
+            inside = edges[(edges > chunk.first) & (edges < chunk.last)].tolist()
+            for first, last in zip([chunk.first, *inside], [*inside, chunk.last], strict=True):
+                self._add_run(index, selection, chunk, weights, dense, (first, last), before)
+
+    def _add_run(
+        self,
+        index: int,
+        selection: Selection,
+        chunk: Chunk,
+        weights: Tensor,
+        dense: Tensor,
+        span: tuple[int, int],
+        before: dict[tuple[int, int], _Run],
+    ) -> None:
+        """Queries of `span`, which keep the same keys.
+
+        Sums over kept keys add up, and sweeps mostly grow. So where the selection before kept a part of these
+        keys, only the others are added to its sums.
+        """
+        first, last = span
+        rows = slice(first - chunk.first, last - chunk.first)
+        width = last - chunk.low  # later keys are hidden from all of them
+        keep = selection.columns(first, chunk.low, last)
+        base = before.get(span)
+        new = keep if base is None else keep & ~base.keep
+        if base is not None and bool((base.keep & ~keep).any()):
+            base, new = None, keep
+        keys = new.nonzero().squeeze(1)
+        pairs = self._pairs(keys + chunk.low, first, last)
+        if base is None and len(keys) == width:
+            total = dense[rows]
+        elif 2 * len(keys) < width:
+            total = weights[rows, :width].index_select(1, keys) @ self.extended[keys + chunk.low]
+        else:
+            # Most keys are new: zeroing the others is faster than gathering.
+            total = (weights[rows, :width] * new) @ self.extended[chunk.low : last]
+        if base is not None:
+            total, pairs = total + base.total, pairs + base.pairs
+        before[span] = _Run(keep, total, pairs)
+        self.pairs[index] += pairs
+        self.rows[index, first:last] = total[:, -1]
+        if self.values is None:
+            return
+
+        double = None
+        if selection.twice is not None:
+            double = selection.twice.columns(first, chunk.low, last)
+            total = total + (weights[rows, :width] * double) @ self.extended[chunk.low : last]
+        out = total[:, :-1] / total[:, -1:]
+        lost = (total[:, -1] < _TINY).nonzero().squeeze(1)
+        if lost.numel():
+            scores = chunk.scores[rows, :width][lost].masked_fill(~keep, -math.inf)
+            if double is not None:
+                scores = scores + math.log(2) * double
+            out[lost] = _renormalised(scores, self.extended[chunk.low : last, :-1])
+        self.error[index] += (out - dense[rows, :-1]).double().square().sum()
+
+    def _add_mask(
+        self, index: int, selection: Selection, chunk: Chunk, weights: Tensor, dense: Tensor
+    ) -> None:
+        """All queries of the chunk, each with its own keys."""
+        visible = chunk.scores > -math.inf
+        keep = selection.mask(chunk.first, chunk.last, chunk.low, chunk.last, weights) & visible
+        pairs = torch.count_nonzero(keep)
+        self.pairs[index] += pairs
+        everything = self._pairs(
+            torch.arange(chunk.low, chunk.last, device=keep.device), chunk.first, chunk.last
+        )
+        if pairs == everything:
+            self.rows[index, chunk.first : chunk.last] = dense[:, -1]
+            return
+        total = weights.masked_fill(~keep, 0.0) @ self.extended[chunk.low : chunk.last]
+        self.rows[index, chunk.first : chunk.last] = total[:, -1]
+        if self.values is None:
+            return
+        out = total[:, :-1] / total[:, -1:]
+        lost = (total[:, -1] < _TINY).nonzero().squeeze(1)
+        if lost.numel():
+            scores = chunk.scores[lost].masked_fill(~keep[lost], -math.inf)
+            out[lost] = _renormalised(scores, self.extended[chunk.low : chunk.last, :-1])
+        self.error[index] += (out - dense[:, :-1]).double().square().sum()
+
+    def _pairs(self, keys: Tensor, first: int, last: int) -> Tensor:
+        """Visible pairs of queries first..last-1 with the keys given: queries that see each key, summed."""
+        end = last if self.head.window is None else (keys + self.head.window).clamp_max(last)
+        return (end - keys.clamp_min(first)).clamp_min(0).sum()
+
+    def result(self) -> list[Score]:
+        head = self.head
+        rows = self.rows.double().clamp(0.0, 1.0).cpu().numpy()
+        if not len(rows):
+            return []
+        pairs = self.pairs.cpu().tolist()
+        if self.values is None:
+            error = np.full(len(rows), np.nan)
+        else:
+            error = (self.error / self.norm.clamp_min(1e-300)).sqrt().cpu().numpy()
+        p05 = np.percentile(rows, 5, axis=1)
+        return [
+            Score(
+                recall=float(rows[i].mean()),
+                recall_p05=float(p05[i]),
+                recall_last=float(rows[i, -LAST_ROWS:].mean()),
+                pairs=pairs[i],
+                density=pairs[i] / head.pairs,
+                output_error=float(error[i]),
+                # A dot product is half of a pair's 4 * d FLOPs.
+                identify_cost=float(selection.identify) / (2 * head.pairs),
+            )
+            for i, selection in enumerate(self.selections)
+        ]
+
+
+def _renormalised(scores: Tensor, values: Tensor) -> Tensor:
+    """Outputs of queries whose kept share underflows: softmax around their own maximum; zero where nothing is
+    kept.
+    """
+    return torch.softmax(scores, 1).nan_to_num(0.0) @ values
+
+
+__all__ = ["LAST_ROWS", "Score", "score"]
