@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Polygon, Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.transforms import Bbox
 
 from anchorscope.errors import InputError
 from anchorscope.profiles import HeadProfile
@@ -173,17 +174,15 @@ def recall_density(profiles: Sequence[HeadProfile], *, target_recall: float = 0.
         "density: kept / visible (query, key) pairs" + (", log scale" if logarithmic else ""),
         "recall: attention mass kept",
     )
-    taken: list[np.ndarray] = []
+    notes: list[Bbox] = []
     for t in _thetas_shown(first.thetas, 6):
-        if _free(axes, at[:, t], taken, 42):
-            _note(axes, at[:, t], f"theta {nats(float(first.thetas[t]))}", (-7, 6), BLUE, bold=t == 0)
-    numbers = [
-        p
-        for p, mark in zip(profiles, marks, strict=True)
-        if len(profiles) <= 12 and _free(axes, mark, taken, 11)
-    ]
-    for p in numbers:
-        _note(axes, (p.density[0], p.recall[0]), str(p.head), (9, -10), MUTED)
+        _note(axes, at[:, t], f"theta {nats(float(first.thetas[t]))}", (-7, 6), BLUE, notes, bold=t == 0)
+    numbers = 0
+    if len(profiles) <= 12:
+        numbers = sum(
+            _note(axes, mark, str(p.head), (9, -10), MUTED, notes)
+            for p, mark in zip(profiles, marks, strict=True)
+        )
     numbered = ", with its number" if numbers else ""
     theta_0 = nats(float(first.thetas[0]))
     handles = [
@@ -227,8 +226,7 @@ def recall_by_position(profiles: Sequence[HeadProfile]) -> Figure:
         InputError: no profile, or profiles of different prompts or thetas.
     """
     first = _same(profiles)
-    edges = first.position_edges
-    rows = np.stack([p.position_recall for p in profiles])  # (heads, T, P)
+    edges, rows = _shown_positions(first.position_edges, np.stack([p.position_recall for p in profiles]))
     mean = rows.mean(0)
     last = float(np.mean([p.recall_last[0] for p in profiles]))
     worst = min(profiles, key=lambda p: float(p.recall_p05[0]))
@@ -252,11 +250,11 @@ def recall_by_position(profiles: Sequence[HeadProfile]) -> Figure:
             edges,
             baseline=None,
             color=shade,
-            linewidth=2.4 if t == 0 else 1.5,
+            linewidth=2.4 if t == 0 else 1.3,
             zorder=4 if t == 0 else 3,
         )
         text = f"mean of heads at theta {nats(float(first.thetas[t]))}"
-        handles.append(Line2D([], [], color=shade, linewidth=2.4 if t == 0 else 1.5, label=text))
+        handles.append(Line2D([], [], color=shade, linewidth=2.4 if t == 0 else 1.3, label=text))
     low = min(float(rows[:, 0].min()), float(mean[shown].min()))
     floor = min(0.9, max(0.0, math.floor((low - 0.02) * 10) / 10))
     axes.set_ylim(floor, 1 + 0.02 * (1 - floor))
@@ -264,7 +262,7 @@ def recall_by_position(profiles: Sequence[HeadProfile]) -> Figure:
     token_ticks(axes, x=True, count=8)
     tidy(axes)
     label(axes, "query position (tokens)", "recall: attention mass kept")
-    legend(figure, handles=handles, loc="outside lower left", ncols=len(handles), borderaxespad=0.4)
+    legend(figure, handles=handles, loc="outside lower left", ncols=3, borderaxespad=0.4)
     return figure
 
 
@@ -289,8 +287,8 @@ def stripe_heatmap(profile: HeadProfile) -> Figure:
     n = p.tokens
     recall, density = float(p.recall[0]), float(p.density[0])
     theta = nats(float(p.thetas[0]))
-    title = f"Layer {p.layer}, head {p.head} (kv head {p.kv_head}): what theta {theta} keeps"
-    title += f" of {short_name(p.prompt)}"
+    title = f"{short_name(p.prompt)}, layer {p.layer}, head {p.head} (kv head {p.kv_head})"
+    title += f": what theta {theta} keeps"
     stripes = (
         "no candidates" if p.candidate_pairs == 0 else f"stripe density {share(float(p.stripe_density[0]))}"
     )
@@ -350,7 +348,7 @@ def stripe_heatmap(profile: HeadProfile) -> Figure:
     for axes in below:
         label(axes, x="key position (tokens)")
 
-    edges, by_position = p.position_edges, p.position_recall[0]
+    edges, by_position = _shown_positions(p.position_edges, p.position_recall[0])
     side_axes.stairs(
         by_position, edges, orientation="horizontal", baseline=1.0, fill=True, color=RED, alpha=0.35
     )
@@ -537,25 +535,24 @@ def _thetas_shown(thetas: np.ndarray, most: int = 4) -> list[int]:
     return [0, *others]
 
 
-def _free(axes: Axes, point: np.ndarray, taken: list[np.ndarray], room: float) -> bool:
-    """Whether a label fits at a data point, `room` pixels from those that are there; remembers it when so."""
-    at = axes.transData.transform(point)
-    if any(np.hypot(*(at - other)) < room for other in taken):
-        return False
-    taken.append(at)
-    return True
-
-
 def _note(
     axes: Axes,
-    at: np.ndarray | tuple[float, float],
+    at: np.ndarray,
     text: str,
     shift: tuple[int, int],
     colour: str,
+    taken: list[Bbox],
     *,
     bold: bool = False,
-) -> None:
-    """A small text beside a data point, `shift` in points."""
+) -> bool:
+    """A small text beside a data point, `shift` in points, unless it would touch one in `taken` (pixels)."""
+    pixel = axes.figure.dpi / 72
+    right, bottom = axes.transData.transform(at) + np.array(shift) * pixel
+    # widths are estimated: measuring would need a renderer, and a letter more or less does not matter here
+    box = Bbox.from_extents(right - 0.62 * SMALL * pixel * len(text), bottom, right, bottom + SMALL * pixel)
+    if any(box.overlaps(other) for other in taken):
+        return False
+    taken.append(box)
     axes.annotate(
         text,
         (float(at[0]), float(at[1])),
@@ -568,6 +565,7 @@ def _note(
         zorder=8,
         bbox={"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.75},
     )
+    return True
 
 
 def _plain_log_ticks(axes: Axes) -> None:
@@ -617,6 +615,13 @@ def _shown_cells(p: HeadProfile) -> _Cells:
         np.add.reduceat(mean_rows(missed), across, axis=1),
         mean_rows(stripes),
     )
+
+
+def _shown_positions(edges: np.ndarray, recall: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Edges and mean recall (last axis) of few enough bins of positions to tell lines apart."""
+    first = np.arange(0, edges.size - 1, math.ceil((edges.size - 1) / SHOWN_ROWS))
+    shown = np.append(edges[first], edges[-1])
+    return shown, np.add.reduceat(recall * np.diff(edges), first, axis=-1) / np.diff(shown)
 
 
 def _cells(axes: Axes, cells: _Cells, values: np.ndarray, cmap: Colormap, norm: LogNorm) -> None:

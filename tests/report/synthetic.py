@@ -83,9 +83,7 @@ def make_profile(
         weight += spread * rng.gamma(0.15, 1.0, size=last) / last * 6
         live = rng.random(hot.size) < 0.6  # each stripe is read by some groups only
         earlier = live & (hot < last)
-        weight[hot[earlier]] += (
-            strength[earlier] * rng.uniform(0.3, 1.0, earlier.sum()) / max(strength.sum(), 1e-9)
-        )
+        weight[hot[earlier]] += strength[earlier] * rng.uniform(0.3, 1.0, earlier.sum()) / max(strength.sum(), 1e-9)
         if window is not None:
             weight[: max(first - window, 0)] = 0
         weight /= weight.sum()

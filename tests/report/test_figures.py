@@ -24,6 +24,7 @@ from anchorscope.report import (
     recall_density,
     save_figure,
     stripe_heatmap,
+    write,
 )
 from anchorscope.report.figures import _shown_cells, mean_curve, pooled_oracle
 from anchorscope.report.style import nats, share, short_name
@@ -58,9 +59,7 @@ def assert_fits(figure: Figure) -> None:
     [((5, 15, 25), 3, 1024), (tuple(range(30)), 9, 200), (tuple(range(32)), 32, 100)],
 )
 def test_everything_written_fits_the_canvas(layers: tuple[int, ...], count: int, tokens: int) -> None:
-    profiles = heads(
-        count, layers, tokens=tokens, prompt="a name of a prompt that is much longer than any title.txt"
-    )
+    profiles = heads(count, layers, tokens=tokens, prompt="a name of a prompt that is much longer than any title.txt")
     assert_fits(layer_head_grid(profiles))
     assert_fits(recall_density(profiles[:count]))
     assert_fits(recall_by_position(profiles[:count]))
@@ -242,7 +241,7 @@ def test_profiles_of_different_runs_are_not_mixed() -> None:
 
 
 def test_draw_all_writes_the_figures_named(tmp_path: Path) -> None:
-    profiles = heads(3, (5, 15), tokens=128) + heads(1, prompt="../../we ird/na me.txt") + heads(1, prompt="")
+    profiles = heads(3, (5, 15), tokens=128, block=8) + heads(1, prompt="../../we ird/na me.txt") + heads(1, prompt="")
     seen: list[Path] = []
     files = draw_all(profiles, tmp_path / "figures", progress=seen.append)
     names = [f.name for f in files]
@@ -257,9 +256,7 @@ def test_draw_all_writes_the_figures_named(tmp_path: Path) -> None:
         "prose-layer15-recall-by-position.png",
     ]
     ranked = sorted(profiles[:6], key=lambda p: p.recall[0])
-    wanted = {
-        f"prose-layer{p.layer:02d}-head{p.head:02d}-heatmap.png" for p in (ranked[0], ranked[3], ranked[5])
-    }
+    wanted = {f"prose-layer{p.layer:02d}-head{p.head:02d}-heatmap.png" for p in (ranked[0], ranked[3], ranked[5])}
     assert {n for n in names if n.startswith("prose") and "heatmap" in n} == wanted
     assert {"na-me-grid.png", "prompt-grid.png"} <= set(names)
     for file in files:
@@ -269,11 +266,19 @@ def test_draw_all_writes_the_figures_named(tmp_path: Path) -> None:
             assert image.width > 900
 
 
+@pytest.fixture
+def blank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Empty figures: for tests of which are drawn, not of what they show."""
+    for name in ("layer_head_grid", "recall_density", "recall_by_position", "stripe_heatmap"):
+        monkeypatch.setattr(write, name, lambda *_, **__: Figure(figsize=(1, 1)))
+
+
+@pytest.mark.usefixtures("blank")
 def test_heat_maps_are_drawn_for_the_heads_asked(tmp_path: Path) -> None:
     profiles = heads(2, (5, 15), tokens=128, block=8)
     files = draw_all(profiles, tmp_path, heatmaps=[(15, 1)])
     assert [f.name for f in files if "heatmap" in f.name] == ["prose-layer15-head01-heatmap.png"]
-    assert sum("heatmap" in f.name for f in draw_all(profiles[2:], tmp_path, heatmaps="all")) == 2
+    assert sum("heatmap" in f.name for f in draw_all(profiles, tmp_path, heatmaps="all")) == 4
     with pytest.raises(InputError, match="layer 5, head 2: it was not analysed"):
         draw_all(profiles, tmp_path, heatmaps=[(5, 2)])
     with pytest.raises(InputError, match="'all' or a list"):
@@ -284,6 +289,7 @@ def test_heat_maps_are_drawn_for_the_heads_asked(tmp_path: Path) -> None:
         draw_all([tmp_path / "none"], tmp_path)
 
 
+@pytest.mark.usefixtures("blank")
 def test_heat_maps_are_read_only_when_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = []
     for p in heads(3, (5, 15), tokens=128, block=8):

@@ -117,9 +117,7 @@ def test_densities_follow_from_the_pairs() -> None:
         (1.0001, None, None, None),
     ],
 )
-def test_interpolation_by_hand(
-    target: float, anchor: float | None, oracle: float | None, theta: float | None
-) -> None:
+def test_interpolation_by_hand(target: float, anchor: float | None, oracle: float | None, theta: float | None) -> None:
     p = small()
     assert p.theta_at_recall(target) == theta
     for kind, want in (("anchor", anchor), ("oracle", oracle)):
@@ -165,9 +163,7 @@ def test_contradictions_are_refused(change: dict[str, object], message: str) -> 
         small(**change)
 
 
-def rewrite(
-    path: Path, *, drop: str = "", header: dict[str, object] | None = None, **tensors: np.ndarray
-) -> None:
+def rewrite(path: Path, *, drop: str = "", header: dict[str, object] | None = None, **tensors: np.ndarray) -> None:
     """Change a saved profile without its knowing."""
     with safetensors.safe_open(path, framework="numpy") as file:
         arrays = {name: file.get_tensor(name) for name in file.keys() if name != drop}  # noqa: SIM118
@@ -264,7 +260,5 @@ def test_bin_edges_by_hand(length: int, limit: int, multiple: int, edges: list[i
 
 
 def test_profiles_need_no_torch() -> None:
-    code = (
-        "import sys, anchorscope.profiles; sys.exit(any(m in sys.modules for m in ('torch', 'matplotlib')))"
-    )
+    code = "import sys, anchorscope.profiles; sys.exit(any(m in sys.modules for m in ('torch', 'matplotlib')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -47,9 +47,7 @@ def test_script_rewrites_the_committed_prompt(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("needles", "size", "seed"), [(32, 48_000, 20_251), (2, 1_800, 1), (8, 20_000, 3), (60, 60_000, 4)]
 )
-def test_every_needle_is_hidden_once_and_asked_once(
-    maker: ModuleType, needles: int, size: int, seed: int
-) -> None:
+def test_every_needle_is_hidden_once_and_asked_once(maker: ModuleType, needles: int, size: int, seed: int) -> None:
     text = maker.make(needles, size, seed)
     story, questions = text.split("\n\nQuestions\n\n")
     facts = re.findall(r"the door code of the ([a-z]+ [a-z-]+) is (\d{3}-\d{3})\.", story)
