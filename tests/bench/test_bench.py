@@ -156,9 +156,8 @@ def test_no_speed_up_on_a_failed_check(monkeypatch: pytest.MonkeyPatch, change: 
 @pytest.mark.slow
 def test_triton_kernels_in_the_interpreter() -> None:
     """Wiring of the Triton stages, the in-place one included, where there is no GPU."""
-    shape = (
-        ["--lengths", "70", "--heads", "2", "--kv-heads", "1", "--head-dim", "32", "--block", "16", "--step", "1", "--theta", "4", "--repeats", "2"]
-    )
+    shape = ["--lengths", "70", "--heads", "2", "--kv-heads", "1", "--head-dim", "32"]
+    shape += ["--block", "16", "--step", "1", "--theta", "4", "--repeats", "2"]
     command = [sys.executable, "-m", "anchorscope", "bench", "--backend", "triton", *shape, "--device", "cpu"]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run([*command, "--json"], env=environment, capture_output=True, text=True, check=False)
@@ -171,9 +170,35 @@ def test_triton_kernels_in_the_interpreter() -> None:
     assert row["sparse"][0]["kept_pairs"] == int(mask.sum())
 
 
-def test_failed_check_on_the_command_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_on_a_gpu(dtype: str) -> None:
+    """Triton stages against every dense back end there; N is no multiple of anything."""
+    config = BenchConfig(
+        lengths=(3001, 9000),
+        thetas=(6.0, 12.0),
+        params=AnchorParams(64, 8),
+        heads=8,
+        kv_heads=2,
+        head_dim=64,
+        dtype=dtype,
+        device="cuda",
+        repeats=3,
+    )
+    result = run_bench(config)
+    jsonschema.validate(result.to_json(), SCHEMA)
+    assert result.settings["backend"] == "triton"
+    for row in result.rows:
+        assert row.check.passed, row.check.reason
+        assert {"flash", "flex"} <= {dense.name for dense in row.dense}, row.absent
+        for sparse in row.sparse:
+            assert sparse.speedup is not None
+            assert sparse.extra_memory_bytes is not None
+            assert 0.9 < sparse.recall <= 1.001
+
+
+def test_failed_check_on_the_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(run_module, "resolve_backend", broken(whole=drops_a_key))
     assert main(["bench", "--lengths", "300", *FLAGS]) == 1
     out, err = capsys.readouterr()
@@ -196,9 +221,7 @@ def test_dense_back_end_that_is_wrong_is_no_baseline(monkeypatch: pytest.MonkeyP
 
 
 def test_dump_entries_at_their_own_scale(dump: Path) -> None:
-    config = BenchConfig(
-        params=AnchorParams(16, 2), thetas=(3.0,), device="cpu", repeats=1, lengths=(200, 90)
-    )
+    config = BenchConfig(params=AnchorParams(16, 2), thetas=(3.0,), device="cpu", repeats=1, lengths=(200, 90))
     result = run_bench(config, dump)
     rows = result.rows
     assert [(row.source, row.n, row.scale) for row in rows] == [
@@ -342,9 +365,7 @@ def test_bad_usage(capsys: pytest.CaptureFixture[str], flags: str, message: str)
         ("--layers 4", "--layers: 4 does not exist"),
     ],
 )
-def test_bad_usage_on_a_dump(
-    dump: Path, capsys: pytest.CaptureFixture[str], flags: str, message: str
-) -> None:
+def test_bad_usage_on_a_dump(dump: Path, capsys: pytest.CaptureFixture[str], flags: str, message: str) -> None:
     assert main(["bench", str(dump), *flags.split()]) == 2
     assert message in capsys.readouterr().err
 
@@ -358,16 +379,12 @@ def test_bad_folders(tmp_path: Path, dump: Path, capsys: pytest.CaptureFixture[s
     assert main(["bench", str(tmp_path / "nothing")]) == 2
     assert file.read_text(encoding="utf-8") == "x"
     bare = tmp_path / "bare"
-    write_dump(
-        bare, [{"prompt": "p", "layer": 0, "q": torch.ones(1, 8, 4), "k": torch.ones(1, 8, 4), "scale": 0.5}]
-    )
+    write_dump(bare, [{"prompt": "p", "layer": 0, "q": torch.ones(1, 8, 4), "k": torch.ones(1, 8, 4), "scale": 0.5}])
     assert main(["bench", str(bare)]) == 2
     assert "without --no-values" in capsys.readouterr().err
 
 
-def test_out_of_memory_says_what_fits(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_out_of_memory_says_what_fits(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     real = run_module.planted
 
     def small_machine(n: int, *args: Any, **kwargs: Any) -> Any:

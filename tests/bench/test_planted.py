@@ -22,9 +22,7 @@ def test_frozen_numbers() -> None:
         (1, 2, 3000, 64),
         (1, 2, 3000, 64),
     )
-    got = torch.stack(
-        [q[0, 3, 2999, 5], q[0, 0, 0, 0], k[0, 1, 2, 7], k[0, 0, 1500, 63], v[0, 1, 77, 9]]
-    ).float()
+    got = torch.stack([q[0, 3, 2999, 5], q[0, 0, 0, 0], k[0, 1, 2, 7], k[0, 0, 1500, 63], v[0, 1, 77, 9]]).float()
     torch.testing.assert_close(got, torch.tensor(FROZEN), rtol=2**-7, atol=0)
 
 
