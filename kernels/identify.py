@@ -98,8 +98,14 @@ def score_kernel(
             if WINDOW:
                 hit = hit & ((offset + at * block)[None, :] - cols[:, None] < window)
             bits = tl.where(hit & ok[None, :], bit[:, None], 0)
-            bits = tl.permute(tl.reshape(bits, [BC // 16, 16, TG * RC, SP]), [0, 2, 1, 3])
-            word = word | tl.reduce(tl.reshape(bits, [BC // 16, TG * RC, 16 * SP]), 2, _either)
+            bits = tl.reshape(bits, [BC // 16, 16, TG * RC, SP])
+            if SP < 8:
+                # Not in one go: Triton 3.6 miscompiles reductions over lanes that are not next to each other.
+                some = tl.reduce(tl.reduce(bits, 3, _either), 1, _either)
+            else:
+                bits = tl.reshape(tl.permute(bits, [0, 2, 1, 3]), [BC // 16, TG * RC, 16 * SP])
+                some = tl.reduce(bits, 2, _either)
+            word = word | some
         # Cut to the candidates of each group.
         wg = g + wr // RC
         limit = (offset + wg * group - lookback)[None, :] - w_cols[:, None]
@@ -253,6 +259,31 @@ def _problem(
     if blocks != p.blocks:
         raise ValueError(f"q_bar has {blocks} blocks, but {queries} queries in blocks of {block} make {p.blocks}")
     return p
+
+
+def candidates(
+    q_shape: torch.Size,
+    keys: int,
+    *,
+    block: int = 128,
+    step: int = 16,
+    init: int | None = None,
+    lookback: int | None = None,
+    offset: int | None = None,
+    **_other: object,
+) -> int:
+    """Candidate columns over all groups and heads: no selection is larger. `q_shape` is that of the queries."""
+    batch, heads, n, _dim = q_shape
+    group = block * step
+    init = block if init is None else init
+    lookback = block if lookback is None else lookback
+    offset = keys - n if offset is None else offset
+    least = max(0, (lookback + init - offset) // group + 1)  # first group with candidates
+    groups = (n + group - 1) // group
+    spare = offset - lookback - init
+    if least >= groups:
+        return 0
+    return batch * heads * ((groups - least) * spare + group * (groups * (groups - 1) - least * (least - 1)) // 2)
 
 
 def identify(

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from .types import Stripes
 
+SMALL_LIST = 256 * 2**20  # bytes
+
 
 class Attention(NamedTuple):
     """Result of `anchor_attention`.
@@ -48,7 +50,8 @@ def anchor_attention(
     Args:
         q: (B, H, n, d); k, v: (B, Hkv, N, d), not repeated. All other parameters as in `anchor` and `identify`.
         theta: nats, a number or a (B, H) tensor; +inf is dense causal attention, -inf the anchor region alone.
-        capacity: room for stripes (triton only); without it their number is read from the GPU once.
+        capacity: room for stripes (triton only). Without it there is room for all candidates where that takes at most
+            SMALL_LIST bytes, and otherwise the number of stripes is read from the GPU once, the only synchronisation.
         backend: "triton" or "torch".
 
     Raises:
@@ -68,6 +71,9 @@ def anchor_attention(
         from . import anchor, identify, sparse
 
         state = anchor.anchor(q, k, v, **place)
+        if capacity is None:
+            most = identify.candidates(q.shape, k.shape[2], **place)
+            capacity = most if most * 4 <= SMALL_LIST else None
         stripes = identify.identify(state, k, theta=theta, queries=q.shape[2], capacity=capacity, **place)
         out, lse = sparse.sparse(q, k, v, state, stripes, inplace=True, **place)
         return Attention(out, lse, stripes, stripes.offsets[-1] > stripes.columns.numel())

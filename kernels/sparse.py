@@ -59,28 +59,21 @@ def sparse_kernel(
     total = tl.where(top > float("-inf"), 1.0, 0.0)
     acc = tl.load(o_at, mask=live[:, None] & inner[None, :], other=0.0).to(tl.float32)
 
-    full = 0 if WINDOW else count // BN
     listed = Columns + begin
-    for it in tl.range(0, full):
-        cols = tl.load(listed + it * BN + c).to(tl.int64)
-        if D == DIM:
+    for it in tl.range(0, tl.cdiv(count, BN)):
+        there = it * BN + c < count
+        cols = tl.load(listed + it * BN + c, mask=there, other=0).to(tl.int64)
+        if D == DIM:  # beyond the list key 0 is read, and masked below
             k = tl.load(k_base + cols[:, None] * skn)  # [BN, D]
             v = tl.load(v_base + cols[:, None] * svn)
         else:
             k = tl.load(k_base + cols[:, None] * skn, mask=inner[None, :], other=0.0)
             v = tl.load(v_base + cols[:, None] * svn, mask=inner[None, :], other=0.0)
         qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        acc, total, top = accumulate(acc, total, top, qk, v, scale, cap, SOFTCAP, False, True, False, PRECISION)
-    for it in tl.range(full, tl.cdiv(count, BN)):
-        there = it * BN + c < count
-        cols = tl.load(listed + it * BN + c, mask=there, other=0).to(tl.int64)
-        k = tl.load(k_base + cols[:, None] * skn, mask=there[:, None] & inner[None, :], other=0.0)
-        v = tl.load(v_base + cols[:, None] * svn, mask=there[:, None] & inner[None, :], other=0.0)
-        qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        seen = there[None, :] & (rows >= 0)[:, None]
         if WINDOW:
-            seen = seen & ((offset + rows)[:, None] - cols[None, :] < window)
-        qk = tl.where(seen, qk, float("-inf"))
+            qk = tl.where((offset + rows)[:, None] - cols[None, :] < window, qk, float("-inf"))
+        qk = tl.where(there[None, :], qk, float("-inf"))
+        # Only a window can leave a query without any key so far.
         acc, total, top = accumulate(acc, total, top, qk, v, scale, cap, SOFTCAP, True, True, False, PRECISION)
 
     tl.store(Lse + flat, tl.where(total > 0, (top + tl.log2(total)) * LN2, float("-inf")), mask=live)

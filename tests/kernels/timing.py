@@ -7,7 +7,6 @@ the first. `--warm I/N` only compiles every N-th configuration, to fill Triton's
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -94,6 +93,13 @@ def configured(op: str) -> Iterator[dict[str, Any]]:
     common.launch_table()[op] = json.loads(before)
 
 
+def plan(ops: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every variant of every op, set in the launch table while it is out."""
+    for op in ops:
+        for config in configured(op):
+            yield op, config
+
+
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser()
@@ -128,7 +134,7 @@ def main() -> None:
         "column_mass": lambda: profile.column_mass(q[:, :4], k[:, :1], lse[:, :4], **grid),
         "dense_lse": lambda: profile.dense_lse(q[:, :4], k[:, :1], None),
     }
-    for number, (op, config) in enumerate(itertools.chain(*(((o, c) for c in configured(o)) for o in args.ops))):
+    for number, (op, config) in enumerate(plan(args.ops)):
         if args.warm and number % parts != part:
             continue
         try:
