@@ -26,36 +26,36 @@ MAX_LENGTH = 1 << 20
 def bench(
     dump: Annotated[
         Path | None,
-        typer.Argument(help="Dump folder to take Q, K, V from; planted input without.", metavar="[DIR]"),
+        typer.Argument(help="Dump folder to take Q, K, V from; planted input without.", metavar="DIR"),
     ] = None,
     lengths: Annotated[
         str | None,
-        typer.Option(help="Tokens, like 4096,8192 or 4k,8k.  [default: 16k-128k, CPU 2k-8k; of a dump whole prompts]"),
+        typer.Option(help="Tokens, like 4096,8192 or 4k,8k. (default: 16k-128k, CPU 2k-8k; of a dump whole prompts)"),
     ] = None,
-    heads: Annotated[int | None, typer.Option(help="Query heads of planted input.  [default: 32; CPU 4]")] = None,
-    kv_heads: Annotated[int | None, typer.Option(help="Its kv heads.  [default: 8; CPU 1]")] = None,
-    head_dim: Annotated[int | None, typer.Option(help="Its head dimension.  [default: 128; CPU 64]")] = None,
+    heads: Annotated[int | None, typer.Option(help="Query heads of planted input. (default: 32; CPU 4)")] = None,
+    kv_heads: Annotated[int | None, typer.Option(help="Its kv heads. (default: 8; CPU 1)")] = None,
+    head_dim: Annotated[int | None, typer.Option(help="Its head dimension. (default: 128; CPU 64)")] = None,
     theta: Annotated[
         str | None,
-        typer.Option(help="Thetas in nats: 6, or 4,6,8, or 0:12:2; inf is dense.  [default: planted 6, dump 12]"),
+        typer.Option(help="Thetas in nats: 6, or 4,6,8, or 0:12:2; inf is dense. (default: planted 6, dump 12)"),
     ] = None,
     block: Annotated[int, typer.Option(help="Queries pooled together.")] = 128,
     step: Annotated[int, typer.Option(help="Query blocks that share one selection of stripes.")] = 16,
-    init: Annotated[int | None, typer.Option(help="First tokens always kept.  [default: block]")] = None,
-    lookback: Annotated[int | None, typer.Option(help="Tokens before a group always kept.  [default: block]")] = None,
-    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32.  [default: bf16; CPU fp32]")] = None,
+    init: Annotated[int | None, typer.Option(help="First tokens always kept. (default: block)")] = None,
+    lookback: Annotated[int | None, typer.Option(help="Tokens before a group always kept. (default: block)")] = None,
+    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32. (default: bf16; CPU fp32)")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
     backend: Annotated[str, typer.Option(help="Of the sparse stages: auto, torch or triton.")] = "auto",
     dense: Annotated[
         str | None,
-        typer.Option(help="Baselines: flash,cudnn,efficient,flex,math.  [default: all but math; CPU flash]"),
+        typer.Option(help="Baselines: flash,cudnn,efficient,flex,math. (default: all but math; CPU flash)"),
     ] = None,
-    layers: Annotated[str | None, typer.Option(help="Layers of the dump, like 0,5,10-15.  [default: all]")] = None,
-    repeats: Annotated[int | None, typer.Option(help="Timed repetitions.  [default: 3 to 20 by time]")] = None,
+    layers: Annotated[str | None, typer.Option(help="Layers of the dump, like 0,5,10-15. (default: all)")] = None,
+    repeats: Annotated[int | None, typer.Option(help="Timed repetitions. (default: 3 to 20 by time)")] = None,
     period: Annotated[
-        int | None, typer.Option(help="Queries that share one planted direction.  [default: block * step]")
+        int | None, typer.Option(help="Queries that share one planted direction. (default: block * step)")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of planted input.  [default: 0]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of planted input. (default: 0)")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder for bench.json and figures.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier bench in OUT.")] = False,
     against: Annotated[
