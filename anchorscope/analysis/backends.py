@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from anchorscope.analysis.engine import HeadResult, HeadShape, profile_head
+from anchorscope.analysis.engine import HeadResult, HeadShape, profile_head, workspace_bytes
 from anchorscope.errors import InputError, MissingBackendError
+from anchorscope.params import AnchorParams
 
 BACKENDS = ("auto", "torch", "triton")
 
@@ -30,6 +31,13 @@ class Backend:
     name: str
     device: torch.device
     engine: HeadEngine
+
+    def workspace(self, tokens: int, head_dim: int, thetas: int, params: AnchorParams) -> int:
+        """Bytes that measuring one head takes on the device, about; inputs included."""
+        if self.name == "torch":
+            return workspace_bytes(tokens, head_dim, thetas, params, self.device.type)
+        # Two maps and the sort of the columns per (group, key); outputs in float32; rows of every theta.
+        return 40 * params.groups(tokens) * tokens + 16 * tokens * head_dim + 8 * thetas * tokens
 
     @property
     def hardware(self) -> str:

@@ -48,6 +48,8 @@ CLOSE = (0.01, 0.005)
 
 _CHUNK_ELEMENTS = 1 << 21  # scores held at a time: 8 MiB in float32, which stays in cache
 _MAX_ROWS = 256
+_GPU_CHUNK_ELEMENTS = 1 << 26  # on a GPU launches, not caches, are what chunks must pay for
+_GPU_MAX_ROWS = 4096
 _TINY = 1e-30  # below this share of a row's mass, float32 prefixes of the row are recomputed around their own maximum
 
 
@@ -307,11 +309,14 @@ class HeadAccumulator:
         )
 
 
-def workspace_bytes(tokens: int, head_dim: int, thetas: int, params: AnchorParams, itemsize: int = 4) -> int:
-    """Working memory of one head, bytes: inputs and reordered keys and values, scores of a chunk, rows of all thetas."""
-    tensors = 8 * tokens * head_dim * itemsize
-    chunk = 4 * max(_CHUNK_ELEMENTS, 16 * tokens) * itemsize
-    rows = 3 * thetas * (tokens * 8 + min(_MAX_ROWS, params.group) * head_dim * itemsize)
+def workspace_bytes(tokens: int, head_dim: int, thetas: int, params: AnchorParams, device: str = "cpu") -> int:
+    """Working memory of one head in the torch engine, bytes: inputs and reordered keys and values, scores of a chunk,
+    rows and outputs of all thetas.
+    """
+    limit, elements = (_MAX_ROWS, _CHUNK_ELEMENTS) if device == "cpu" else (_GPU_MAX_ROWS, _GPU_CHUNK_ELEMENTS)
+    tensors = 8 * tokens * head_dim * 4
+    chunk = 4 * max(min(elements, tokens * tokens), 16 * tokens) * 4
+    rows = 3 * thetas * (tokens * 8 + min(limit, params.group) * head_dim * 4)
     return tensors + chunk + rows + 40 * tokens * 8
 
 
@@ -396,9 +401,10 @@ def _anchor_scores(q: Tensor, kt: Tensor, shape: HeadShape, g: Group, first: int
 
 
 def _profile_group(q: Tensor, kt: Tensor, v: Tensor | None, shape: HeadShape, g: Group, books: HeadAccumulator) -> None:
-    p, dev, window = shape.params, q.device, shape.window
+    dev, window = q.device, shape.window
     width = g.last - g.local_start + g.init_stop - g.init_start + g.stop - g.start
-    rows = max(16, min(_MAX_ROWS, _CHUNK_ELEMENTS // width))
+    limit, elements = (_MAX_ROWS, _CHUNK_ELEMENTS) if dev.type == "cpu" else (_GPU_MAX_ROWS, _GPU_CHUNK_ELEMENTS)
+    rows = max(16, min(limit, elements // width))
     chunks = [(a, min(a + rows, g.last)) for a in range(g.first, g.last, rows)]
     candidates = torch.arange(g.start, g.stop, device=dev)
     single = len(chunks) == 1

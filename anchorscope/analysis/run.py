@@ -11,8 +11,7 @@ import json
 import platform
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -23,7 +22,16 @@ import torch
 
 from anchorscope._version import __version__
 from anchorscope.analysis.backends import Backend, resolve_backend
-from anchorscope.analysis.engine import HeadShape, workspace_bytes
+from anchorscope.analysis.engine import HeadShape
+from anchorscope.analysis.jobs import (
+    Job,
+    Progress,
+    ProgressCallback,
+    choose_jobs,
+    json_bytes,
+    make_folder,
+    run_jobs,
+)
 from anchorscope.analysis.tables import (
     CURVES_COLUMNS,
     HEADS_COLUMNS,
@@ -35,12 +43,11 @@ from anchorscope.analysis.tables import (
     short_of_target,
     summarise,
 )
-from anchorscope.dumps import Dump, Entry, LayerTensors, open_dump
+from anchorscope.dumps import Dump, LayerTensors, open_dump
 from anchorscope.errors import DumpError, InputError, RunFailure
 from anchorscope.locks import folder_lock
 from anchorscope.params import AnchorParams, anchor_pairs, recommend_groups, visible_pairs
-from anchorscope.profiles import HeadProfile, profile_filename, write_atomic
-from anchorscope.selection import describe_indices
+from anchorscope.profiles import HeadProfile, write_atomic
 
 STATE = "analysis.json"
 REPORT = "report.json"
@@ -48,36 +55,6 @@ PROFILES = "profile"
 FIGURES = "figures"
 REPORT_VERSION = 1
 ANCHOR_BUDGET = 0.25  # share of the pairs above which the anchor region alone is called expensive
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What a progress callback gets. `work` counts (query, key) pairs, so time left follows from it."""
-
-    stage: str
-    work: int
-    total: int
-    detail: str = ""
-
-
-ProgressCallback = Callable[[Progress], None]
-
-
-@dataclass(frozen=True)
-class Job:
-    """One head to measure."""
-
-    prompt_index: int
-    entry: Entry
-    head: int
-
-    @property
-    def name(self) -> str:
-        return profile_filename(self.prompt_index, self.entry.layer, self.head)
-
-    @property
-    def work(self) -> int:
-        return visible_pairs(self.entry.tokens, self.entry.window)
 
 
 @dataclass(frozen=True)
@@ -154,25 +131,7 @@ def plan_analysis(
     source = dump if isinstance(dump, Dump) else open_dump(dump)
     engine = resolve_backend(backend, device)
 
-    names = [p.name for p in source.prompts]
-    chosen = _choose_prompts(prompts, names)
-    all_layers = sorted({e.layer for e in source.entries})
-    for layer in layers or ():
-        if layer not in all_layers:
-            raise InputError(f"the dump has no layer {layer}; it has {describe_indices(all_layers)}")
-    entries = [e for e in source.entries if e.prompt in chosen and (layers is None or e.layer in layers)]
-    all_heads = sorted({h for e in entries for h in e.query_heads})
-    for head in heads or ():
-        if head not in all_heads:
-            raise InputError(f"the dump has no query head {head}; it has {describe_indices(all_heads)}")
-    jobs = tuple(
-        Job(names.index(e.prompt), e, h)
-        for e in sorted(entries, key=lambda e: (names.index(e.prompt), e.layer))
-        for h in e.query_heads
-        if heads is None or h in heads
-    )
-    if not jobs:
-        raise InputError("the chosen prompts, layers and heads leave nothing to analyze; widen one of them")
+    jobs = choose_jobs(source, prompts, layers, heads)
 
     settings: dict[str, Any] = {
         "theta": [jsonable(t) for t in thetas],
@@ -181,19 +140,19 @@ def plan_analysis(
         "init": params.init_tokens,
         "lookback": params.lookback_tokens,
         "target_recall": target_recall,
-        "prompts": [n for n in names if n in chosen],
+        "prompts": list(dict.fromkeys(j.entry.prompt for j in jobs)),
         "layers": sorted({j.entry.layer for j in jobs}),
         "heads": sorted({j.head for j in jobs}),
         "backend": engine.name,
         "device": engine.device.type,
     }
     largest = max(jobs, key=lambda j: j.entry.tokens * j.entry.head_dim).entry
-    each = workspace_bytes(largest.tokens, largest.head_dim, len(set(thetas)), params)
+    each = engine.workspace(largest.tokens, largest.head_dim, len(set(thetas)), params)
     workers = 1
     if engine.device.type == "cpu" and engine.name == "torch":
         # One head per core beats one head on all cores; heads of over 64k tokens would need the memory twice.
         workers = max(1, min(torch.get_num_threads(), len(jobs), int(8 * 2**30 // each)))
-    layer_bytes = max(e.bytes for e in entries)
+    layer_bytes = max(j.entry.bytes for j in jobs)
     return Plan(
         dump=source,
         settings=settings,
@@ -266,14 +225,14 @@ def analyze(
         )
     _check_heatmaps(heatmaps, plan)
     report = progress or (lambda _: None)
-    path = _make_folder(Path(out))
+    path = make_folder(Path(out))
     with folder_lock(path):
         state = _begin(path, plan, overwrite)
         _measure(path, plan, report)
         result = _finish(path, plan, state)
         drawn = redraw(path, heatmaps=heatmaps, progress=report) if figures else []
         # Last of all: a folder without its report is an unfinished analysis.
-        write_atomic(path / REPORT, _json_bytes(result.report))
+        write_atomic(path / REPORT, json_bytes(result.report))
         return Analysis(path, result.report, result.lines, tuple(drawn))
 
 
@@ -334,15 +293,6 @@ def load_report(out: Path | str) -> dict[str, Any]:
 # planning
 
 
-def _choose_prompts(prompts: Sequence[str] | None, names: list[str]) -> set[str]:
-    if prompts is None:
-        return set(names)
-    for name in prompts:
-        if name not in names:
-            raise InputError(f"the dump has no prompt {name!r}; it has {', '.join(names)}")
-    return set(prompts)
-
-
 def _anchor_warnings(dump: Dump, jobs: Sequence[Job], params: AnchorParams) -> Iterator[str]:
     """Say where the anchor region alone costs more than a quarter of the pairs, and which groups would not."""
     for n, window in sorted({(j.entry.tokens, j.entry.window) for j in jobs}, key=lambda x: (x[0], x[1] or 0)):
@@ -376,20 +326,6 @@ def _check_heatmaps(heatmaps: Sequence[tuple[int, int]] | str | None, plan: Plan
 
 # ------------------------------------------------------------------------------------------------------------------
 # folder
-
-
-def _make_folder(path: Path) -> Path:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise InputError(f"--out {path} is a file or lies below one; name a folder") from None
-    except OSError as error:
-        raise InputError(f"--out {path} cannot be made: {error.strerror}") from None
-    return path
-
-
-def _json_bytes(value: object) -> bytes:
-    return (json.dumps(value, indent=2, sort_keys=False, allow_nan=False) + "\n").encode()
 
 
 def _state(path: Path) -> dict[str, Any]:
@@ -440,7 +376,7 @@ def _begin(path: Path, plan: Plan, overwrite: bool) -> dict[str, Any]:
             " free some space or name another --out"
         )
     state = {**identity, "started": started}
-    write_atomic(path / STATE, _json_bytes(state))
+    write_atomic(path / STATE, json_bytes(state))
     (path / PROFILES).mkdir(exist_ok=True)
     return state
 
@@ -472,35 +408,16 @@ def _measure(path: Path, plan: Plan, report: ProgressCallback) -> None:
     done = total - sum(j.work for j in missing)
     report(Progress("heads", done, total))
 
-    threads = torch.get_num_threads()
-    stop = threading.Event()
-
-    def prepare() -> None:
-        if plan.workers > 1:
-            torch.set_num_threads(1)
-
-    pool = ThreadPoolExecutor(plan.workers, initializer=prepare)
-    try:
-        pending: dict[Future[None], Job] = {}
-        loaded: tuple[Entry, LayerTensors] | None = None
-        for job in missing:
-            if loaded is None or loaded[0] is not job.entry:
-                wanted = [j.head for j in missing if j.entry is job.entry]
-                loaded = (job.entry, plan.dump.load(job.entry, wanted))
-            future = pool.submit(_measure_head, path, plan, job, loaded[1], stop)
-            pending[future] = job
-            while len(pending) >= plan.workers:
-                done += _collect(pending, report, done, total)
-        while pending:
-            done += _collect(pending, report, done, total)
-    except torch.OutOfMemoryError:
-        raise RunFailure(_memory_advice(plan)) from None
-    except MemoryError:
-        raise RunFailure(_memory_advice(plan)) from None
-    finally:
-        stop.set()
-        pool.shutdown(wait=True, cancel_futures=True)
-        torch.set_num_threads(threads)
+    run_jobs(
+        plan.dump,
+        missing,
+        lambda job, tensors, stop: _measure_head(path, plan, job, tensors, stop),
+        workers=plan.workers,
+        report=report,
+        work_before=done,
+        work_total=total,
+        memory_advice=lambda: _memory_advice(plan),
+    )
 
 
 def _memory_advice(plan: Plan) -> str:
@@ -509,17 +426,6 @@ def _memory_advice(plan: Plan) -> str:
         f"out of memory on {plan.backend.device}: one head of {longest:,} tokens needs about "
         f"{plan.memory / plan.workers / 2**30:.1f} GiB; use --device cpu, fewer thetas or a shorter capture"
     )
-
-
-def _collect(pending: dict[Future[None], Job], report: ProgressCallback, done: int, total: int) -> int:
-    finished, _ = wait(pending, return_when=FIRST_COMPLETED)
-    work = 0
-    for future in finished:
-        job = pending.pop(future)
-        future.result()
-        work += job.work
-        report(Progress("heads", done + work, total, f"{job.entry.prompt}, layer {job.entry.layer}"))
-    return work
 
 
 def _measure_head(path: Path, plan: Plan, job: Job, tensors: LayerTensors, stop: threading.Event) -> None:
@@ -555,7 +461,7 @@ def _measure_head(path: Path, plan: Plan, job: Job, tensors: LayerTensors, stop:
         backend=plan.backend.name,
         dump_identity=plan.dump.identity,
         thetas=np.asarray(plan.thetas),
-        **{name: value for name, value in vars(result).items()},
+        **vars(result),
     )
     profile.save(path / PROFILES / job.name)
 

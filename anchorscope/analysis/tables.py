@@ -75,8 +75,8 @@ def curves_rows(profile: HeadProfile) -> list[tuple[str, ...]]:
     density, recall = p.curve("oracle")
     # Even in log density: the oracle's bend is where few columns carry much mass.
     picks = np.searchsorted(density, np.geomspace(density[0], density[-1], ORACLE_ROWS))
-    for i in np.unique(np.concatenate([[0], picks.clip(max=len(density) - 1), [len(density) - 1]])):
-        rows.append((*key, "oracle", "", number(density[i]), number(recall[i])))
+    picks = np.unique(np.concatenate([[0], picks.clip(max=len(density) - 1), [len(density) - 1]]))
+    rows += [(*key, "oracle", "", number(density[i]), number(recall[i])) for i in picks]
     return rows
 
 

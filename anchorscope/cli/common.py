@@ -1,4 +1,4 @@
-"""What the commands share: where they write, progress, sizes in words. stdout carries results, stderr everything else."""
+"""What the commands share: consoles, progress, sizes in words. stdout carries results, stderr everything else."""
 
 from __future__ import annotations
 

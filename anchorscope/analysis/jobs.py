@@ -1,0 +1,165 @@
+"""What every per-head run over a dump shares: which heads, where results go, who works, and how far it is."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from anchorscope.dumps import Dump, Entry, LayerTensors
+from anchorscope.errors import InputError, RunFailure
+from anchorscope.params import visible_pairs
+from anchorscope.profiles import profile_filename
+from anchorscope.selection import describe_indices
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a progress callback gets. `work` counts (query, key) pairs, so time left follows from it."""
+
+    stage: str
+    work: int
+    total: int
+    detail: str = ""
+
+
+ProgressCallback = Callable[[Progress], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One head to measure."""
+
+    prompt_index: int
+    entry: Entry
+    head: int
+
+    @property
+    def name(self) -> str:
+        return profile_filename(self.prompt_index, self.entry.layer, self.head)
+
+    @property
+    def work(self) -> int:
+        return visible_pairs(self.entry.tokens, self.entry.window)
+
+
+def choose_jobs(
+    source: Dump, prompts: Sequence[str] | None, layers: Sequence[int] | None, heads: Sequence[int] | None
+) -> tuple[Job, ...]:
+    """The heads of a dump that are asked for, by prompt, layer and head; None means all.
+
+    Raises:
+        InputError: an unknown prompt, layer or head, or nothing left.
+    """
+    names = [p.name for p in source.prompts]
+    for name in prompts or ():
+        if name not in names:
+            raise InputError(f"the dump has no prompt {name!r}; it has {', '.join(names)}")
+    chosen = set(names if prompts is None else prompts)
+    all_layers = sorted({e.layer for e in source.entries})
+    for layer in layers or ():
+        if layer not in all_layers:
+            raise InputError(f"the dump has no layer {layer}; it has {describe_indices(all_layers)}")
+    entries = [e for e in source.entries if e.prompt in chosen and (layers is None or e.layer in layers)]
+    all_heads = sorted({h for e in entries for h in e.query_heads})
+    for head in heads or ():
+        if head not in all_heads:
+            raise InputError(f"the dump has no query head {head}; it has {describe_indices(all_heads)}")
+    jobs = tuple(
+        Job(names.index(e.prompt), e, h)
+        for e in sorted(entries, key=lambda e: (names.index(e.prompt), e.layer))
+        for h in e.query_heads
+        if heads is None or h in heads
+    )
+    if not jobs:
+        raise InputError("the chosen prompts, layers and heads leave nothing to analyze; widen one of them")
+    return jobs
+
+
+def make_folder(path: Path) -> Path:
+    """Make the output folder.
+
+    Raises:
+        InputError: it is a file, lies below one, or cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise InputError(f"--out {path} is a file or lies below one; name a folder") from None
+    except OSError as error:
+        raise InputError(f"--out {path} cannot be made: {error.strerror}") from None
+    return path
+
+
+def json_bytes(value: object) -> bytes:
+    """JSON as our files hold it: indented, in the order given, no NaN."""
+    return (json.dumps(value, indent=2, sort_keys=False, allow_nan=False) + "\n").encode()
+
+
+def run_jobs(
+    dump: Dump,
+    jobs: Sequence[Job],
+    measure: Callable[[Job, LayerTensors, threading.Event], None],
+    *,
+    workers: int,
+    report: ProgressCallback,
+    work_before: int,
+    work_total: int,
+    memory_advice: Callable[[], str],
+) -> None:
+    """Measure heads, `workers` at a time, reading each layer of the dump once.
+
+    Args:
+        dump: where the tensors are.
+        jobs: heads, entry by entry.
+        measure: called in a worker thread with the job, its layer's tensors and an event that asks it to stop.
+        workers: heads at a time; with more than one, each uses one thread of torch.
+        report: called after every head.
+        work_before, work_total: pairs measured already, and in all.
+        memory_advice: the sentence to fail with when memory runs out.
+
+    Raises:
+        RunFailure: out of memory.
+    """
+    threads = torch.get_num_threads()
+    stop = threading.Event()
+    done = work_before
+
+    def prepare() -> None:
+        if workers > 1:
+            torch.set_num_threads(1)
+
+    def collect(pending: dict[Future[None], Job]) -> int:
+        finished, _ = wait(pending, return_when=FIRST_COMPLETED)
+        work = 0
+        for future in finished:
+            job = pending.pop(future)
+            future.result()
+            work += job.work
+            report(Progress("heads", done + work, work_total, f"{job.entry.prompt}, layer {job.entry.layer}"))
+        return work
+
+    pool = ThreadPoolExecutor(workers, initializer=prepare)
+    try:
+        pending: dict[Future[None], Job] = {}
+        loaded: tuple[Entry, LayerTensors] | None = None
+        for job in jobs:
+            if loaded is None or loaded[0] is not job.entry:
+                wanted = [j.head for j in jobs if j.entry is job.entry]
+                loaded = (job.entry, dump.load(job.entry, wanted))
+            pending[pool.submit(measure, job, loaded[1], stop)] = job
+            while len(pending) >= workers:
+                done += collect(pending)
+        while pending:
+            done += collect(pending)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise RunFailure(memory_advice()) from None
+    finally:
+        stop.set()
+        pool.shutdown(wait=True, cancel_futures=True)
+        torch.set_num_threads(threads)
