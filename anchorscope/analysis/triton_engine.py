@@ -6,11 +6,11 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from anchorscope.kernels.anchor import anchor
-from anchorscope.kernels.profile import bin_columns, column_mass, dense_lse, margins, sweep
 from torch import Tensor
 
 from anchorscope.analysis.engine import Cancelled, Group, HeadAccumulator, HeadResult, HeadShape
+from anchorscope.kernels.anchor import anchor
+from anchorscope.kernels.profile import bin_columns, column_mass, dense_lse, margins, sweep
 
 
 def profile_head_triton(q: Tensor, k: Tensor, v: Tensor | None, shape: HeadShape) -> HeadResult:

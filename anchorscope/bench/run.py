@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from anchorscope.bench import measures, timing
-from anchorscope.bench.backends import BACKENDS, SparseBackend, resolve_backend, resolve_device
+from anchorscope.bench.backends import SparseBackend, resolve_backend
 from anchorscope.bench.dense import NAMES, Absent, default_names, dense_backends
 from anchorscope.bench.environment import hardware, versions
 from anchorscope.bench.timing import Timing
+from anchorscope.devices import BACKENDS, resolve_device
 from anchorscope.dumps import Dump, Entry, open_dump
 from anchorscope.errors import InputError, RunFailure
 from anchorscope.params import AnchorParams

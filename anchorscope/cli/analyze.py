@@ -25,14 +25,14 @@ def analyze(
     ] = "12",
     block: Annotated[int, typer.Option(help="Queries pooled together.")] = 128,
     step: Annotated[int, typer.Option(help="Query blocks that share one selection of stripes.")] = 16,
-    init: Annotated[int | None, typer.Option(help="First tokens always kept.  [default: block]")] = None,
-    lookback: Annotated[int | None, typer.Option(help="Tokens before a group always kept.  [default: block]")] = None,
+    init: Annotated[int | None, typer.Option(help="First tokens always kept.  (default: block)")] = None,
+    lookback: Annotated[int | None, typer.Option(help="Tokens before a group always kept.  (default: block)")] = None,
     target_recall: Annotated[float, typer.Option(help="Recall each head should reach.")] = 0.95,
     layers: Annotated[str, typer.Option(help="Layers, like 0,5,10-15.")] = "all",
     heads: Annotated[str, typer.Option(help="Query heads, like 0,2-4.")] = "all",
     prompts: Annotated[str, typer.Option(help="Prompt names, separated by commas.")] = "all",
     heatmap: Annotated[
-        str | None, typer.Option(help="Heat maps to draw: layer:head,... or all.  [default: worst, median, best]")
+        str | None, typer.Option(help="Heat maps to draw: layer:head,... or all.  (default: worst, median, best)")
     ] = None,
     backend: Annotated[str, typer.Option(help="auto, torch or triton.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
@@ -95,7 +95,7 @@ def analyze(
 def figures(
     out: Annotated[Path, typer.Argument(help="Folder written by `analyze`.", metavar="OUT")],
     heatmap: Annotated[
-        str | None, typer.Option(help="Heat maps to draw: layer:head,... or all.  [default: worst, median, best]")
+        str | None, typer.Option(help="Heat maps to draw: layer:head,... or all.  (default: worst, median, best)")
     ] = None,
 ) -> None:
     """Draw the figures of an analysis again from its saved profiles; the dump is not needed."""

@@ -14,7 +14,6 @@ from typing import Any
 import jsonschema
 import pytest
 import torch
-from anchorscope.kernels import reference
 from matplotlib.figure import Figure
 
 import anchorscope.bench
@@ -26,6 +25,7 @@ from anchorscope.cli.app import main
 from anchorscope.cli.bench import parse_lengths
 from anchorscope.dumps import write_dump
 from anchorscope.errors import InputError
+from anchorscope.kernels import reference
 from anchorscope.params import AnchorParams
 from anchorscope.planted import planted
 
@@ -340,7 +340,7 @@ def test_bad_older_result(tmp_path: Path, content: str | None, message: str) -> 
         ("--heads 0", "heads must be at least 1"),
         ("--head-dim 8", "head dimension of at least 17"),
         ("--dtype fp8", "dtype must be one of"),
-        ("--device tpu", "device must be"),
+        ("--device tpu", "--device"),
         ("--backend cuda", "backend must be one of"),
         ("--dense fast", "dense back ends must be among"),
         ("--repeats 0", "repeats must be at least 1"),

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from anchorscope.kernels import torch_backend
 
 from anchorscope.errors import InputError
+from anchorscope.kernels import torch_backend
 from anchorscope.planted import planted, planted_truth
 
 FROZEN = [-0.51171875, -0.56640625, -3.5, -0.83984375, 0.484375]

@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from anchorscope.kernels import reference
 
+from anchorscope.kernels import reference
 from anchorscope.params import AnchorParams
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from anchorscope.kernels import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anchorscope.errors import InputError
+from anchorscope.kernels import reference
 from anchorscope.params import (
     AnchorParams,
     anchor_pairs,

@@ -1,0 +1,60 @@
+"""Devices and back ends by name, for every command: chosen once, named, never changed silently."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+
+from anchorscope.errors import InputError, MissingBackendError
+
+BACKENDS = ("auto", "torch", "triton")
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` (CUDA if there is one), `cpu`, `cuda` or `cuda:1` to a device that exists.
+
+    Raises:
+        InputError: not a device name.
+        MissingBackendError: CUDA was asked for and is absent, or has no such GPU.
+    """
+    if name == "auto":
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    kind, colon, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (colon and (kind == "cpu" or not index.isdecimal())):
+        raise InputError(f"--device {name!r} is unknown; use auto, cpu, cuda or cuda:1")
+    if kind == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise MissingBackendError(f"--device {name}: this torch sees no CUDA GPU; use --device cpu")
+    if index and int(index) >= torch.cuda.device_count():
+        raise MissingBackendError(f"--device {name}: there are {torch.cuda.device_count()} CUDA GPUs, numbered from 0")
+    return torch.device("cuda", int(index) if index else torch.cuda.current_device())
+
+
+def resolve_backend_name(name: str, device: torch.device) -> str:
+    """The back end a name means: `auto` takes the Triton kernels on a CUDA GPU where Triton is installed, else torch.
+
+    Raises:
+        InputError: unknown name.
+        MissingBackendError: Triton was asked for and is not installed, or asked for on a CPU without its interpreter.
+    """
+    if name not in BACKENDS:
+        raise InputError(f"--backend {name!r} is unknown; use one of {', '.join(BACKENDS)}")
+    if name == "torch" or (name == "auto" and device.type == "cpu"):
+        return "torch"
+    try:
+        installed = importlib.util.find_spec("triton") is not None
+    except ValueError:  # a module that forbids being found
+        installed = False
+    if not installed:
+        if name == "auto":
+            return "torch"
+        raise MissingBackendError("--backend triton: Triton is not installed; use --backend torch")
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise MissingBackendError(
+            "--backend triton needs a CUDA GPU; use --backend torch (or set TRITON_INTERPRET=1 to run the kernels,"
+            " very slowly, in Triton's interpreter)"
+        )
+    return "triton"
