@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import LN2, Problem, accumulate, launch, problem
+from .common import LN2, Problem, accumulate, architecture, launch, problem
 from .types import AnchorState
 
 
@@ -194,7 +194,19 @@ def _(q, k, v, block, step, init, lookback, scale, window, softcap, offset, prec
 
 
 def _launch(q: Tensor, k: Tensor, v: Tensor | None, p: Problem, precise: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if v is not None and architecture(q.device) == "sm90":
+        try:
+            from . import anchor_hopper
+        except ImportError:  # Gluon came with Triton 3.4
+            return portable(q, k, v, p, precise)
+        if anchor_hopper.suits(q, k, v, p, precise):
+            return anchor_hopper.anchor_hopper(q, k, v, p)
+    return portable(q, k, v, p, precise)
+
+
+def portable(q: Tensor, k: Tensor, v: Tensor | None, p: Problem, precise: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     kind = torch.float32 if precise else q.dtype
+    """Launcher of `anchor_kernel`, which runs on every architecture."""
     out = q.new_empty(p.batch, p.heads, p.queries, 0 if v is None else p.dim, dtype=kind)
     lse = q.new_empty(p.batch, p.heads, p.queries, dtype=torch.float32)
     q_bar = q.new_empty(p.batch, p.heads, p.blocks, p.dim, dtype=kind)

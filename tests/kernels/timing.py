@@ -9,15 +9,19 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
-from anchorscope.kernels import anchor, common, identify, pipeline, profile, sparse
+from anchorscope.kernels import anchor, anchor_hopper, common, identify, pipeline, profile, sparse
 from anchorscope.planted import planted
 
 VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "anchor_hopper": [
+        dict(BN=n, STAGES=s, CONSUMER_REGS=r, MAXNREG=168) for n, s, r in ((128, 2, 240), (128, 2, 232), (64, 4, 240), (64, 3, 240))
+    ],
     "anchor": [
         dict(BM=m, BN=n, num_warps=w, num_stages=s)
         for m, n, w, s in (
@@ -87,7 +91,7 @@ def configured(op: str) -> Iterator[dict[str, Any]]:
     before = json.dumps(table)
     for config in VARIANTS[op]:
         for arch in table.values():
-            for dim in arch["2"]:
+            for dim in arch.get("2", {}):
                 arch["2"][dim] = config
         yield config
     common.launch_table()[op] = json.loads(before)
@@ -104,6 +108,8 @@ def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser()
     parser.add_argument("ops", nargs="*", default=list(VARIANTS))
+    parser.add_argument("--only", action="store_true", help="launch configurations only, no pipeline")
+    parser.add_argument("--quick", action="store_true", help="the pipeline at one theta and shape only")
     parser.add_argument("--n", type=int, default=131072)
     parser.add_argument("--theta", type=float, default=6.0)
     parser.add_argument("--warm", default="")
@@ -125,8 +131,10 @@ def main() -> None:
     scale = args.dim**-0.5
     bits_args = (state.q_bar, state.a_bar, k, torch.full(q.shape[:2], args.theta, device="cuda"), n, args.block, args.step,
                  args.block, args.block, scale, None, None, 0)  # fmt: skip
+    fit = common.problem(q, k, v, **grid)
     calls: dict[str, Callable[[], object]] = {
-        "anchor": lambda: anchor.anchor(q, k, v, **grid),
+        "anchor_hopper": lambda: anchor_hopper.anchor_hopper(q, k, v, fit),
+        "anchor": lambda: anchor.portable(q, k, v, fit, False),
         "sparse": lambda: sparse.sparse_op(
             out, final, q, k, v, stripes.columns, stripes.offsets, args.block, args.step, scale, None, None, 0
         ),
@@ -146,17 +154,70 @@ def main() -> None:
             print(f"{op:12s} {config} failed: {str(error)[:90]}", flush=True)
             continue
         print(f"{op:12s} {n:7d} {ms:8.3f} ms  {config}", flush=True)
+        if op == "anchor_hopper":
+            with_names = zip(("out", "lse", "q_bar", "a_bar"), calls[op](), anchor.portable(q, k, v, fit, False), strict=True)
+            worst = {name: f"{(x.float() - y.float()).abs().max().item():.2g}" for name, x, y in with_names}
+            print("    largest differences from the portable kernel:", worst, flush=True)
     if args.warm:
         return
     base = dense_time(q, k, v)
     print(f"stripes {room}, {torch.cuda.get_device_name()}, torch {torch.__version__}, cuDNN dense {base:.2f} ms")
-    if set(args.ops) != set(VARIANTS):
+    if args.ops and args.only:
         return
     for length in (16384, 32768, 65536, n):
-        x, y, z = (t[:, :, :length].contiguous() for t in (q, k, v))
-        total = median(lambda: pipeline.anchor_attention(x, y, z, theta=args.theta, **grid))  # noqa: B023
-        base = dense_time(x, y, z)
-        print(f"pipeline {length}: {total:.3f} ms, dense {base:.3f} ms, {base / total:.2f}x", flush=True)
+        report(*(t[:, :, :length].contiguous() for t in (q, k, v)), theta=args.theta, grid=grid)
+    if not args.quick:
+        report(q, k, v, theta=12.0, grid=grid)
+        for block, step in ((64, 8), (128, 4)):
+            report(*(t[:, :, :65536].contiguous() for t in (q, k, v)), theta=6.0, grid={"block": block, "step": step})
+        for heads, kv_heads, dim in ((16, 4, 64), (16, 8, 256)):
+            other = planted(65536, heads=heads, kv_heads=kv_heads, dim=dim, device="cuda")
+            report(*other, theta=6.0, grid=grid)
+
+
+def report(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, theta: float, grid: dict[str, Any]) -> None:
+    """One line: the pipeline and its stages against dense attention on the same tensors."""
+    n = q.shape[2]
+
+    def stages() -> pipeline.Attention:
+        return pipeline.anchor_attention(q, k, v, theta=theta, **grid)
+
+    result = stages()
+    kept = int(result.stripes.offsets[-1])
+    counts = result.stripes.counts.double()
+    group = grid["block"] * grid["step"]
+    sizes = torch.full((counts.shape[-1],), float(group), dtype=torch.float64, device="cuda")
+    sizes[-1] = n - group * (len(sizes) - 1)
+    block = grid["block"]
+    rows = torch.arange(n, device="cuda", dtype=torch.float64)
+    first = (rows // group * group - block).clamp(min=0)
+    region = (rows + 1 - first + first.clamp(max=block)).sum()
+    pairs = (counts * sizes).sum() / counts[..., 0].numel() + region
+    density = (pairs / (n * (n + 1) / 2)).item()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    stages()
+    memory = (torch.cuda.max_memory_allocated() - before - q.numel() * 2) / 2**30
+    total = median(stages)
+    base = dense_time(q, k, v)
+    begin = time.perf_counter()
+    for _ in range(10):
+        stages()
+    host = (time.perf_counter() - begin) / 10 * 1e3
+    torch.cuda.synchronize()
+    state = anchor.anchor(q, k, v, **grid)
+    times = {
+        "anchor": median(lambda: anchor.anchor(q, k, v, **grid)),
+        "identify": median(lambda: identify.identify(state, k, theta=theta, queries=n, capacity=kept, **grid)),
+        "sparse": median(lambda: sparse.sparse(q, k, v, state, result.stripes, inplace=True, **grid)),
+    }
+    parts = ", ".join(f"{name} {ms:.3f}" for name, ms in times.items())
+    print(
+        f"n {n} heads {q.shape[1]}/{k.shape[1]} d {q.shape[3]} {grid['block']}x{grid['step']} theta {theta}: {total:.3f} ms "
+        f"({parts}; host {host:.2f}), dense {base:.3f}, {base / total:.2f}x, density {density:.4f}, "
+        f"efficiency {base / total * density:.3f}, stripes {kept}, extra {memory:.2f} GiB",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":
