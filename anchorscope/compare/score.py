@@ -1,9 +1,9 @@
 """The one engine that scores every selection: recall, exact density, output error, identification cost.
 
-The attention weights of a run of queries are computed once for all selections and thrown away. Where a run of
-queries keeps the same keys, only those keys are touched, so the cost of a selection falls with its density;
-where every query keeps its own, a mask of that run is used. Every selection is intersected with what the
-query sees, and a union counts each pair once.
+The attention weights of a run of queries are computed once for all selections and thrown away. Where a run of queries
+keeps the same keys, only those keys are touched, so the cost of a selection falls with its density; where every query
+keeps its own, a mask of that run is used. Every selection is intersected with what the query sees, and a union counts
+each pair once.
 
 Accuracy: scores and weights in float32 (float64 if the head is), totals in float64, pair counts in int64.
 """
@@ -37,10 +37,10 @@ class Score:
         recall_last: its mean over the last 128 queries.
         pairs: kept (query, key) pairs.
         density: pairs / visible causal pairs.
-        output_error: ||O_sparse - O_dense||_F / ||O_dense||_F; NaN without values. Queries that keep nothing
-            output zero.
-        identify_cost: arithmetic spent beyond the sparse attention itself, as a share of dense attention's 4
-            * d FLOPs per visible pair: density + identify_cost is the share of dense arithmetic.
+        output_error: ||O_sparse - O_dense||_F / ||O_dense||_F; NaN without values. Queries that keep nothing output
+            zero.
+        identify_cost: arithmetic spent beyond the sparse attention itself, as a share of dense attention's 4 * d FLOPs
+            per visible pair: density + identify_cost is the share of dense arithmetic.
     """
 
     recall: float
@@ -131,8 +131,8 @@ class _Books:
     ) -> None:
         """Queries of `span`, which keep the same keys.
 
-        Sums over kept keys add up, and sweeps mostly grow. So where the selection before kept a part of these
-        keys, only the others are added to its sums.
+        Sums over kept keys add up, and sweeps mostly grow. So where the selection before kept a part of these keys,
+        only the others are added to its sums.
         """
         first, last = span
         rows = slice(first - chunk.first, last - chunk.first)
@@ -172,17 +172,13 @@ class _Books:
             out[lost] = _renormalised(scores, self.extended[chunk.low : last, :-1])
         self.error[index] += (out - dense[rows, :-1]).double().square().sum()
 
-    def _add_mask(
-        self, index: int, selection: Selection, chunk: Chunk, weights: Tensor, dense: Tensor
-    ) -> None:
+    def _add_mask(self, index: int, selection: Selection, chunk: Chunk, weights: Tensor, dense: Tensor) -> None:
         """All queries of the chunk, each with its own keys."""
         visible = chunk.scores > -math.inf
         keep = selection.mask(chunk.first, chunk.last, chunk.low, chunk.last, weights) & visible
         pairs = torch.count_nonzero(keep)
         self.pairs[index] += pairs
-        everything = self._pairs(
-            torch.arange(chunk.low, chunk.last, device=keep.device), chunk.first, chunk.last
-        )
+        everything = self._pairs(torch.arange(chunk.low, chunk.last, device=keep.device), chunk.first, chunk.last)
         if pairs == everything:
             self.rows[index, chunk.first : chunk.last] = dense[:, -1]
             return
@@ -229,9 +225,7 @@ class _Books:
 
 
 def _renormalised(scores: Tensor, values: Tensor) -> Tensor:
-    """Outputs of queries whose kept share underflows: softmax around their own maximum; zero where nothing is
-    kept.
-    """
+    """Outputs of queries whose kept share underflows: softmax around their own maximum; zero where nothing is kept."""
     return torch.softmax(scores, 1).nan_to_num(0.0) @ values
 
 

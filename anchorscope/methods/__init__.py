@@ -1,8 +1,7 @@
-"""Sparse attention methods as selection rules: one dataclass per file, one verb, one compact result
-(docs/methods.md).
+"""Sparse attention methods as selection rules: one dataclass per file, one verb, one compact result (docs/methods.md).
 
-A method says *which* pairs it keeps; `anchorscope.compare` scores all of them with one engine. Others plug in
-through the entry point group `anchorscope.methods` (docs/adding-a-method.md).
+A method says *which* pairs it keeps; `anchorscope.compare` scores all of them with one engine. Others plug in through
+the entry point group `anchorscope.methods` (docs/adding-a-method.md).
 """
 
 from __future__ import annotations

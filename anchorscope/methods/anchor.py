@@ -16,11 +16,10 @@ from anchorscope.params import AnchorParams, candidate_range
 
 @dataclass(frozen=True)
 class Anchor(Method):
-    """Keep the anchor region of each group, and the columns whose pooled score comes within theta of the
-    pooled anchor.
+    """Keep the anchor region of each group, and the columns whose pooled score comes within theta of the pooled
+    anchor.
 
-    Finding them costs one dot product per query block and candidate column; the anchor region's scores are
-    used again.
+    Finding them costs one dot product per query block and candidate column; the anchor region's scores are used again.
     """
 
     name: ClassVar = "anchor"

@@ -15,14 +15,12 @@ from anchorscope.methods.selection import Columns, Selection
 
 @dataclass(frozen=True)
 class AnchorReleased(Method):
-    """The released kernels' partition of the keys: some are counted twice, and the block before each group
-    never.
+    """The released kernels' partition of the keys: some are counted twice, and the block before each group never.
 
-    With groups of G = block * step queries (2048): the anchor region of a query is the first G tokens and its
-    own group up to itself. Columns searched are block <= j < (group's start) - block. Those selected below G
-    are in the anchor region already, so they enter the softmax twice; the `block` keys before a group that
-    starts at 2 G or later are never seen. Queries after the last full group are dense, as the released module
-    computes them.
+    With groups of G = block * step queries (2048): the anchor region of a query is the first G tokens and its own
+    group up to itself. Columns searched are block <= j < (group's start) - block. Those selected below G are in the
+    anchor region already, so they enter the softmax twice; the `block` keys before a group that starts at 2 G or later
+    are never seen. Queries after the last full group are dense, as the released module computes them.
 
     Not reproduced: the rounding of anchors and scores to 16 bits before they are compared.
     """

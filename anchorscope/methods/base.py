@@ -16,9 +16,7 @@ M = TypeVar("M", bound="Method")
 GRANULARITIES = ("stripe", "block", "pattern", "token")
 
 
-def setting(
-    default: float, help: str, *, low: float = -math.inf, high: float = math.inf, above: bool = False
-) -> Any:
+def setting(default: float, help: str, *, low: float = -math.inf, high: float = math.inf, above: bool = False) -> Any:
     """A parameter of a method. An int default makes it a whole number.
 
     Args:
@@ -35,13 +33,9 @@ class Method(ABC):
     """A rule that chooses which (query, key) pairs to compute.
 
     Class attributes:
-        name: what users type.
-        parameter: the field that a sweep varies.
-        sweep: its values, sparsest first.
-        granularity: "stripe" (token columns shared by queries), "block", "pattern" (fixed or diagonal) or
-            "token".
-        oracle: it looks at the full attention, so it bounds others and cannot run.
-        source: paper or repository.
+        name: what users type. parameter: the field that a sweep varies. sweep: its values, sparsest first.
+            granularity: "stripe" (token columns shared by queries), "block", "pattern" (fixed or diagonal) or "token".
+            oracle: it looks at the full attention, so it bounds others and cannot run. source: paper or repository.
 
     Raises:
         InputError: a parameter out of range.
@@ -63,8 +57,8 @@ class Method(ABC):
     def select(self, head: Head) -> Selection:
         """What the rule keeps for this head, and what finding it costs.
 
-        Must be a function of `head` and the fields alone, and never build an N x N tensor. `head.once` holds
-        what the settings of a sweep share.
+        Must be a function of `head` and the fields alone, and never build an N x N tensor. `head.once` holds what the
+        settings of a sweep share.
         """
 
     def at(self: M, value: float) -> M:

@@ -14,8 +14,7 @@ from anchorscope.methods.selection import Blocks, Selection
 
 @dataclass(frozen=True)
 class BlockTopK(Method):
-    """Mean-pool queries and keys in blocks; every query block keeps the k visible key blocks of highest
-    score.
+    """Mean-pool queries and keys in blocks; every query block keeps the k visible key blocks of highest score.
 
     The diagonal is not forced. Ties go to the lowest block.
     """

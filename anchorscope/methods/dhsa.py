@@ -20,8 +20,8 @@ class Dhsa(Method):
 
     A chunk's vector is the mean of its rows times the square root of its length, for queries and keys alike.
 
-    Simplified: chunks of fixed length (the paper's baseline) instead of boundaries predicted by a trained
-    network. Ties go to the lowest chunk; the diagonal is not forced.
+    Simplified: chunks of fixed length (the paper's baseline) instead of boundaries predicted by a trained network.
+    Ties go to the lowest chunk; the diagonal is not forced.
     """
 
     name: ClassVar = "dhsa"

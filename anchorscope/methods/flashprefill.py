@@ -18,10 +18,10 @@ from anchorscope.methods.selection import Blocks, Selection
 class FlashPrefill(Method):
     """Keep the key blocks whose summed exponential is at least alpha times the largest of the query block.
 
-    B[I, J] is the sum over the queries r of block I of exp(score(q_r, mean key of J)); the maximum that the
-    authors subtract first cancels. Also kept: the first `sinks` blocks, the last `window` blocks up to the
-    diagonal, and everything for the last `dense` query blocks. The mean key of the diagonal block includes
-    later keys, as in the authors' code.
+    B[I, J] is the sum over the queries r of block I of exp(score(q_r, mean key of J)); the maximum that the authors
+    subtract first cancels. Also kept: the first `sinks` blocks, the last `window` blocks up to the diagonal, and
+    everything for the last `dense` query blocks. The mean key of the diagonal block includes later keys, as in the
+    authors' code.
     """
 
     name: ClassVar = "flashprefill"
@@ -43,9 +43,7 @@ class FlashPrefill(Method):
         at = torch.arange(count, device=head.device)
         top = estimate.amax(1, keepdim=True)
         near = estimate - top >= (math.log(self.alpha) if self.alpha > 0 else -math.inf)
-        keep = (
-            near | (at < self.sinks) | (at[:, None] - at < self.window) | (at[:, None] >= count - self.dense)
-        )
+        keep = near | (at < self.sinks) | (at[:, None] - at < self.window) | (at[:, None] >= count - self.dense)
         products = int(block_rows(visible, self.block, head.n))
         return Selection((Blocks(keep & visible, self.block, self.block),), identify=products)
 

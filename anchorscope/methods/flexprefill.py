@@ -1,5 +1,5 @@
-"""FlexPrefill: per head, pooled block scores or vertical and slash lines, by how well pooling predicts the
-last queries.
+"""FlexPrefill: per head, pooled block scores or vertical and slash lines, by how well pooling predicts the last
+queries.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from anchorscope.methods.vertical_slash import line_sums
 class FlexPrefill(Method):
     """Cover a share gamma of the attention that the last block of queries pays.
 
-    Column and diagonal means of the last `block` queries give the number of tokens that cover gamma on each
-    side; as many blocks (tokens // block + 1, at least the minimum budget) of the pooled columns and of the
-    pooled diagonals are kept, block column 0 and the main block diagonal first. If the Jensen-Shannon
-    distance (square root, nats) between the pooled columns and the softmax of the mean last query over mean
-    keys stays below tau, the head is *query-aware*: columns and diagonals get the minimum budget, and the
-    block pairs of softmax(pooled Q, pooled K) are added by descending weight as long as their sum stays
-    within gamma of the total. Prompts of at most max(2 blocks, minimum budget) are dense.
+    Column and diagonal means of the last `block` queries give the number of tokens that cover gamma on each side; as
+    many blocks (tokens // block + 1, at least the minimum budget) of the pooled columns and of the pooled diagonals
+    are kept, block column 0 and the main block diagonal first. If the Jensen-Shannon distance (square root, nats)
+    between the pooled columns and the softmax of the mean last query over mean keys stays below tau, the head is
+    *query-aware*: columns and diagonals get the minimum budget, and the block pairs of softmax(pooled Q, pooled K) are
+    added by descending weight as long as their sum stays within gamma of the total. Prompts of at most max(2 blocks,
+    minimum budget) are dense.
 
     Ties go to the lowest index. Per query head (the authors' code does the same).
     """

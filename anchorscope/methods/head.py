@@ -79,9 +79,7 @@ class Head:
         return 0 if self.window is None else max(row - self.window + 1, 0)
 
     def scores(self, first: int, last: int, low: int, high: int) -> Tensor:
-        """Scores of queries first..last-1 with keys low..high-1, hidden ones -inf: (last - first, high -
-        low).
-        """
+        """Scores of queries first..last-1 with keys low..high-1, hidden ones -inf: (last - first, high - low)."""
         s = self.cap(self.q[first:last] @ self.k[low:high].T)
         i = torch.arange(first, last, device=self.device)[:, None]
         later = max(first + 1, low)  # earlier keys are later than none of these queries
@@ -110,9 +108,7 @@ class Head:
         return self.once(("k", block), lambda: pool(self.k, block))
 
     def visible_blocks(self, query_block: int, key_block: int) -> Tensor:
-        """(ceil(N / query_block), ceil(N / key_block)) bool: some query of the block sees some key of the
-        block.
-        """
+        """(ceil(N / query_block), ceil(N / key_block)) bool: some query of the block sees some key of the block."""
 
         def make() -> Tensor:
             i0 = torch.arange(0, self.n, query_block, device=self.device)[:, None]
@@ -124,9 +120,7 @@ class Head:
         return self.once(("visible", query_block, key_block), make)
 
     def block_scores(self, query_block: int, key_block: int) -> Tensor:
-        """Scores of pooled queries with pooled keys, -inf where no pair is visible; shape of
-        `visible_blocks`.
-        """
+        """Scores of pooled queries with pooled keys, -inf where no pair is visible; shape of `visible_blocks`."""
 
         def make() -> Tensor:
             s = self.cap(self.pooled_queries(query_block) @ self.pooled_keys(key_block).T)
@@ -152,17 +146,14 @@ def block_sums(x: Tensor, block: int) -> Tensor:
 def ranks(x: Tensor) -> Tensor:
     """Place of each entry in descending order along the last axis, ties lowest index first, int64."""
     order = x.argsort(stable=True, dim=-1, descending=True)
-    return torch.empty_like(order).scatter_(
-        -1, order, torch.arange(x.shape[-1], device=x.device).expand_as(order)
-    )
+    return torch.empty_like(order).scatter_(-1, order, torch.arange(x.shape[-1], device=x.device).expand_as(order))
 
 
 def covering(x: Tensor, target: Tensor | float) -> Tensor:
-    """The fewest largest entries along the last axis that sum to at least `target`, bool; ties lowest index
-    first.
+    """The fewest largest entries along the last axis that sum to at least `target`, bool; ties lowest index first.
 
-    x is not negative. An entry is kept while the sum of those before it, in float64, is still below the
-    target; entries of zero never help and are never kept.
+    x is not negative. An entry is kept while the sum of those before it, in float64, is still below the target;
+    entries of zero never help and are never kept.
     """
     order = x.argsort(stable=True, dim=-1, descending=True)
     sorted_x = x.double().gather(-1, order)

@@ -18,15 +18,14 @@ from anchorscope.methods.selection import Columns, Selection
 class HiP(Method):
     """Per query block, keep k keys found by halving ranges and scoring each by its middle key.
 
-    The R keys before the query block are cut into n ranges, twice as many as are kept (k // key_block), or as
-    few as are needed for ranges of `key_block`; range r is [r R // n, (r + 1) R // n). Ranges are scored by
-    the key at (start + stop) // 2 against the block's mean query, the best are kept, and those longer than
-    `key_block` are halved there and scored again, until none is. The first `sinks` keys, the last `window`
-    keys before the block and the block itself are always kept. Ties go to the earliest range.
+    The R keys before the query block are cut into n ranges, twice as many as are kept (k // key_block), or as few as
+    are needed for ranges of `key_block`; range r is [r R // n, (r + 1) R // n). Ranges are scored by the key at (start
+    + stop) // 2 against the block's mean query, the best are kept, and those longer than `key_block` are halved there
+    and scored again, until none is. The first `sinks` keys, the last `window` keys before the block and the block
+    itself are always kept. Ties go to the earliest range.
 
-    Simplified: the mean query stands for the block, and one middle key for a range; the authors sample
-    representatives and refine over several iterations. Ranges wholly hidden by a sliding window are never
-    preferred.
+    Simplified: the mean query stands for the block, and one middle key for a range; the authors sample representatives
+    and refine over several iterations. Ranges wholly hidden by a sliding window are never preferred.
     """
 
     name: ClassVar = "hip"
@@ -69,9 +68,7 @@ class HiP(Method):
         return Selection((Columns.grouped(keep, self.block),), identify=products)
 
     def _scores(self, head: Head, queries: Tensor, first: Tensor, start: Tensor, stop: Tensor) -> Tensor:
-        """Score of each range's middle key, -inf for empty ranges and those that the block's first query
-        cannot see.
-        """
+        """Score of each range's middle key, -inf for empty ranges and those that the block's first query cannot see."""
         middle = ((start + stop) // 2).clamp_max(head.n - 1)
         scores = torch.empty(middle.shape, dtype=head.q.dtype, device=head.device)
         rows = max(1, (1 << 22) // (middle.shape[1] * head.d))  # gathered keys held at a time

@@ -17,19 +17,16 @@ from anchorscope.methods.selection import Buckets, Columns, Part, Selection
 
 @dataclass(frozen=True)
 class Hyper(Method):
-    """Recursive halving: both halves on their own, and the later half's queries on the earlier half's keys by
-    hashing.
+    """Recursive halving: both halves on their own, and the later half's queries on the earlier half's keys by hashing.
 
-    A range of at most `leaf` tokens is dense. Otherwise it is cut in two (the first half gets the odd token).
-    If the second half has fewer than `leaf` queries, it attends to all keys of the first; else queries and
-    keys of the two halves are sorted by an angular hash (`planes` random hyperplanes, sign patterns in Gray-
-    code order, stable), cut into as many equal runs as the keys have blocks of `block`, and pairs in runs of
-    the same number are kept, together with `samples` keys drawn uniformly (with replacement) for all queries
-    of the half.
+    A range of at most `leaf` tokens is dense. Otherwise it is cut in two (the first half gets the odd token). If the
+    second half has fewer than `leaf` queries, it attends to all keys of the first; else queries and keys of the two
+    halves are sorted by an angular hash (`planes` random hyperplanes, sign patterns in Gray-code order, stable), cut
+    into as many equal runs as the keys have blocks of `block`, and pairs in runs of the same number are kept, together
+    with `samples` keys drawn uniformly (with replacement) for all queries of the half.
 
-    Hash planes and samples come from a generator seeded with `seed`, so a run can be repeated. Simplified:
-    kept pairs enter the softmax with weight one, where the authors weight sampled keys by the inverse of
-    their share.
+    Hash planes and samples come from a generator seeded with `seed`, so a run can be repeated. Simplified: kept pairs
+    enter the softmax with weight one, where the authors weight sampled keys by the inverse of their share.
     """
 
     name: ClassVar = "hyper"
@@ -122,9 +119,7 @@ class _Level:
 
 
 def gray_place(bits: Tensor) -> Tensor:
-    """Place of bit patterns (N, r), most significant first, in the reflected Gray code: neighbours differ in
-    one bit.
-    """
+    """Place of bit patterns (N, r), most significant first, in the Gray code: neighbours differ in one bit."""
     place = torch.zeros(len(bits), dtype=torch.int64, device=bits.device)
     parity = place.clone()
     for bit in bits.long().T:

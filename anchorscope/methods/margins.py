@@ -37,15 +37,14 @@ def column_margins(
 ) -> Margins:
     """Margins of the candidate columns of every group of `block * step` queries.
 
-    A query's anchor is its largest score over keys j < init or j >= start, later keys excepted, where (init,
-    start) is `region(first query of the group)`. The margin of column j is the least, over the group's blocks
-    whose first query sees j, of the block's mean anchor minus the score of its mean query with key j.
+    A query's anchor is its largest score over keys j < init or j >= start, later keys excepted, where (init, start) is
+    `region(first query of the group)`. The margin of column j is the least, over the group's blocks whose first query
+    sees j, of the block's mean anchor minus the score of its mean query with key j.
 
     Args:
         head: the head.
         block, step: queries pooled, and blocks per group.
-        region, candidates: both map a group's first query to a pair of key positions; candidates are half
-        open.
+        region, candidates: both map a group's first query to a pair of key positions; candidates are half open.
     """
     group = block * step
     count = math.ceil(head.n / group)
@@ -63,9 +62,7 @@ def column_margins(
         )
         means = torch.stack([x.mean() for x in anchors.split(block)])
         t0 = torch.arange(first, last, block, device=head.device)[:, None]
-        delta = means[:, None] - head.cap(
-            pooled[first // block : first // block + len(means)] @ head.k[start:stop].T
-        )
+        delta = means[:, None] - head.cap(pooled[first // block : first // block + len(means)] @ head.k[start:stop].T)
         if head.window is None:
             products += delta.numel()
         else:

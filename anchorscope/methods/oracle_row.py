@@ -14,8 +14,7 @@ ORACLE_SWEEP = tuple(float(f"{10 ** (-e / 4):.3g}") for e in range(4, 25))  # 0.
 
 @dataclass(frozen=True)
 class OracleRow(Method):
-    """Keep every pair whose exact attention weight reaches one threshold, the same for all queries of the
-    head.
+    """Keep every pair whose exact attention weight reaches one threshold, the same for all queries of the head.
 
     No selection with as many pairs keeps more mass: a bound for every method at its measured points.
     """

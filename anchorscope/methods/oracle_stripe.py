@@ -18,11 +18,10 @@ from anchorscope.params import AnchorParams
 
 @dataclass(frozen=True)
 class OracleStripe(Method):
-    """Keep the anchor region, and the candidate columns whose mean weight per visible pair reaches a
-    threshold.
+    """Keep the anchor region, and the candidate columns whose mean weight per visible pair reaches a threshold.
 
-    The same threshold in all groups: a prefix of the order by descending mass per visible pair, so optimal at
-    its size.
+    The same threshold in all groups: a prefix of the order by descending mass per visible pair, so optimal at its
+    size.
     """
 
     name: ClassVar = "oracle-stripe"
@@ -46,9 +45,7 @@ class OracleStripe(Method):
 
 
 def mean_column_weights(head: Head, group: int) -> Tensor:
-    """Attention weight of each column per visible pair, by groups of queries: (groups, N) float64; 0 where
-    hidden.
-    """
+    """Attention weight of each column per visible pair, by groups of queries: (groups, N) float64; 0 where hidden."""
     count = math.ceil(head.n / group)
     mass = torch.zeros(count, head.n, dtype=torch.float64, device=head.device)
     for first, last, low, scores in head.chunks():

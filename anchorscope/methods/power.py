@@ -14,11 +14,9 @@ from anchorscope.methods.selection import Blocks, Selection
 
 @dataclass(frozen=True)
 class Power(Method):
-    """Query block I keeps block 0, the last `window` blocks up to itself, and the blocks I - 2^p for p = 0,
-    1, 2, ...
+    """Query block I keeps block 0, the last `window` blocks up to itself, and the blocks I - 2^p for p = 0, 1, 2, ...
 
-    Nothing is searched. Simplified: one sink block and blocks of 64; the paper trains models with the
-    pattern.
+    Nothing is searched. Simplified: one sink block and blocks of 64; the paper trains models with the pattern.
     """
 
     name: ClassVar = "power"

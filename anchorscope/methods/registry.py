@@ -70,8 +70,7 @@ def known_methods() -> dict[str, type[Method]]:
     """Every method by name: ours, and those that installed packages declare.
 
     Raises:
-        InputError: a declared method cannot be loaded, is no `Method`, is incomplete, or takes a name that
-            exists.
+        InputError: a declared method cannot be loaded, is no `Method`, is incomplete, or takes a name that exists.
     """
     found = dict(METHODS)
     for point in sorted(entry_points(group=GROUP), key=lambda e: (e.name, e.value)):
@@ -114,16 +113,14 @@ def line_up(
     """The contenders a user asked for.
 
     Args:
-        methods: "all", names separated by commas, or a sequence of names. `anchor` stands for 128 x 16 and 64
-            x 4.
-        settings: texts like "anchor.block=64,anchor.step=4". The swept parameter may be given as one value,
-            as values separated by "/", or as a range low:high:step.
-        labels: one for each of `settings`, or none. With labels, each adds a contender; without, the settings
-            change the method where it stands (and add it where `methods` does not name it).
+        methods: "all", names separated by commas, or a sequence of names. `anchor` stands for 128 x 16 and 64 x 4.
+        settings: texts like "anchor.block=64,anchor.step=4". The swept parameter may be given as one value, as values
+            separated by "/", or as a range low:high:step.
+        labels: one for each of `settings`, or none. With labels, each adds a contender; without, the settings change
+            the method where it stands (and add it where `methods` does not name it).
 
     Raises:
-        InputError: an unknown method, parameter or value; labels that do not match; two contenders of one
-            label.
+        InputError: an unknown method, parameter or value; labels that do not match; two contenders of one label.
     """
     known = known_methods()
     names = list(known) if methods == "all" else _names(methods)
@@ -131,9 +128,7 @@ def line_up(
         if name not in known:
             raise InputError(f"there is no method {name!r}; there are {', '.join(known)}")
     if labels and len(labels) != len(settings):
-        raise InputError(
-            f"{len(settings)} --set and {len(labels)} --as: give each --set its own --as, or none at all"
-        )
+        raise InputError(f"{len(settings)} --set and {len(labels)} --as: give each --set its own --as, or none at all")
 
     changed: dict[str, Contender] = {}
     added: list[Contender] = []
@@ -172,9 +167,7 @@ def line_up(
 def _names(methods: str | Sequence[str]) -> list[str]:
     items = [x.strip() for x in methods.split(",")] if isinstance(methods, str) else list(methods)
     if not items or not all(items):
-        raise InputError(
-            f"--methods {methods!r} has an empty element; write names separated by commas, or all"
-        )
+        raise InputError(f"--methods {methods!r} has an empty element; write names separated by commas, or all")
     return list(dict.fromkeys(items))
 
 
@@ -188,9 +181,7 @@ def _contender(label: str, cls: type[Method], chosen: dict[str, list[float]]) ->
     swept = chosen.get(cls.parameter)
     for name, values in chosen.items():
         if name != cls.parameter and len(values) > 1:
-            raise InputError(
-                f"--set {cls.name}.{name}: only the swept parameter {cls.parameter} takes several values"
-            )
+            raise InputError(f"--set {cls.name}.{name}: only the swept parameter {cls.parameter} takes several values")
     method = cls(**{name: values[0] for name, values in chosen.items()})
     sweep = _sweep(method) if swept is None else tuple(method.at(v).settings[cls.parameter] for v in swept)
     return Contender(label, method, tuple(dict.fromkeys(sweep)))
@@ -203,18 +194,12 @@ def _parse(text: str, known: dict[str, type[Method]]) -> dict[str, dict[str, lis
         target, equals, value = part.strip().partition("=")
         name, dot, attribute = target.strip().rpartition(".")
         if not (equals and dot and name and attribute and value.strip()):
-            raise InputError(
-                f"--set {text!r} is malformed; write method.parameter=value, like anchor.block=64"
-            )
+            raise InputError(f"--set {text!r} is malformed; write method.parameter=value, like anchor.block=64")
         if name not in known:
-            raise InputError(
-                f"--set {part.strip()}: there is no method {name!r}; there are {', '.join(known)}"
-            )
+            raise InputError(f"--set {part.strip()}: there is no method {name!r}; there are {', '.join(known)}")
         items = {f.name: f for f in fields(known[name])}
         if attribute not in items:
-            raise InputError(
-                f"--set {part.strip()}: {name} has no parameter {attribute!r}; it has {', '.join(items)}"
-            )
+            raise InputError(f"--set {part.strip()}: {name} has no parameter {attribute!r}; it has {', '.join(items)}")
         if attribute in out.setdefault(name, {}):
             raise InputError(f"--set {text!r} gives {name}.{attribute} twice")
         label = f"--set {name}.{attribute}"

@@ -1,7 +1,7 @@
 """What a method keeps, compactly: a union of parts, none of them N x N.
 
-A part says which keys j some queries i keep; whether a query *sees* the key (causality, sliding window) is
-the scoring engine's business, so parts may name keys that are hidden. Two kinds of parts:
+A part says which keys j some queries i keep; whether a query *sees* the key (causality, sliding window) is the scoring
+engine's business, so parts may name keys that are hidden. Two kinds of parts:
 
 - shared parts (`Columns`, `Blocks`, `Sinks`, `BlockDiagonals`): all queries between two `edges` keep the same
 keys;
@@ -113,8 +113,7 @@ class Sinks(SharedPart):
 
 @dataclass(frozen=True, eq=False)
 class BlockDiagonals(SharedPart):
-    """Diagonals executed as tiles: a query block keeps every key that a chosen diagonal crosses within the
-    block.
+    """Diagonals executed as tiles: a query block keeps every key that a chosen diagonal crosses within the block.
 
     Attributes:
         keep: (N,) bool, the offsets i - j chosen.
@@ -191,16 +190,21 @@ class Selection:
 
     Attributes:
         parts: what is kept; hidden pairs are dropped when scored.
-        identify: arithmetic beyond the sparse attention itself, in d-dimensional dot products (2 * d FLOPs
-            each). `density + identify_cost` is then the share of dense arithmetic. Only dot products count;
-            sums, sorts and exponentials do not, as they do not for dense attention either.
-        twice: columns, all of them kept, whose weight enters the softmax twice (a defect of `anchor-
-            released`).
+        identify: arithmetic beyond the sparse attention itself, in d-dimensional dot products (2 * d FLOPs each).
+            `density + identify_cost` is then the share of dense arithmetic. Only dot products count; sums, sorts and
+            exponentials do not, as they do not for dense attention either.
+        twice: columns, all of them kept, whose weight enters the softmax twice (a defect of `anchor- released`).
     """
 
     parts: tuple[Part, ...]
     identify: float = 0.0
     twice: Columns | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the selection holds."""
+        parts = [*self.parts, *([] if self.twice is None else [self.twice])]
+        return sum(x.nbytes for p in parts for x in vars(p).values() if isinstance(x, (Tensor, np.ndarray)))
 
     def edges(self, n: int) -> np.ndarray | None:
         """Query positions where the kept keys may change, or None if they may change at every query."""

@@ -16,13 +16,12 @@ from anchorscope.methods.selection import Blocks, Selection
 
 @dataclass(frozen=True)
 class SkipSoftmax(Method):
-    """Within dense attention, skip a tile when (tile maximum - running maximum) < ln(threshold) for all of
-    its queries.
+    """Within dense attention, skip a tile when (tile maximum - running maximum) < ln(threshold) for all of its
+    queries.
 
-    Key tiles are visited first to last; the running maximum includes the tile itself and tiles skipped
-    before. Scores of all
-    pairs are computed, so skipping saves at most half of the arithmetic: the dot products of pairs that are
-    not kept count as identification.
+    Key tiles are visited first to last; the running maximum includes the tile itself and tiles skipped before. Scores
+    of all pairs are computed, so skipping saves at most half of the arithmetic: the dot products of pairs that are not
+    kept count as identification.
 
     Simplified: the authors calibrate the threshold per model and length; here it is swept.
     """
@@ -47,8 +46,7 @@ class SkipSoftmax(Method):
 def _gaps(head: Head, block: int) -> tuple[Tensor, Tensor]:
     """Largest (tile maximum - running maximum) over the queries of each tile, and visible pairs of each tile.
 
-    Both (tiles, tiles); the gap is -inf where nothing is visible. Queries for which a tile is hidden have no
-    say.
+    Both (tiles, tiles); the gap is -inf where nothing is visible. Queries for which a tile is hidden have no say.
     """
     count = math.ceil(head.n / block)
     gap = torch.full((count, count), -math.inf, dtype=head.q.dtype, device=head.device)

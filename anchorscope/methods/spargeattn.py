@@ -16,16 +16,15 @@ from anchorscope.methods.selection import Blocks, Selection
 
 @dataclass(frozen=True)
 class SpargeAttn(Method):
-    """Blocks with dissimilar rows are always computed; the others by descending pooled weight until `cdf` is
-    covered.
+    """Blocks with dissimilar rows are always computed; the others by descending pooled weight until `cdf` is covered.
 
-    A block's self-similarity is the mean cosine between its rows (each with itself included). Query blocks of
-    low similarity keep all their keys, key blocks of low similarity are kept by all queries. For the rest, a
-    softmax over the self-similar visible key blocks of the pooled scores gives weights, and the fewest
-    largest that reach `cdf` are kept. The diagonal is not forced.
+    A block's self-similarity is the mean cosine between its rows (each with itself included). Query blocks of low
+    similarity keep all their keys, key blocks of low similarity are kept by all queries. For the rest, a softmax over
+    the self-similar visible key blocks of the pooled scores gives weights, and the fewest largest that reach `cdf` are
+    kept. The diagonal is not forced.
 
-    Simplified: keys are not smoothed (mean-subtracted) first, and the second, in-kernel filter on the running
-    maximum and the quantised arithmetic are left out.
+    Simplified: keys are not smoothed (mean-subtracted) first, and the second, in-kernel filter on the running maximum
+    and the quantised arithmetic are left out.
     """
 
     name: ClassVar = "spargeattn"
@@ -35,9 +34,7 @@ class SpargeAttn(Method):
     source: ClassVar = "Zhang et al., SpargeAttn, ICML 2025, arXiv 2502.18137"
 
     cdf: float = setting(0.98, "share of the pooled weight to cover", low=0.0, high=1.0)
-    similarity: float = setting(
-        0.6, "self-similarity below which a block is always computed", low=-1.0, high=1.0
-    )
+    similarity: float = setting(0.6, "self-similarity below which a block is always computed", low=-1.0, high=1.0)
     query_block: int = setting(128, "query block, tokens", low=1)
     key_block: int = setting(64, "key block, tokens", low=1)
 
@@ -54,7 +51,5 @@ class SpargeAttn(Method):
 
 
 def self_similarity(x: Tensor, block: int) -> Tensor:
-    """Mean cosine between the rows of each block, which is the squared length of their mean direction:
-    (blocks,).
-    """
+    """Mean cosine between the rows of each block, which is the squared length of their mean direction: (blocks,)."""
     return pool(torch.nn.functional.normalize(x, dim=1, eps=1e-12), block).square().sum(1)

@@ -17,10 +17,9 @@ from anchorscope.methods.selection import BlockDiagonals, Columns, Diagonals, Se
 class VerticalSlash(Method):
     """From the attention of the last queries, keep the columns and the diagonals with most of it.
 
-    The first 30 columns and the 100 diagonals next to the main one are always among those kept. Diagonals are
-    executed as tiles of `block` queries by the `block` keys they cross; `block` 1 keeps exact diagonals. Both
-    budgets are multiplied by `budget`, which is swept (a whole number of lines, at least one, halves rounded
-    to even).
+    The first 30 columns and the 100 diagonals next to the main one are always among those kept. Diagonals are executed
+    as tiles of `block` queries by the `block` keys they cross; `block` 1 keeps exact diagonals. Both budgets are
+    multiplied by `budget`, which is swept (a whole number of lines, at least one, halves rounded to even).
 
     Simplified: the authors search (vertical, slash) per head offline; here all heads share their default.
     """
@@ -41,9 +40,7 @@ class VerticalSlash(Method):
     FORCED_DIAGONALS: ClassVar = 100
 
     def select(self, head: Head) -> Selection:
-        columns, diagonals, products = head.once(
-            ("vertical-slash", self.last), lambda: line_sums(head, self.last)
-        )
+        columns, diagonals, products = head.once(("vertical-slash", self.last), lambda: line_sums(head, self.last))
         index = torch.arange(head.n, device=head.device)
         v = max(1, round(self.vertical * self.budget)) if self.vertical else 0
         s = max(1, round(self.slash * self.budget)) if self.slash else 0
@@ -57,8 +54,8 @@ def line_sums(head: Head, last: int) -> tuple[Tensor, Tensor, int]:
     """Attention of the last queries summed along columns and along diagonals, and the dot products that took.
 
     Returns:
-        (N,) sums over the queries per key j, (N,) sums per offset i - j, both in the head's dtype; scored
-        visible pairs.
+        (N,) sums over the queries per key j, (N,) sums per offset i - j, both in the head's dtype; scored visible
+        pairs.
     """
     first = max(head.n - last, 0)
     p = torch.softmax(head.scores(first, head.n, 0, head.n), 1)

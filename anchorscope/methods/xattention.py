@@ -17,14 +17,13 @@ from anchorscope.methods.selection import Blocks, Selection
 
 @dataclass(frozen=True)
 class XAttention(Method):
-    """Estimate block masses from antidiagonals, and keep the largest until a share of each block row is
-    covered.
+    """Estimate block masses from antidiagonals, and keep the largest until a share of each block row is covered.
 
-    Tokens are cut into strides of s. The score of a (query stride, key stride) pair is the mean over t of the
-    score of query s - 1 - t with key t; a softmax runs over the key strides that are not later, and sums over
-    blocks estimate their mass. Block column 0 and the diagonal block are kept, and then blocks by descending
-    mass until the row's kept mass reaches `threshold` of its total. Tokens missing from the last stride count
-    as zero vectors, as in the authors' padding.
+    Tokens are cut into strides of s. The score of a (query stride, key stride) pair is the mean over t of the score of
+    query s - 1 - t with key t; a softmax runs over the key strides that are not later, and sums over blocks estimate
+    their mass. Block column 0 and the diagonal block are kept, and then blocks by descending mass until the row's kept
+    mass reaches `threshold` of its total. Tokens missing from the last stride count as zero vectors, as in the
+    authors' padding.
 
     Simplified: the authors calibrate the threshold per head for one model; here it is swept.
     """
@@ -42,9 +41,7 @@ class XAttention(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.block % self.stride:
-            raise InputError(
-                f"xattention.block {self.block} must be a multiple of xattention.stride {self.stride}"
-            )
+            raise InputError(f"xattention.block {self.block} must be a multiple of xattention.stride {self.stride}")
 
     def select(self, head: Head) -> Selection:
         mass, products = head.once(("xattention", self.block, self.stride), lambda: self._mass(head))

@@ -1,0 +1,157 @@
+"""`anchorscope compare`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from anchorscope.cli.common import human_bytes, note, progress_bar, stdout_console, warn
+from anchorscope.errors import InputError
+
+if TYPE_CHECKING:
+    from anchorscope.compare import Comparison
+
+
+def compare(
+    dump: Annotated[
+        Path | None, typer.Argument(help="Dump folder written by `capture` or `write_dump`.", metavar="DIR")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder for the results; new, or an unfinished run to continue.")
+    ] = None,
+    methods: Annotated[str, typer.Option(help="Methods, separated by commas, or all.")] = "all",
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="Settings, like anchor.block=64,anchor.step=4; the swept one takes a/b/c or low:high:step.",
+            metavar="METHOD.NAME=VALUE",
+        ),
+    ] = None,
+    labels: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--as", help="One per --set: show that variant under this label, beside the others.", metavar="LABEL"
+        ),
+    ] = None,
+    target_recall: Annotated[float, typer.Option(help="Recall that the figures are about.")] = 0.95,
+    layers: Annotated[str, typer.Option(help="Layers, like 0,5,10-15.")] = "all",
+    heads: Annotated[str, typer.Option(help="Query heads, like 0,2-4.")] = "all",
+    prompts: Annotated[str, typer.Option(help="Prompt names, separated by commas.")] = "all",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
+    no_figures: Annotated[bool, typer.Option("--no-figures", help="Write tables only.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier comparison in OUT.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print compare.json, and nothing else.")] = False,
+    list_methods: Annotated[bool, typer.Option("--list", help="List methods and their settings, and stop.")] = False,
+) -> None:
+    """Compare sparse attention methods on the heads of a dump: what density does each need for a recall?
+
+    Writes methods.csv, compare.json and figures/ into OUT. Interrupted runs continue when the same command is given
+    again.
+    """
+    if list_methods:
+        print_methods()
+        return
+    if dump is None or out is None:
+        raise InputError("compare needs a dump and a place for the results: anchorscope compare DIR --out OUT")
+    # Before anything heavy or slow: a misspelt method should not wait for it.
+    from anchorscope.methods import line_up
+    from anchorscope.selection import parse_indices
+
+    lineup = line_up(methods, settings or (), labels or ())
+
+    from anchorscope.compare import compare as run
+    from anchorscope.compare import plan_compare
+    from anchorscope.dumps import open_dump
+
+    source = open_dump(dump)
+    plan = plan_compare(
+        source,
+        lineup=lineup,
+        target_recall=target_recall,
+        layers=None if layers == "all" else parse_indices(layers, "--layers", [e.layer for e in source.entries]),
+        heads=None
+        if heads == "all"
+        else parse_indices(heads, "--heads", [h for e in source.entries for h in e.query_heads]),
+        prompts=None if prompts == "all" else [p.strip() for p in prompts.split(",")],
+        device=device,
+    )
+    note(
+        f"{len(plan.jobs)} heads, {len(lineup)} methods, {sum(len(c.sweep) for c in lineup)} settings; needs about"
+        f" {human_bytes(plan.memory)} of memory and at most {human_bytes(plan.disk)} of disk"
+    )
+    for sentence in plan.warnings:
+        warn(sentence)
+    with progress_bar() as bar:
+        result = run(source, out, figures=not no_figures, overwrite=overwrite, progress=bar, plan=plan)
+    if as_json:
+        sys.stdout.write((result.path / "compare.json").read_text(encoding="utf-8"))
+        return
+    print_summary(result)
+
+
+def print_summary(result: Comparison) -> None:
+    """The table a comparison ends with, at most 80 columns wide."""
+    from rich.table import Table
+
+    report = result.report
+    console = stdout_console()
+    shared = {row["method"]: row["needed"] for row in report["needed"]["shared"]}
+    own = {row["method"]: row["needed"] for row in report["needed"]["per-head"]}
+    oracles = {m["label"] for m in report["settings"]["methods"] if m["oracle"]}
+    target = report["settings"]["target_recall"]
+    recalls = [c["recall"] for c in next(iter(shared.values()))]
+    shown = [r for r in recalls if r in (0.9, 0.95, 0.99)][:3]
+    if target not in shown:
+        shown = sorted([target, *(r for r in shown if r != 0.95)])
+    table = Table(title=f"density needed, {report['heads']} heads", title_justify="left", pad_edge=False)
+    table.add_column("method", max_width=20, no_wrap=True)
+    for kind in ("shared", "own"):
+        for r in shown:
+            table.add_column(f"{kind}\n{r:g}", justify="right")
+    table.add_column("search\ncost", justify="right")
+
+    def order(label: str) -> tuple[bool, float]:
+        density = _at(own[label], target)["density"]
+        return label in oracles, 2.0 if density is None else density
+
+    ranked = sorted(shared, key=order)
+    for i, label in enumerate(ranked):
+        if label in oracles and i and ranked[i - 1] not in oracles:
+            table.add_section()
+        cells = [_density(_at(rows[label], r)["density"]) for rows in (shared, own) for r in shown]
+        cost = _at(own[label], target)["identify_cost"]
+        table.add_row(label, *cells, "-" if cost is None else f"{cost:.3f}")
+    console.print(table)
+    console.print(
+        "shared: one setting for all heads, mean recall; own: every head at its own setting.\n"
+        "-: not reached. search cost: arithmetic of identification, share of dense."
+    )
+    console.print(f"Tables: {result.path}", soft_wrap=True, highlight=False)
+    if result.figures:
+        console.print(f"Figures: {result.path / 'figures'}", soft_wrap=True, highlight=False)
+
+
+def _at(cells: list[dict[str, Any]], recall: float) -> dict[str, Any]:
+    return next(c for c in cells if c["recall"] == recall)
+
+
+def _density(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def print_methods() -> None:
+    """All methods with their settings and defaults; the swept one is marked."""
+    from dataclasses import fields
+
+    from anchorscope.methods import known_methods
+
+    for name, cls in known_methods().items():
+        print(f"{name}  ({cls.source})")
+        for item in fields(cls):
+            mark = "*" if item.name == cls.parameter else " "
+            print(f"  {mark} {name}.{item.name}={item.default:g}  {item.metadata.get('help', '')}")
+    print("* swept")

@@ -1,0 +1,369 @@
+"""Figures of a comparison: functions take scored points and return a `Figure`; `draw_all` saves them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import BoundaryNorm, ListedColormap, LogNorm
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
+
+from anchorscope.compare.tables import Point, by_head, head_needs, per_head_need, shared_curve, winners
+from anchorscope.report.style import FAINT, INK, MUTED, PAPER, SMALL, TEXT, label, new_figure, share, short_name, tidy
+from anchorscope.report.write import save_figure
+
+# Twelve colours told apart side by side; methods beyond them repeat with another dash.
+COLORS = (
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#D55E00",
+    "#56B4E9",
+    "#CC79A7",
+    "#8C6D1F",
+    "#7A3E9D",
+    "#A3B018",
+    "#B22222",
+    "#4D4D9A",
+    "#1FA3A3",
+)
+MARKERS = "osDv^<>PX*hp"
+DASHES = ("-", (0, (4, 1.5)))
+ORACLES = ((0, (1, 1)), (0, (5, 1.5)), (0, (3, 1.5, 1, 1.5)))
+TICKS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.99, 1.0)
+PANELS = 36  # heads drawn in one figure
+
+
+class Look(NamedTuple):
+    """How one method is drawn everywhere."""
+
+    color: str
+    marker: str
+    dash: Any
+    oracle: bool
+
+
+def looks(methods: Sequence[Mapping[str, Any]]) -> dict[str, Look]:
+    """A look per label; `methods` as in compare.json's settings. Oracles are black lines without markers."""
+    out: dict[str, Look] = {}
+    plain, oracles = 0, 0
+    for method in methods:
+        if method["oracle"]:
+            out[method["label"]] = Look(INK, "", ORACLES[oracles % len(ORACLES)], True)
+            oracles += 1
+        else:
+            turn, place = divmod(plain, len(COLORS))
+            out[method["label"]] = Look(COLORS[place], MARKERS[place], DASHES[turn % len(DASHES)], False)
+            plain += 1
+    return out
+
+
+def draw_all(
+    points: Sequence[Point], folder: Path, methods: Sequence[Mapping[str, Any]], *, target_recall: float
+) -> list[Path]:
+    """Draw and save every figure of a comparison.
+
+    For all prompts together: `pooled-recall-density.png`, `density-needed.png`, `winners.png`,
+    `stripes-against-blocks.png`; and per prompt and layer `P-layer05-recall-density.png`, with P the number of the
+    prompt.
+
+    Returns:
+        The files, in the order written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    style = looks(methods)
+    figures: list[tuple[str, Figure]] = [("pooled-recall-density", pooled_curves(points, style, target=target_recall))]
+    figures.append(("density-needed", density_needed(points, style, target=target_recall)))
+    figures.append(("winners", winner_map(points, style, target=target_recall)))
+    pairs = stripes_against_blocks(points, methods, target=target_recall)
+    if pairs is not None:
+        figures.append(("stripes-against-blocks", pairs))
+    written = []
+    prompts = list(dict.fromkeys(p.prompt for p in points))
+    for name, figure in figures:
+        save_figure(figure, folder / f"{name}.png")
+        written.append(folder / f"{name}.png")
+    for index, prompt in enumerate(prompts):
+        for layer in sorted({p.layer for p in points if p.prompt == prompt}):
+            file = folder / f"prompt{index:02d}-layer{layer:02d}-recall-density.png"
+            mine = [p for p in points if p.prompt == prompt and p.layer == layer]
+            save_figure(head_curves(mine, style, target=target_recall), file)
+            written.append(file)
+    return written
+
+
+def pooled_curves(points: Sequence[Point], style: Mapping[str, Look], *, target: float) -> Figure:
+    """Recall against density, both means over all heads at each shared setting; one line per method."""
+    figure = new_figure(
+        10.6,
+        6.2,
+        "Recall against density: every method, one setting for all heads",
+        f"mean over {_count(points)}; marks are measured settings; further up and left is better",
+    )
+    axes = figure.subplots()
+    for name, look in style.items():
+        _line(axes, shared_curve(points, name), name, look)
+    _curve_axes(axes, [p.density for p in points if p.density > 0], target)
+    _legend(figure, style)
+    return figure
+
+
+def head_curves(points: Sequence[Point], style: Mapping[str, Look], *, target: float) -> Figure:
+    """Recall against density of every head of one layer and prompt, after a panel with the layer's mean.
+
+    Args:
+        points: of one prompt and one layer.
+        style: a look per method.
+        target: recall marked by a line.
+    """
+    prompt, layer = points[0].prompt, points[0].layer
+    heads = sorted({p.head for p in points})
+    shown = heads[: PANELS - 1]
+    columns = min(4, len(shown) + 1)
+    rows = math.ceil((len(shown) + 1) / columns)
+    more = "" if len(shown) == len(heads) else f"; the first {len(shown)} of {len(heads)} heads are shown"
+    width = max(3.0 * columns + 1.9, 8.2)
+    figure = new_figure(
+        width,
+        2.75 * rows + 1.1,
+        f"Recall against density, layer {layer}: {short_name(prompt)}",
+        f"each head, and the mean of the layer's heads; marks are measured settings{more}",
+    )
+    panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
+    densities = [p.density for p in points if p.density > 0]
+    for axes, head in zip(panels, [None, *shown], strict=False):
+        mine = points if head is None else [p for p in points if p.head == head]
+        for name, look in style.items():
+            _line(axes, shared_curve(mine, name), name, look, small=True)
+        _curve_axes(axes, densities, target)
+        axes.set_title(f"mean of {len(heads)} heads" if head is None else f"head {head}", size=TEXT, color=INK)
+        axes.label_outer()
+    for axes in panels[len(shown) + 1 :]:
+        axes.set_visible(False)
+    _legend(figure, style)
+    return figure
+
+
+def density_needed(points: Sequence[Point], style: Mapping[str, Look], *, target: float) -> Figure:
+    """Mean density that reaches the target, every head at its own setting: method x layer. Empty: not reached."""
+    layers = sorted({p.layer for p in points})
+    by_layer = {layer: [p for p in points if p.layer == layer] for layer in layers}
+    needed = {
+        (name, layer): per_head_need(mine, name, target).density for layer, mine in by_layer.items() for name in style
+    }
+    overall = {name: per_head_need(points, name, target).density for name in style}
+    names = sorted(style, key=lambda n: (style[n].oracle, math.inf if overall[n] is None else overall[n]))
+    values = np.array([[_nan(overall[n])] + [_nan(needed[n, layer]) for layer in layers] for n in names])
+    wide = len(layers) > 16
+    figure = new_figure(
+        max(0.28 * len(layers) + 3.4 if wide else 0.62 * len(layers) + 4.2, 7.4),
+        0.3 * len(names) + 2.0,
+        f"Density needed for recall {target:g}: method x layer",
+        f"mean over {_count(points)}, each head at its own setting; best first, oracles last; grey: not reached",
+    )
+    axes = figure.subplots()
+    known = values[np.isfinite(values)]
+    low = float(known.min()) if known.size else 0.01
+    norm = LogNorm(max(min(low, 0.5), 1e-4), 1.0)
+    axes.set_facecolor(FAINT)
+    image = axes.imshow(np.ma.masked_invalid(values), cmap="viridis", norm=norm, aspect="auto", interpolation="nearest")
+    for (row, column), value in np.ndenumerate(values):
+        if column == 0 or not wide:
+            text = "-" if math.isnan(value) else share(float(value))
+            dark = not math.isnan(value) and norm(value) < 0.55
+            axes.text(column, row, text, ha="center", va="center", size=SMALL, color="white" if dark else INK)
+    axes.axvline(0.5, color="white", linewidth=3)
+    oracles = sum(style[n].oracle for n in names)
+    if 0 < oracles < len(names):
+        axes.axhline(len(names) - oracles - 0.5, color="white", linewidth=3)
+    step = max(1, math.ceil(len(layers) / 16))
+    axes.set_xticks([0, *range(1, len(layers) + 1, step)], ["all", *map(str, layers[::step])])
+    axes.set_yticks(range(len(names)), names)
+    tidy(axes, grid=False)
+    label(axes, "layer")
+    bar = figure.colorbar(image, ax=axes, pad=0.02)
+    bar.set_label("density needed", size=TEXT, color=INK)
+    _plain_log(bar.ax.yaxis)
+    bar.ax.tick_params(labelsize=SMALL)
+    return figure
+
+
+def winner_map(points: Sequence[Point], style: Mapping[str, Look], *, target: float) -> Figure:
+    """Which method reaches the target with the least density: layer x head, one panel per prompt."""
+    names = [n for n in style if not style[n].oracle]
+    best = winners(points, names, target)
+    prompts = list(dict.fromkeys(p.prompt for p in points))
+    layers, heads = sorted({p.layer for p in points}), sorted({p.head for p in points})
+    winning = [n for n in names if n in best.values()]
+    across = min(3, len(prompts))
+    down = math.ceil(len(prompts) / across)
+    figure = new_figure(
+        max(across * max(0.34 * len(heads) + 1.0, 2.6) + 2.6, 7.4),
+        down * max(0.26 * len(layers) + 1.1, 2.0) + 1.1,
+        f"Least density for recall {target:g}: which method, for which head",
+        "oracles excluded, identification not counted; letters are those of the legend",
+    )
+    panels = figure.subplots(down, across, squeeze=False).ravel()
+    letters = {n: chr(ord("A") + i) for i, n in enumerate(winning)}
+    colors = [style[n].color for n in winning] or [PAPER]
+    cmap, norm = ListedColormap(colors), BoundaryNorm(np.arange(len(colors) + 1) - 0.5, len(colors))
+    for axes, prompt in zip(panels, prompts, strict=False):
+        grid = np.full((len(layers), len(heads)), np.nan)
+        for (p, layer, head), name in best.items():
+            if p == prompt and name is not None:
+                grid[layers.index(layer), heads.index(head)] = winning.index(name)
+        axes.set_facecolor(PAPER)
+        axes.imshow(np.ma.masked_invalid(grid), cmap=cmap, norm=norm, aspect="auto", interpolation="nearest")
+        if grid.size <= 400:
+            for (row, column), value in np.ndenumerate(grid):
+                if not math.isnan(value):
+                    text = letters[winning[int(value)]]
+                    axes.text(column, row, text, ha="center", va="center", size=SMALL, color="white", weight="bold")
+        axes.set_title(short_name(prompt, 28), size=TEXT, color=INK, parse_math=False)
+        ystep, xstep = math.ceil(len(layers) / 16), math.ceil(len(heads) / 16)
+        axes.set_yticks(range(0, len(layers), ystep), [str(x) for x in layers[::ystep]])
+        axes.set_xticks(range(0, len(heads), xstep), [str(x) for x in heads[::xstep]])
+        tidy(axes, grid=False)
+        label(axes, "query head", "layer")
+    for axes in panels[len(prompts) :]:
+        axes.set_visible(False)
+    total = {n: sum(x == n for x in best.values()) for n in winning}
+    handles = [Patch(facecolor=style[n].color, label=f"{letters[n]}  {n} ({total[n]})") for n in winning]
+    if None in best.values():
+        missed = sum(x is None for x in best.values())
+        handles.append(Patch(facecolor=PAPER, edgecolor=MUTED, label=f"none reaches it ({missed})"))
+    figure.legend(handles=handles, loc="outside right upper", fontsize=SMALL, edgecolor=FAINT, title="heads won")
+    return figure
+
+
+def stripes_against_blocks(
+    points: Sequence[Point], methods: Sequence[Mapping[str, Any]], *, target: float
+) -> Figure | None:
+    """Per head, the least density of any stripe method against that of any block method, at equal recall.
+
+    Hollow marks are the oracles. None if the line-up lacks one of the two kinds.
+    """
+    kinds = {
+        (grain, oracle): [m["label"] for m in methods if m["granularity"] == grain and m["oracle"] == oracle]
+        for grain in ("stripe", "block")
+        for oracle in (False, True)
+    }
+    series = [x for x in (False, True) if kinds["stripe", x] and kinds["block", x]]
+    if not series:
+        return None
+    figure = new_figure(
+        8.2,
+        6.0,
+        f"Stripes against blocks at recall {target:g}",
+        f"one mark per head, {_count(points)}; above the line, blocks cost more than stripes",
+    )
+    axes = figure.subplots()
+    seen: list[float] = []
+    for oracle in series:
+        best: dict[str, dict[tuple[str, int, int], float]] = {}
+        for grain in ("stripe", "block"):
+            found: dict[tuple[str, int, int], float] = {}
+            for name in kinds[grain, oracle]:
+                for key, need in head_needs(points, name, target).items():
+                    if need.density is not None:
+                        found[key] = min(found.get(key, math.inf), need.density)
+            best[grain] = found
+        both = [k for k in best["stripe"] if k in best["block"]]
+        x, y = [best["stripe"][k] for k in both], [best["block"][k] for k in both]
+        seen += x + y
+        wins = sum(a < b for a, b in zip(x, y, strict=True))
+        color = COLORS[0] if not oracle else INK
+        axes.plot(
+            x,
+            y,
+            "o",
+            color=color,
+            markerfacecolor="none" if oracle else color,
+            markersize=6 if oracle else 5,
+            alpha=0.85,
+            linestyle="none",
+            label=f"{'oracles' if oracle else 'methods'}: stripes cost less in {wins} of {len(both)} heads",
+        )
+    low = max(min(seen, default=0.1) * 0.8, 1e-5)
+    axes.plot([low, 1], [low, 1], color=MUTED, linewidth=1)
+    axes.set(xscale="log", yscale="log", xlim=(low, 1.1), ylim=(low, 1.1))
+    _plain_log(axes.xaxis)
+    _plain_log(axes.yaxis)
+    tidy(axes)
+    label(axes, "density needed by the best stripe method", "density needed by the best block method")
+    axes.legend(loc="lower right", fontsize=SMALL, edgecolor=FAINT)
+    return figure
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# parts
+
+
+def _count(points: Sequence[Point]) -> str:
+    heads = len(by_head(points, points[0].method))
+    prompts = len({p.prompt for p in points})
+    return f"{heads} heads" if prompts == 1 else f"{heads} heads of {prompts} prompts"
+
+
+def _nan(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def _line(
+    axes: Axes, curve: Sequence[tuple[float, float, float]], name: str, look: Look, *, small: bool = False
+) -> None:
+    ordered = sorted((d, r) for d, r, _ in curve if d > 0)
+    axes.plot(
+        [d for d, _ in ordered],
+        [r for _, r in ordered],
+        color=look.color,
+        linestyle=look.dash,
+        linewidth=1.6 if look.oracle else 1.1,
+        marker=look.marker or None,
+        markersize=2.6 if small else 4.2,
+        zorder=3 if look.oracle else 2,
+        label=name,
+    )
+
+
+def _curve_axes(axes: Axes, densities: Sequence[float], target: float) -> None:
+    """Log density; recall stretched towards 1, where the differences are."""
+    low = max(min(densities, default=0.01) * 0.9, 1e-4)
+    axes.set_xscale("log")
+    axes.set_xlim(low, 1.08)
+    axes.set_yscale("function", functions=(_stretch, _unstretch))
+    axes.set_ylim(0.0, 1.0)
+    axes.yaxis.set_major_locator(FixedLocator(TICKS))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    axes.axhline(target, color=MUTED, linewidth=0.9)
+    _plain_log(axes.xaxis)
+    tidy(axes)
+    label(axes, "density (kept pairs / visible pairs)", "recall (attention mass kept)")
+
+
+def _stretch(recall: np.ndarray) -> np.ndarray:
+    return -np.log10(1.005 - np.clip(recall, 0.0, 1.0))
+
+
+def _unstretch(height: np.ndarray) -> np.ndarray:
+    return 1.005 - 10.0**-height
+
+
+def _plain_log(axis: Any) -> None:
+    axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _legend(figure: Figure, style: Mapping[str, Look]) -> None:
+    handles = [
+        Line2D([], [], color=look.color, linestyle=look.dash, marker=look.marker or None, markersize=4.5, label=name)
+        for name, look in style.items()
+    ]
+    figure.legend(handles=handles, loc="outside right upper", fontsize=SMALL, edgecolor=FAINT, handlelength=2.8)

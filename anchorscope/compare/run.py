@@ -1,0 +1,493 @@
+"""`compare`: a dump and a line-up of methods in, one table and its figures out; resumable, one head at a time.
+
+Every head is scored with all methods and saved under scores/; tables and figures are made from those files alone. So
+an interrupted run continues where it stopped and ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anchorscope._version import __version__
+from anchorscope.analysis.backends import resolve_device
+from anchorscope.analysis.engine import Cancelled, full_precision
+from anchorscope.analysis.jobs import Job, Progress, ProgressCallback, choose_jobs, json_bytes, make_folder, run_jobs
+from anchorscope.analysis.run import versions
+from anchorscope.analysis.tables import csv_text, jsonable
+from anchorscope.compare.score import LAST_ROWS, Score, score
+from anchorscope.compare.tables import COLUMNS, RECALLS, Point, methods_rows, needed_table, winners
+from anchorscope.dumps import Dump, LayerTensors, open_dump
+from anchorscope.errors import DumpError, InputError, RunFailure
+from anchorscope.locks import folder_lock
+from anchorscope.methods import Contender, Head, Selection, line_up
+from anchorscope.profiles import write_atomic
+
+STATE = "run.json"
+REPORT = "compare.json"
+TABLE = "methods.csv"
+SCORES = "scores"
+FIGURES = "figures"
+VERSION = 1
+BATCH_BYTES = 1 << 28  # selections held at a time; beyond it, a head's scores are computed once more
+
+ScoreEngine = Callable[..., list[Score]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything decided before the first score is computed.
+
+    Attributes:
+        lineup: the methods, as they appear in tables.
+        jobs: heads to score, entry by entry.
+        workers: heads scored at the same time.
+        memory: bytes of working memory, besides the libraries themselves.
+        disk: bytes the output folder will need at most.
+        warnings: sentences for the user.
+    """
+
+    dump: Dump
+    settings: dict[str, Any]
+    lineup: tuple[Contender, ...]
+    target_recall: float
+    device: torch.device
+    jobs: tuple[Job, ...]
+    workers: int
+    memory: int
+    disk: int
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A finished comparison.
+
+    Attributes:
+        path: the output folder.
+        report: what compare.json holds.
+        points: every measured point, in the order of methods.csv.
+        figures: the pictures written.
+    """
+
+    path: Path
+    report: dict[str, Any]
+    points: tuple[Point, ...] = field(repr=False)
+    figures: tuple[Path, ...] = ()
+
+
+def plan_compare(
+    dump: Dump | Path | str,
+    *,
+    lineup: Sequence[Contender] | None = None,
+    target_recall: float = 0.95,
+    layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+    prompts: Sequence[str] | None = None,
+    device: str = "auto",
+) -> Plan:
+    """Check a request and say what it will cost. Arguments as in `compare`.
+
+    Raises:
+        InputError: an unknown layer, head or prompt, a target outside (0, 1], an empty or ambiguous line-up.
+        DumpError: the dump is missing or damaged.
+        MissingBackendError: the device is absent.
+    """
+    contenders = line_up() if lineup is None else tuple(lineup)
+    if not contenders:
+        raise InputError("name at least one method to compare")
+    labels = [c.label for c in contenders]
+    if len(set(labels)) < len(labels):
+        raise InputError("two methods of the line-up have the same label; give each its own")
+    if not 0 < target_recall <= 1:
+        raise InputError(f"target recall must lie above 0 and at most at 1, not {target_recall!r}")
+    source = dump if isinstance(dump, Dump) else open_dump(dump)
+    where = resolve_device(device)
+    jobs = choose_jobs(source, prompts, layers, heads)
+    settings: dict[str, Any] = {
+        "methods": [
+            {
+                "label": c.label,
+                "method": c.method.name,
+                "settings": {
+                    k: jsonable(float(v)) if isinstance(v, float) else v
+                    for k, v in c.method.settings.items()
+                    if k != c.method.parameter
+                },
+                "parameter": c.method.parameter,
+                "values": [jsonable(float(v)) for v in c.sweep],
+                "granularity": c.method.granularity,
+                "oracle": c.method.oracle,
+                "source": c.method.source,
+            }
+            for c in contenders
+        ],
+        "target_recall": target_recall,
+        "last_rows": LAST_ROWS,
+        "prompts": list(dict.fromkeys(j.entry.prompt for j in jobs)),
+        "layers": sorted({j.entry.layer for j in jobs}),
+        "heads": sorted({j.head for j in jobs}),
+        "device": where.type,
+    }
+    largest = max(jobs, key=lambda j: j.entry.tokens * j.entry.head_dim).entry
+    selections = sum(len(c.sweep) for c in contenders)
+    each = _workspace_bytes(largest.tokens, largest.head_dim, selections)
+    workers = 1
+    if where.type == "cpu":
+        workers = max(1, min(torch.get_num_threads(), len(jobs), int(8 * 2**30 // each)))
+    return Plan(
+        dump=source,
+        settings=settings,
+        lineup=contenders,
+        target_recall=target_recall,
+        device=where,
+        jobs=jobs,
+        workers=workers,
+        memory=workers * each + max(j.entry.bytes for j in jobs),
+        disk=len(jobs) * selections * 400 + 20_000_000,
+        warnings=tuple(_warnings(jobs)),
+    )
+
+
+def compare(
+    dump: Dump | Path | str,
+    out: Path | str,
+    *,
+    lineup: Sequence[Contender] | None = None,
+    target_recall: float = 0.95,
+    layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+    prompts: Sequence[str] | None = None,
+    device: str = "auto",
+    figures: bool = True,
+    overwrite: bool = False,
+    progress: ProgressCallback | None = None,
+    plan: Plan | None = None,
+) -> Comparison:
+    """Score every method of a line-up on every chosen head of a dump.
+
+    Args:
+        dump: a dump folder, or an open dump.
+        out: the output folder; new, empty, or holding an unfinished run of the same request, which then continues.
+        lineup: methods and sweeps, see `anchorscope.methods.line_up`; None means all.
+        target_recall: recall that figures and `best` are about.
+        layers, heads: original indices; None means all in the dump.
+        prompts: prompt names; None means all.
+        device: "auto", "cpu", "cuda" or "cuda:i".
+        figures: draw the figures.
+        overwrite: replace an earlier comparison in `out`.
+        progress: called as work proceeds.
+        plan: a plan made from the same arguments, to save making it twice.
+
+    Returns:
+        The finished comparison. `out` then holds methods.csv, compare.json, scores/ and figures/.
+
+    Raises:
+        InputError, DumpError, MissingBackendError: see `plan_compare`; also an `out` that is in use.
+        RunFailure: disk full, out of memory.
+    """
+    if plan is None:
+        plan = plan_compare(
+            dump,
+            lineup=lineup,
+            target_recall=target_recall,
+            layers=layers,
+            heads=heads,
+            prompts=prompts,
+            device=device,
+        )
+    report = progress or (lambda _: None)
+    path = make_folder(Path(out))
+    with folder_lock(path):
+        state = _begin(path, plan, overwrite)
+        _measure(path, plan, report)
+        points = tuple(p for job in plan.jobs for p in _load(path, plan, job) or ())
+        write_atomic(path / TABLE, csv_text(COLUMNS, methods_rows(points)).encode())
+        result = _summary(plan, state, points)
+        drawn: list[Path] = []
+        if figures:
+            from anchorscope.compare.figures import draw_all
+
+            report(Progress("figures", 0, 1))
+            drawn = draw_all(points, path / FIGURES, plan.settings["methods"], target_recall=plan.target_recall)
+            report(Progress("figures", 1, 1))
+        # Last of all: a folder without its report is an unfinished comparison.
+        write_atomic(path / REPORT, json_bytes(result))
+        return Comparison(path, result, points, tuple(drawn))
+
+
+def load_comparison(out: Path | str) -> Comparison:
+    """A finished comparison, read again from its folder.
+
+    Raises:
+        DumpError: the folder holds none, or one that is damaged.
+    """
+    path = Path(out)
+    try:
+        report = json.loads((path / REPORT).read_text(encoding="utf-8"))
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        if report["format"] != "anchorscope-compare":
+            raise ValueError
+        names = [str(name) for name in state["scores"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise DumpError(f"{out} holds no finished comparison: run `anchorscope compare` first") from None
+    points: list[Point] = []
+    for name in names:
+        found = _read_points(path / SCORES / Path(name).name, report["dump"]["identity"])
+        if found is None:
+            raise DumpError(f"{path / SCORES / name} is missing or damaged: run the comparison again")
+        points.extend(found)
+    return Comparison(path, report, tuple(points), tuple(sorted((path / FIGURES).glob("*.png"))))
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# planning
+
+
+def _workspace_bytes(tokens: int, head_dim: int, selections: int) -> int:
+    """Working memory of one head, bytes: inputs, a run of scores and masks, kept shares per query, selections."""
+    tensors = 10 * tokens * head_dim * 4
+    chunk = 6 * 128 * tokens * 4
+    rows = 3 * selections * tokens * 4
+    margins = 4 * math.ceil(tokens / 256) * tokens * 4
+    return tensors + chunk + rows + margins + 2 * BATCH_BYTES
+
+
+def _warnings(jobs: Sequence[Job]) -> list[str]:
+    short = sorted({j.entry.tokens for j in jobs if j.entry.tokens < 4096})
+    if not short:
+        return []
+    return [
+        f"{short[0]:,} tokens is short for these methods: many are dense there at their authors' settings, with least"
+        " budgets of 1,024 tokens and more"
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# folder
+
+
+def _score_name(job: Job) -> str:
+    return Path(job.name).with_suffix(".json").name
+
+
+def _begin(path: Path, plan: Plan, overwrite: bool) -> dict[str, Any]:
+    """Start or continue: settle what the folder holds, and write down what this run is."""
+    identity = {
+        "format": "anchorscope-compare-run",
+        "version": VERSION,
+        "anchorscope": __version__,
+        "dump": plan.dump.identity,
+        "settings": plan.settings,
+        "scores": [_score_name(j) for j in plan.jobs],
+    }
+    found = [x for x in path.iterdir() if not x.name.startswith(".")]
+    started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    if found:
+        state = _state(path)
+        if state is None:
+            raise InputError(f"--out {path} exists and is not a comparison; name a new folder")
+        same = {k: v for k, v in state.items() if k != "started"} == identity
+        if (path / REPORT).exists() or not same:
+            if not overwrite:
+                what = (
+                    "a finished comparison"
+                    if (path / REPORT).exists()
+                    else "an unfinished comparison with other settings"
+                )
+                raise InputError(f"--out {path} holds {what}; add --overwrite to replace it, or name a new folder")
+            _clear(path)
+        else:
+            started = state["started"]
+    free = shutil.disk_usage(path).free
+    if free < plan.disk:
+        raise RunFailure(
+            f"{path} has {free / 1e9:.2f} GB free and the comparison may need {plan.disk / 1e9:.2f} GB;"
+            " free some space or name another --out"
+        )
+    state = {**identity, "started": started}
+    write_atomic(path / STATE, json_bytes(state))
+    (path / SCORES).mkdir(exist_ok=True)
+    return state
+
+
+def _state(path: Path) -> dict[str, Any] | None:
+    try:
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    good = isinstance(state, dict) and state.get("format") == "anchorscope-compare-run" and "started" in state
+    return state if good else None
+
+
+def _clear(path: Path) -> None:
+    """Remove what an earlier comparison wrote, its report first, and nothing else."""
+    for name in (REPORT, STATE, TABLE):
+        (path / name).unlink(missing_ok=True)
+    for folder, pattern in ((SCORES, "*.json"), (FIGURES, "*.png")):
+        for file in (path / folder).glob(pattern):
+            file.unlink()
+
+
+def _load(path: Path, plan: Plan, job: Job) -> list[Point] | None:
+    """The saved points of a head, or None if they are not there or not whole."""
+    points = _read_points(path / SCORES / _score_name(job), plan.dump.identity)
+    if points is None or len(points) != sum(len(c.sweep) for c in plan.lineup):
+        return None
+    return points
+
+
+def _read_points(file: Path, identity: str) -> list[Point] | None:
+    try:
+        saved = json.loads(file.read_text(encoding="utf-8"))
+        if saved["format"] != "anchorscope-scores" or saved["dump"] != identity:
+            return None
+        return [Point(*row[:5], *(math.nan if x is None else float(x) for x in row[5:])) for row in saved["points"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _save(path: Path, plan: Plan, job: Job, points: Sequence[Point]) -> None:
+    rows = [[jsonable(x) if isinstance(x, float) else x for x in vars(p).values()] for p in points]
+    saved = {"format": "anchorscope-scores", "version": VERSION, "dump": plan.dump.identity, "points": rows}
+    write_atomic(path / SCORES / _score_name(job), (json.dumps(saved, allow_nan=False) + "\n").encode())
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# measuring
+
+
+def _measure(path: Path, plan: Plan, report: ProgressCallback) -> None:
+    """Score the heads whose points are not there yet."""
+    missing = [job for job in plan.jobs if _load(path, plan, job) is None]
+    total = sum(j.work for j in plan.jobs)
+    done = total - sum(j.work for j in missing)
+    report(Progress("heads", done, total))
+
+    def measure(job: Job, tensors: LayerTensors, stop: threading.Event) -> None:
+        entry = job.entry
+        row, kv = tensors.query_heads.index(job.head), tensors.kv_index(job.head)
+        q, k = tensors.q[row].to(plan.device), tensors.k[kv].to(plan.device)
+        v = None if tensors.v is None else tensors.v[kv].to(plan.device)
+        head = Head(q, k, scale=entry.scale, window=entry.window, softcap=entry.softcap)
+        points = []
+        for contender, value, result in score_lineup(head, v, plan.lineup, cancelled=stop.is_set):
+            points.append(
+                Point(
+                    entry.prompt,
+                    entry.layer,
+                    job.head,
+                    contender.label,
+                    contender.method.parameter,
+                    float(value),
+                    result.recall,
+                    result.recall_p05,
+                    result.recall_last,
+                    result.density,
+                    result.output_error,
+                    result.identify_cost,
+                )
+            )
+        _save(path, plan, job, points)
+
+    run_jobs(
+        plan.dump,
+        missing,
+        measure,
+        workers=plan.workers,
+        report=report,
+        work_before=done,
+        work_total=total,
+        memory_advice=lambda: _memory_advice(plan),
+    )
+
+
+def score_lineup(
+    head: Head,
+    v: Tensor | None,
+    lineup: Sequence[Contender],
+    *,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> list[tuple[Contender, float, Score]]:
+    """Score every setting of every contender on one head.
+
+    Args:
+        head: queries and keys.
+        v: (N, d_v) values of its kv head, or None.
+        lineup: methods and the values of their swept parameters.
+        cancelled: asked often; once true, work stops.
+
+    Returns:
+        (contender, value, score), in the order of the line-up and its sweeps.
+
+    Raises:
+        Cancelled: `cancelled` returned true.
+    """
+    results: list[tuple[Contender, float, Score]] = []
+    waiting: list[tuple[Contender, float, Selection]] = []
+
+    def flush() -> None:
+        scores = score(head, v, [x for *_, x in waiting], cancelled=cancelled)
+        results.extend((c, value, s) for (c, value, _), s in zip(waiting, scores, strict=True))
+        waiting.clear()
+
+    with torch.inference_mode(), full_precision():
+        for contender in lineup:
+            for value in contender.sweep:
+                if cancelled():
+                    raise Cancelled
+                waiting.append((contender, value, contender.method.at(value).select(head)))
+                if sum(x.nbytes for *_, x in waiting) > BATCH_BYTES:
+                    flush()
+        flush()
+    return results
+
+
+def _memory_advice(plan: Plan) -> str:
+    longest = max(j.entry.tokens for j in plan.jobs)
+    return (
+        f"out of memory on {plan.device}: one head of {longest:,} tokens needs about"
+        f" {plan.memory / plan.workers / 2**30:.1f} GiB; use --device cpu, fewer methods or a shorter capture"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# finishing
+
+
+def _summary(plan: Plan, state: dict[str, Any], points: Sequence[Point]) -> dict[str, Any]:
+    """What compare.json holds."""
+    labels = [c.label for c in plan.lineup]
+    runnable = [c.label for c in plan.lineup if not c.method.oracle]
+    recalls = sorted({*RECALLS, plan.target_recall})
+    best = winners(points, runnable, plan.target_recall)
+    device = torch.cuda.get_device_name(plan.device) if plan.device.type == "cuda" else None
+    return {
+        "format": "anchorscope-compare",
+        "version": VERSION,
+        "started": state["started"],
+        "dump": {"identity": plan.dump.identity, "model": plan.dump.model},
+        "prompts": [
+            {"name": p.name, "tokens": p.tokens} for p in plan.dump.prompts if p.name in plan.settings["prompts"]
+        ],
+        "settings": plan.settings,
+        "versions": versions(),
+        "hardware": device or f"CPU, {torch.get_num_threads()} threads",
+        "warnings": list(plan.warnings),
+        "heads": len(plan.jobs),
+        "needed": needed_table(points, labels, recalls),
+        "best": [
+            {"prompt": prompt, "layer": layer, "head": head, "method": method}
+            for (prompt, layer, head), method in best.items()
+        ],
+    }
