@@ -23,9 +23,7 @@ from anchorscope.errors import DumpError
 FORMAT = "anchorscope-dump"
 VERSION = 1
 MANIFEST = "manifest.json"
-MAX_MANIFEST_BYTES = (
-    1 << 29
-)  # token ids and texts of many long prompts fit; a hostile file does not fill the memory
+MAX_MANIFEST_BYTES = 1 << 29  # token ids and texts of many long prompts fit; a hostile file does not fill the memory
 DTYPES = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}  # safetensors' names -> ours
 DTYPE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
@@ -125,12 +123,7 @@ def plain_file(folder: Path, name: object) -> Path | None:
     Refused: separators of any system, drive letters, `..`, hidden names, symbolic links (they may lead
         outside), devices, pipes.
     """
-    if (
-        not isinstance(name, str)
-        or not name.endswith(".safetensors")
-        or not name.isprintable()
-        or len(name) > 200
-    ):
+    if not isinstance(name, str) or not name.endswith(".safetensors") or not name.isprintable() or len(name) > 200:
         return None
     if name.startswith(".") or any(c in name for c in '/\\:*?"<>|'):
         return None
@@ -159,18 +152,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         if not stat.S_ISREG(info.st_mode):
             raise DumpError(f"{path} must be a regular file, not a link, folder or device")
         if info.st_size > MAX_MANIFEST_BYTES:
-            raise DumpError(
-                f"{path} is {info.st_size} bytes long; more than {MAX_MANIFEST_BYTES} is not a manifest"
-            )
+            raise DumpError(f"{path} is {info.st_size} bytes long; more than {MAX_MANIFEST_BYTES} is not a manifest")
         raw = path.read_bytes()
     except FileNotFoundError:
         raise DumpError(f"{folder} is not a dump: it holds no {MANIFEST}") from None
     except OSError as error:
         raise DumpError(f"{path} cannot be read: {error.strerror}") from None
     try:
-        manifest = json.loads(
-            raw.decode("utf-8"), parse_constant=_refuse_constant, object_pairs_hook=_unique_keys
-        )
+        manifest = json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
         if not isinstance(manifest, dict):
             raise ValueError("it holds no JSON object")
         checksum = canonical_sha256(manifest)
@@ -183,9 +172,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if manifest.get("format") != FORMAT:
         raise DumpError(f"{path} is not an AnchorScope manifest: its format is not {FORMAT!r}")
     if is_int(version, 1) and version > VERSION:
-        raise DumpError(
-            f"{path} has format version {version}, this AnchorScope reads {VERSION}: upgrade anchorscope"
-        )
+        raise DumpError(f"{path} has format version {version}, this AnchorScope reads {VERSION}: upgrade anchorscope")
     if not is_int(version, 1):
         raise DumpError(f"{path} has no valid format version ({version!r}); it should be {VERSION}")
     if "sha256" in manifest and manifest["sha256"] != checksum:
@@ -222,11 +209,7 @@ def parse_prompts(manifest: dict[str, Any], folder: Path) -> list[Prompt]:
         if tokens is not None and not is_int(tokens, 1):
             raise DumpError(f"{where} ({name}): tokens must be a whole number of at least 1, not {tokens!r}")
         if ids is not None:
-            if (
-                not isinstance(ids, list)
-                or not all(is_int(i) for i in ids)
-                or len(ids) != (tokens or len(ids))
-            ):
+            if not isinstance(ids, list) or not all(is_int(i) for i in ids) or len(ids) != (tokens or len(ids)):
                 raise DumpError(f"{where} ({name}): token_ids must be {tokens or 'a list of'} whole numbers")
             if item.get("sha256", token_sha256(ids)) != token_sha256(ids):
                 raise DumpError(f"{where} ({name}): token_ids do not match their sha256")
@@ -322,19 +305,14 @@ def read_header(path: Path) -> tuple[dict[str, tuple[int, int, int]], str]:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
             found = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
     except (SafetensorError, OSError, ValueError) as error:
-        raise DumpError(
-            f"{path} is truncated or not a safetensors file ({error}); capture it again"
-        ) from None
+        raise DumpError(f"{path} is truncated or not a safetensors file ({error}); capture it again") from None
     if not {"q", "k"} <= found.keys() <= {"q", "k", "v"}:
         raise DumpError(
-            f"{path} must hold the tensors q, k and optionally v;"
-            f" it holds {', '.join(sorted(found)) or 'none'}"
+            f"{path} must hold the tensors q, k and optionally v; it holds {', '.join(sorted(found)) or 'none'}"
         )
     for name, (shape, dtype) in found.items():
         if len(shape) != 3 or 0 in shape:
-            raise DumpError(
-                f"{path}: {name} must be (heads, tokens, head_dim) with none of them zero, not {shape}"
-            )
+            raise DumpError(f"{path}: {name} must be (heads, tokens, head_dim) with none of them zero, not {shape}")
         if dtype not in DTYPES:
             raise DumpError(f"{path}: {name} is {dtype}; dumps hold fp32, fp16 or bf16")
     (heads, tokens, head_dim), dtype = found["q"]

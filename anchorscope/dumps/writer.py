@@ -80,9 +80,7 @@ def torch_dtype(name: str) -> torch.dtype:
     return types[name]
 
 
-def layer_bytes(
-    heads: int, kv_heads: int, tokens: int, head_dim: int, dtype: str, values: bool = True
-) -> int:
+def layer_bytes(heads: int, kv_heads: int, tokens: int, head_dim: int, dtype: str, values: bool = True) -> int:
     """Bytes of one tensor file, header (under 1 KiB) included."""
     return 1024 + (heads + kv_heads * (2 if values else 1)) * tokens * head_dim * DTYPE_BYTES[dtype]
 
@@ -137,12 +135,7 @@ class LayerWriter:
         shape = tuple(x.shape)
         rows = range(shape[0] if shape else 0) if rows is None else rows
         n = shape[1] if len(shape) == 3 else 0
-        if (
-            len(rows) != heads
-            or shape[1:] != (n, head_dim)
-            or not 0 < n <= tokens - start
-            or start != self._next[name]
-        ):
+        if len(rows) != heads or shape[1:] != (n, head_dim) or not 0 < n <= tokens - start or start != self._next[name]:
             raise InputError(
                 f"{where}: {name} {shape} at position {start} does not continue"
                 f" ({heads}, {tokens}, {head_dim}) at position {self._next[name]}"
@@ -297,9 +290,7 @@ class DumpWriter:
             if not heads or not all(is_int(h) for h in heads) or list(heads) != sorted(set(heads)):
                 raise InputError(f"{where}: {name} must be ascending head indices, not {list(heads)}")
         if len(query_heads) % len(kv_heads):
-            raise InputError(
-                f"{where}: {len(query_heads)} query heads cannot share {len(kv_heads)} kv heads evenly"
-            )
+            raise InputError(f"{where}: {len(query_heads)} query heads cannot share {len(kv_heads)} kv heads evenly")
         shapes = {"q": (len(query_heads), tokens, head_dim), "k": (len(kv_heads), tokens, head_dim)}
         record = {
             "prompt": prompt,
@@ -341,9 +332,7 @@ class DumpWriter:
             return
         for stray in self.path.glob(f"*{PARTIAL}"):
             stray.unlink(missing_ok=True)
-        keep = bool(self._manifest["entries"]) and (
-            self._resumed or not issubclass(kind or Exception, Exception)
-        )
+        keep = bool(self._manifest["entries"]) and (self._resumed or not issubclass(kind or Exception, Exception))
         if kind is not None and not keep:
             remove_dump_files(self.path)
         self._release()
@@ -450,9 +439,7 @@ def write_dump(
         found = {name: torch.as_tensor(item[name]) for name in TENSOR_NAMES if item.get(name) is not None}
         for name, x in found.items():
             expected = (
-                (x.shape[0] if name == "q" else found["k"].shape[0], *found["q"].shape[1:])
-                if x.ndim == 3
-                else None
+                (x.shape[0] if name == "q" else found["k"].shape[0], *found["q"].shape[1:]) if x.ndim == 3 else None
             )
             if tuple(x.shape) != expected or 0 in x.shape or x.dtype != found["q"].dtype:
                 raise InputError(
@@ -464,9 +451,7 @@ def write_dump(
             if item.get(key) is not None and len(item[key]) != x.shape[0]:
                 raise InputError(f"{where}: {key} names {len(item[key])} heads for {x.shape[0]} rows")
         if lengths.setdefault(item["prompt"], found["q"].shape[1]) != found["q"].shape[1]:
-            raise InputError(
-                f"{where} has {found['q'].shape[1]} tokens where the prompt has {lengths[item['prompt']]}"
-            )
+            raise InputError(f"{where} has {found['q'].shape[1]} tokens where the prompt has {lengths[item['prompt']]}")
         tensors.append(found)
     if not items:
         raise InputError("write_dump needs at least one entry")
@@ -486,9 +471,7 @@ def write_dump(
                 item["prompt"],
                 item["layer"],
                 query_heads=list(range(heads) if item.get("query_heads") is None else item["query_heads"]),
-                kv_heads=list(
-                    range(found["k"].shape[0]) if item.get("kv_heads") is None else item["kv_heads"]
-                ),
+                kv_heads=list(range(found["k"].shape[0]) if item.get("kv_heads") is None else item["kv_heads"]),
                 tokens=tokens,
                 head_dim=head_dim,
                 dtype=dtype_name(found["q"].dtype),
@@ -542,12 +525,8 @@ def check_output(path: Path, *, overwrite: bool = False, resume: bool = False) -
                 raise InputError(f"{path} holds other files and no dump: give a new folder")
             if MANIFEST in names and not overwrite and not resume:
                 if not _is_complete(path):
-                    raise InputError(
-                        f"{path} holds an unfinished dump: --resume continues it, --overwrite replaces it"
-                    )
-                raise InputError(
-                    f"{path} exists already: give another folder, or --overwrite to replace the dump"
-                )
+                    raise InputError(f"{path} holds an unfinished dump: --resume continues it, --overwrite replaces it")
+                raise InputError(f"{path} exists already: give another folder, or --overwrite to replace the dump")
             if MANIFEST in names and resume and not overwrite and _is_complete(path):
                 raise InputError(f"{path} is complete: there is nothing to resume")
         base = path.absolute()
@@ -609,9 +588,7 @@ def remove_dump_files(path: Path) -> None:
             file.unlink(missing_ok=True)
 
 
-def _header(
-    shapes: Mapping[str, tuple[int, int, int]], dtype: str, size: int
-) -> tuple[bytes, dict[str, int]]:
+def _header(shapes: Mapping[str, tuple[int, int, int]], dtype: str, size: int) -> tuple[bytes, dict[str, int]]:
     """safetensors header and the absolute offset of each tensor; the header is padded to 8 bytes as the
     format advises."""
     code = next(code for code, name in DTYPES.items() if name == dtype)
@@ -624,9 +601,7 @@ def _header(
     text = json.dumps(table, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     start = 8 + len(text)
-    return len(text).to_bytes(8, "little") + text, {
-        name: start + t["data_offsets"][0] for name, t in table.items()
-    }
+    return len(text).to_bytes(8, "little") + text, {name: start + t["data_offsets"][0] for name, t in table.items()}
 
 
 def _layout(manifest: Mapping[str, Any]) -> str:
@@ -682,9 +657,7 @@ def _lock(path: Path) -> IO[bytes]:
                 raise BlockingIOError
     except OSError:
         file.close()
-        raise InputError(
-            f"{path} is being written by another process: wait for it or give another folder"
-        ) from None
+        raise InputError(f"{path} is being written by another process: wait for it or give another folder") from None
     return file
 
 
