@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from anchorscope.kernels import reference
 
 from anchorscope.capture import AttentionCall, PromptInput, capture_model, intercept, prefill
 from anchorscope.dumps import Dump, Entry, open_dump, verify
 from anchorscope.errors import InputError, MissingBackendError, RunFailure
+from anchorscope.kernels import reference
 
 transformers = pytest.importorskip("transformers")
 

@@ -13,11 +13,11 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from anchorscope.kernels import reference
 
 from anchorscope.capture import AttentionCall, PromptInput, capture_model, intercept, prefill
 from anchorscope.capture.models import load_model
 from anchorscope.dumps import open_dump, verify
+from anchorscope.kernels import reference
 
 pytestmark = [pytest.mark.slow, pytest.mark.network]
 N = 8192

@@ -453,9 +453,7 @@ def interrupt(path: Path, *, layers: int) -> None:
         run()
 
 
-def test_interrupted_then_resumed_equals_uninterrupted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupted_then_resumed_equals_uninterrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupt(tmp_path / "d", layers=2)
     with pytest.raises(DumpError, match="unfinished"):
         open_dump(tmp_path / "d")
@@ -508,9 +506,7 @@ def test_a_second_writer_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_a_full_disk_is_one_sentence_and_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = Path.open
 
     def full(self: Path, *args: Any, **options: Any) -> Any:
