@@ -84,6 +84,10 @@ def capture(
     if not prompt and not text:
         raise InputError("give at least one prompt with --prompt FILE or --text TEXT")
 
+    if not sys.stderr.isatty() or model == "smollm2" or model.endswith(".gguf"):
+        # conversion bars of a GGUF are noise, those of a long download are not; tqdm reads this when imported
+        os.environ.setdefault("TQDM_DISABLE", "1")
+
     from anchorscope.capture.models import require_transformers
     from anchorscope.capture.prompts import PromptInput, decode, prompt_from_file
 
@@ -95,9 +99,6 @@ def capture(
             inputs.append(prompt_from_file(name))
     inputs += [PromptInput("text", item) for item in text or ()]
 
-    if not sys.stderr.isatty() or model == "smollm2" or model.endswith(".gguf"):
-        # conversion bars of a GGUF are noise, those of a long download are not; tqdm reads this when imported
-        os.environ.setdefault("TQDM_DISABLE", "1")
     require_transformers()
     from transformers.utils import logging as transformers_logging
 
