@@ -41,7 +41,8 @@ class Backend:
         """The device as people call it."""
         if self.device.type == "cuda":
             return torch.cuda.get_device_name(self.device)
-        return f"CPU, {torch.get_num_threads()} threads"
+        count = torch.get_num_threads()
+        return f"CPU, {count} thread" + "s" * (count > 1)
 
 
 def resolve_backend(name: str = "auto", device: str = "auto") -> Backend:
