@@ -1,15 +1,13 @@
 """Synthetic Q, K, V with a known answer: the seeded workload on which the benchmarks are taken.
 
-Orthonormal directions u_0 ... u_R are drawn. Every query carries u_0 and, for each period of `group` queries
-and each query head, one of u_1 ... u_R. The first four keys carry u_0: a sink that every query looks at. For
-each r, about `fraction * n` random keys of each kv head carry u_r with 0.6 to 1.0 of full strength: the
-stripes of all groups whose queries carry u_r. Everything else is Gaussian noise. A full match scores about
-`strength` nats above the noise.
+Orthonormal directions u_0 ... u_R are drawn. Every query carries u_0 and, for each period of `group` queries and each
+query head, one of u_1 ... u_R. The first four keys carry u_0: a sink that every query looks at. For each r, about
+`fraction * n` random keys of each kv head carry u_r with 0.6 to 1.0 of full strength: the stripes of all groups whose
+queries carry u_r. Everything else is Gaussian noise. A full match scores about `strength` nats above the noise.
 
-The known answer: with `group` equal to the block * step of the method and theta below `strength` minus the
-noise, the stripes of a group are the planted columns of its direction, the strongest first (`planted_truth`
-returns them). The same arguments give the same numbers on the same kind of device (CPU and CUDA draw
-differently).
+The known answer: with `group` equal to the block * step of the method and theta below `strength` minus the noise, the
+stripes of a group are the planted columns of its direction, the strongest first (`planted_truth` returns them). The
+same arguments give the same numbers on the same kind of device (CPU and CUDA draw differently).
 """
 
 from __future__ import annotations
@@ -30,9 +28,8 @@ class PlantedTruth(NamedTuple):
 
     Attributes:
         directions: (heads, ceil(n / group)) int64, the direction 1 ... R that the queries of a period carry.
-        strength: (kv_heads, R + 1, n) float32, share of full strength with which a key carries each
-            direction:
-            1 for direction 0 in the first four keys, 0.6 to 1.0 for stripes, 0 for noise.
+        strength: (kv_heads, R + 1, n) float32, share of full strength with which a key carries each direction: 1 for
+            direction 0 in the first four keys, 0.6 to 1.0 for stripes, 0 for noise.
     """
 
     directions: Tensor

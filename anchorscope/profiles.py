@@ -1,10 +1,9 @@
 """The saved profile of one head: everything the figures and later commands need, without the dump.
 
-A profile holds the exact curves of one (prompt, layer, query head), what each asked theta keeps, and
-binned maps of attention mass and stripes. It is one safetensors file, arrays as tensors and scalars as
-JSON in the header, under 2 MB at any prompt length because the heat map is capped at `MAX_ROWS` x
-`MAX_COLUMNS` cells. numpy only: reading one is quick and needs neither torch nor the dump. docs/method.md
-defines the quantities.
+A profile holds the exact curves of one (prompt, layer, query head), what each asked theta keeps, and binned maps of
+attention mass and stripes. It is one safetensors file, arrays as tensors and scalars as JSON in the header, under 2 MB
+at any prompt length because the heat map is capped at `MAX_ROWS` x `MAX_COLUMNS` cells. numpy only: reading one is
+quick and needs neither torch nor the dump. docs/method.md defines the quantities.
 """
 
 from __future__ import annotations
@@ -72,9 +71,9 @@ _CLOSE = 1e-3  # float32 sums of exponentials may exceed 1 a little
 class HeadProfile:
     """Exact sparsity profile of one query head on one prompt.
 
-    T is the number of thetas asked, M of curve points, K of oracle points, R x C of heat map cells, P of
-    position bins. Arrays are converted to the stored dtype when a profile is made, so a saved and loaded
-    one is equal bit for bit.
+    T is the number of thetas asked, M of curve points, K of oracle points, R x C of heat map cells, P of position
+    bins. Arrays are converted to the stored dtype when a profile is made, so a saved and loaded one is equal bit for
+    bit.
 
     Attributes:
         prompt: name of the prompt.
@@ -87,30 +86,28 @@ class HeadProfile:
         scale: softmax scale of the layer.
         backend: what computed it ("torch", "triton").
         dump_identity: hash that names the dump it came from.
-        visible_pairs, anchor_pairs, candidate_pairs: exact (query, key) counts; the last two partition the
-            first.
+        visible_pairs, anchor_pairs, candidate_pairs: exact (query, key) counts; the last two partition the first.
         thetas: (T,) float64, nats, in the order asked; may hold +-inf.
-        recall, recall_p05, recall_min, recall_last: (T,) float64, attention mass kept: mean over queries,
-            5th percentile and minimum of the queries, mean of the last `block` queries.
+        recall, recall_p05, recall_min, recall_last: (T,) float64, attention mass kept: mean over queries, 5th
+            percentile and minimum of the queries, mean of the last `block` queries.
         kept_pairs, stripe_pairs: (T,) int64, exact pairs kept in all and among the candidates.
         output_error: (T,) float64, ||O_sparse - O_dense||_F / ||O_dense||_F; NaN without V.
-        output_close_01, output_close_005: (T,) float64, share of output elements closer than 0.01 / 0.005;
-            NaN without V.
+        output_close_01, output_close_005: (T,) float64, share of output elements closer than 0.01 / 0.005; NaN without
+            V.
         curve_theta: (M,) float64 ascending, -inf first and +inf last.
         curve_recall, curve_pairs: (M,) float64 and int64, mean recall and exact kept pairs at each of them.
         oracle_pairs, oracle_recall: (K,) int64 ascending and float64, breakpoints of the stripe oracle.
         heat_rows, heat_columns: (R+1,), (C+1,) int64, edges of the heat map's cells: query and key positions.
-        heat_mass: (R, C) float16, attention mass of the cell's keys, mean over the row's queries, anchor
-            region included.
+        heat_mass: (R, C) float16, attention mass of the cell's keys, mean over the row's queries, anchor region
+            included.
         heat_kept: (R, C) float16, the part of it kept at thetas[0].
-        heat_margin: (R, C) float16, nats, smallest margin of the cell's candidate columns; +inf where
-            there is none.
-        heat_stripes: (R, C) float16, share of the cell's candidate (group, column) pairs that are stripes
-            at thetas[0].
+        heat_margin: (R, C) float16, nats, smallest margin of the cell's candidate columns; +inf where there is none.
+        heat_stripes: (R, C) float16, share of the cell's candidate (group, column) pairs that are stripes at
+            thetas[0].
         position_recall: (T, P) float32, mean recall of the queries in each bin of positions.
         position_edges: (P+1,) int64, edges of those bins.
-        top_columns, top_mass: (X <= 64,) int64 and float32, keys with most attention mass and their share
-            of the total.
+        top_columns, top_mass: (X <= 64,) int64 and float32, keys with most attention mass and their share of the
+            total.
 
     Raises:
         InputError: shapes, ranges or order that contradict the above.

@@ -1,12 +1,11 @@
 """Anchor attention in plain torch: any device, exact, memory-bounded. The back end where Triton cannot run.
 
-The three stages have the signatures of the Triton kernels. Sums are float32 (float64 for float64 inputs),
-pooled queries are not rounded, K and V are never repeated, and no tensor has n x N elements: scores exist for
-one chunk of rows of one kv head at a time.
+The three stages have the signatures of the Triton kernels. Sums are float32 (float64 for float64 inputs), pooled
+queries are not rounded, K and V are never repeated, and no tensor has n x N elements: scores exist for one chunk of
+rows of one kv head at a time.
 
-Layout: `q` (B, H, n, d), `k` and `v` (B, Hkv, N, d), any strides; query head h reads kv head h // (H // Hkv).
-The n queries are the last of the N positions, or start at the absolute position `offset`; groups start at the
-first query.
+Layout: `q` (B, H, n, d), `k` and `v` (B, Hkv, N, d), any strides; query head h reads kv head h // (H // Hkv). The n
+queries are the last of the N positions, or start at the absolute position `offset`; groups start at the first query.
 Source: Zhang et al., AnchorAttention (EMNLP 2025), section 3, with the partition of docs/method.md.
 """
 
@@ -90,8 +89,7 @@ def layout(
     """Check shapes and positions; fill in the defaults (`init` and `lookback`: `block`; `offset`: N - n).
 
     Raises:
-        ValueError: the shapes do not fit together, a length is out of range, or queries lie beyond the last
-            key.
+        ValueError: the shapes do not fit together, a length is out of range, or queries lie beyond the last key.
     """
     if len(q_shape) != 4 or len(k_shape) != 4:
         raise ValueError(f"q and k must be (B, heads, tokens, d), not {tuple(q_shape)} and {tuple(k_shape)}")
@@ -110,9 +108,7 @@ def layout(
         raise ValueError(f"window must be at least 1, not {window}")
     offset = total - n if offset is None else offset
     if n < 1 or offset < 0 or offset + n > total:
-        raise ValueError(
-            f"queries at positions {offset} to {offset + n - 1} do not lie within the {total} keys"
-        )
+        raise ValueError(f"queries at positions {offset} to {offset + n - 1} do not lie within the {total} keys")
     return Layout(batch, heads, kv_heads, n, total, offset, block, step, init, lookback, window)
 
 
@@ -163,9 +159,7 @@ def anchor(
     Raises:
         ValueError: shapes or parameters that do not fit (see `layout`).
     """
-    geo = layout(
-        q.shape, k.shape, block=block, step=step, init=init, lookback=lookback, window=window, offset=offset
-    )
+    geo = layout(q.shape, k.shape, block=block, step=step, init=init, lookback=lookback, window=window, offset=offset)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     dtype = _working_dtype(q)
     out = torch.empty(q.shape[:3] + v.shape[3:], dtype=dtype, device=q.device)
@@ -183,9 +177,7 @@ def anchor(
                 if head_end == local:
                     head_end, local = 0, 0
                 region_k = torch.cat((keys[:head_end], keys[local:end])) if head_end else keys[local:end]
-                region_v = (
-                    torch.cat((values[:head_end], values[local:end])) if head_end else values[local:end]
-                )
+                region_v = torch.cat((values[:head_end], values[local:end])) if head_end else values[local:end]
                 position = torch.arange(local - head_end, end, device=q.device)
                 position[:head_end] = torch.arange(head_end, device=q.device)
                 for low, high in _chunks(first, last, geo.ratio * len(position), q.device):
@@ -254,9 +246,7 @@ def identify(
         offset=offset,
     )
     if blocks != geo.blocks:
-        raise ValueError(
-            f"state has {blocks} blocks but {queries} queries in blocks of {block} make {geo.blocks}"
-        )
+        raise ValueError(f"state has {blocks} blocks but {queries} queries in blocks of {block} make {geo.blocks}")
     scale = d**-0.5 if scale is None else scale
     device = k.device
     limit = torch.as_tensor(theta, dtype=state.a_bar.dtype, device=device)
@@ -296,9 +286,7 @@ def identify(
     counts = torch.tensor([len(x) for x in lists], dtype=torch.int64)
     offsets = torch.zeros(len(lists) + 1, dtype=torch.int64)
     offsets[1:] = counts.cumsum(0)
-    return Stripes(
-        torch.cat(lists), offsets.to(device), counts.int().view(batch, heads, geo.groups).to(device)
-    )
+    return Stripes(torch.cat(lists), offsets.to(device), counts.int().view(batch, heads, geo.groups).to(device))
 
 
 def sparse(
@@ -320,20 +308,16 @@ def sparse(
     """Continue the softmax of `state` over the stripes of each group: exact attention over everything kept.
 
     Returns:
-        out (B, H, n, d) in the dtype of `q`, and the LSE over the kept keys (B, H, n), float32 (float64 for
-        float64 inputs).
+        out (B, H, n, d) in the dtype of `q`, and the LSE over the kept keys (B, H, n), float32 (float64 for float64
+        inputs).
 
     Raises:
         ValueError: shapes or parameters that do not fit (see `layout`).
     """
-    geo = layout(
-        q.shape, k.shape, block=block, step=step, init=init, lookback=lookback, window=window, offset=offset
-    )
+    geo = layout(q.shape, k.shape, block=block, step=step, init=init, lookback=lookback, window=window, offset=offset)
     if stripes.counts.shape != (geo.batch, geo.heads, geo.groups):
         expected = (geo.batch, geo.heads, geo.groups)
-        raise ValueError(
-            f"stripes are for (B, H, groups) {tuple(stripes.counts.shape)}, the queries make {expected}"
-        )
+        raise ValueError(f"stripes are for (B, H, groups) {tuple(stripes.counts.shape)}, the queries make {expected}")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     dtype = state.lse.dtype
     out = torch.empty(q.shape[:3] + v.shape[3:], dtype=q.dtype, device=q.device)
@@ -387,8 +371,7 @@ def anchor_attention(
     Args: as in `anchor` and `identify`. theta = +inf is dense causal attention, -inf the anchor region alone.
 
     Returns:
-        out (B, H, n, d) in the dtype of `q`, LSE over the kept keys (B, H, n) float32 (float64 for float64
-        inputs).
+        out (B, H, n, d) in the dtype of `q`, LSE over the kept keys (B, H, n) float32 (float64 for float64 inputs).
 
     Raises:
         ValueError: shapes or parameters that do not fit.

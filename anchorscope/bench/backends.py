@@ -16,8 +16,8 @@ from anchorscope.devices import resolve_backend_name
 class SparseBackend:
     """The stages of anchor attention with the signatures of `anchorscope.kernels.torch_backend`.
 
-    `in_place` tells whether `sparse` takes `inplace=True`, which is how `whole` calls it: it then continues
-    the anchor stage's state instead of a copy.
+    `in_place` tells whether `sparse` takes `inplace=True`, which is how `whole` calls it: it then continues the anchor
+    stage's state instead of a copy.
     """
 
     name: str

@@ -65,9 +65,7 @@ def load_result(path: str | Path) -> dict[str, Any]:
         _key(data, data["rows"][0]) if data["rows"] else data["settings"]
         _ = [data["hardware"][x] for x in _MACHINE]
     except (KeyError, TypeError, ValueError, AttributeError):
-        raise InputError(
-            f"{file} is damaged: a bench result lacks rows or times; run that bench again"
-        ) from None
+        raise InputError(f"{file} is damaged: a bench result lacks rows or times; run that bench again") from None
     return data
 
 
@@ -100,9 +98,7 @@ def compare(new: dict[str, Any], old: dict[str, Any]) -> tuple[list[Ratio], list
         if old.get("versions", {}).get(name) != new.get("versions", {}).get(name)
     ]
     if old["settings"].get("backend") != new["settings"].get("backend"):
-        notes.append(
-            f"different back end: {old['settings'].get('backend')} before, {new['settings']['backend']} now"
-        )
+        notes.append(f"different back end: {old['settings'].get('backend')} before, {new['settings']['backend']} now")
     if unmatched:
         notes.append(f"{unmatched} of {unmatched + len(ratios)} times have no counterpart in the old result")
     return ratios, notes
@@ -118,11 +114,7 @@ def _times(data: dict[str, Any]) -> Iterator[tuple[tuple[Any, str], dict[str, An
         key = _key(data, row)
         named = [(f"dense {dense['name']}", dense["timing"]) for dense in row["dense"]]
         for i, sparse in enumerate(row["sparse"]):
-            theta = (
-                f"theta={sparse['theta']}"
-                if isinstance(sparse["theta"], str)
-                else f"theta={sparse['theta']:g}"
-            )
+            theta = f"theta={sparse['theta']}" if isinstance(sparse["theta"], str) else f"theta={sparse['theta']:g}"
             named += [
                 (name if name == "anchor" else f"{name} {theta}", time)
                 for name, time in sparse["stages"].items()

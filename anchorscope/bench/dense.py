@@ -1,7 +1,7 @@
 """The dense baselines: every causal attention back end that PyTorch brings here, behind one call.
 
-`dense_backends` tries each one on the actual inputs and returns those that run, with K and V grouped (GQA
-native) where the back end can, repeated beforehand where it cannot (then it says so; repeating is not timed).
+`dense_backends` tries each one on the actual inputs and returns those that run, with K and V grouped (GQA native)
+where the back end can, repeated beforehand where it cannot (then it says so; repeating is not timed).
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ FLEX_TILE = 128  # side of a FlexAttention mask block
 def default_names(device: torch.device, plain: bool = True) -> tuple[str, ...]:
     """Back ends tried when none are named; `plain` means neither sliding window nor soft-cap.
 
-    `math` holds N x N scores and is never the fastest. On a CPU, `flash` is PyTorch's only tiled kernel, and
-    compiling FlexAttention takes longer than the benchmark: it is tried only when nothing else can do it.
+    `math` holds N x N scores and is never the fastest. On a CPU, `flash` is PyTorch's only tiled kernel, and compiling
+    FlexAttention takes longer than the benchmark: it is tried only when nothing else can do it.
     """
     if device.type == "cuda":
         return "flash", "cudnn", "efficient", "flex"
@@ -172,8 +172,8 @@ def _cap(softcap: float) -> Callable[..., Tensor]:
 def flex_mask(n: int, window: int | None, device: torch.device) -> Any:
     """FlexAttention's BlockMask for causal attention (with a window), built from tiles: no N x N tensor.
 
-    PyTorch's `create_block_mask` evaluates the rule for every pair; here a tile is full, partial or absent by
-    its corner positions.
+    PyTorch's `create_block_mask` evaluates the rule for every pair; here a tile is full, partial or absent by its
+    corner positions.
     """
     from torch.nn.attention.flex_attention import BlockMask
 

@@ -112,9 +112,7 @@ def _time_lines(data: dict[str, Any], sources: dict[str, list[dict[str, Any]]]) 
     for axes in grid[:, 0]:
         label(axes, "N (tokens)", "time (ms, median)")
     handles = {
-        text: handle
-        for axes in grid.flat
-        for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)
+        text: handle for axes in grid.flat for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)
     }
     legend(figure, handles=handles.values(), labels=handles.keys(), loc="outside lower center", ncols=4)
     return figure
@@ -126,9 +124,7 @@ def _panel(axes: Axes, rows: list[dict[str, Any]]) -> None:
     base = [low] * len(rows)
     total = [0.0] * len(rows)
     for stage, colour in _STAGES.items():
-        total = [
-            t + row["sparse"][0]["stages"][stage]["median_ms"] for t, row in zip(total, rows, strict=True)
-        ]
+        total = [t + row["sparse"][0]["stages"][stage]["median_ms"] for t, row in zip(total, rows, strict=True)]
         axes.fill_between(lengths, base, total, color=colour, alpha=0.6, lw=0, label=_STAGE_LABELS[stage])
         base = total
     _line(axes, lengths, [row["sparse"][0]["whole"] for row in rows], INK, "whole pipeline", 2.2)
@@ -136,9 +132,7 @@ def _panel(axes: Axes, rows: list[dict[str, Any]]) -> None:
         had = [(row["n"], d) for row in rows for d in row["dense"] if d["name"] == name]
         repeated = " (K/V repeated)" if had[0][1]["kv_repeated"] else ""
         colour = _DENSE.get(name, MUTED)
-        _line(
-            axes, [n for n, _ in had], [d["timing"] for _, d in had], colour, f"dense {name}{repeated}", 1.4
-        )
+        _line(axes, [n for n, _ in had], [d["timing"] for _, d in had], colour, f"dense {name}{repeated}", 1.4)
     for row in rows:
         sparse = row["sparse"][0]
         if sparse["speedup"] is not None:
@@ -162,9 +156,7 @@ def _panel(axes: Axes, rows: list[dict[str, Any]]) -> None:
     label(axes, "N (tokens)")
 
 
-def _line(
-    axes: Axes, x: list[int], times: list[dict[str, float]], colour: str, text: str, width: float
-) -> None:
+def _line(axes: Axes, x: list[int], times: list[dict[str, float]], colour: str, text: str, width: float) -> None:
     middle = [t["median_ms"] for t in times]
     spread = [[m - t["p20_ms"] for m, t in zip(middle, times, strict=True)]]
     spread.append([t["p80_ms"] - m for m, t in zip(middle, times, strict=True)])

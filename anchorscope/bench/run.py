@@ -1,8 +1,8 @@
 """`run_bench`: dense and sparse attention timed on the same inputs, with what the sparse selection kept.
 
-For every input and length: dense back ends are tried, the sparse pipeline is checked against exact dense
-attention at theta = +inf, everything is warmed up and timed with interleaved repetitions, and the outputs of
-what was timed are measured. A speed-up is given only where the check passed, next to its recall and density.
+For every input and length: dense back ends are tried, the sparse pipeline is checked against exact dense attention at
+theta = +inf, everything is warmed up and timed with interleaved repetitions, and the outputs of what was timed are
+measured. A speed-up is given only where the check passed, next to its recall and density.
 """
 
 from __future__ import annotations
@@ -254,9 +254,7 @@ def run_bench(
     for case in cases:
         share = case.n**2 / total
 
-        def report(
-            part: float, text: str, case: Case = case, done: float = done, share: float = share
-        ) -> None:
+        def report(part: float, text: str, case: Case = case, done: float = done, share: float = share) -> None:
             progress(done + part * share, f"{case.n:,}: {text}")
 
         try:
@@ -316,9 +314,7 @@ def _planted_cases(config: BenchConfig, device: torch.device, dtype: torch.dtype
         raise InputError(f"period must be at least 1, not {period}")
 
     def make(n: int) -> Callable[[], tuple[Tensor, Tensor, Tensor]]:
-        return lambda: planted(
-            n, heads, kv_heads, head_dim, config.seed or 0, period, device=device, dtype=dtype
-        )
+        return lambda: planted(n, heads, kv_heads, head_dim, config.seed or 0, period, device=device, dtype=dtype)
 
     return [
         Case("planted", n, heads, kv_heads, head_dim, head_dim**-0.5, None, None, make(n))
@@ -336,9 +332,7 @@ def _dump_dtype(dump: Dump, device: torch.device) -> str:
 def _dump_cases(config: BenchConfig, dump: Dump, device: torch.device, dtype: torch.dtype) -> list[Case]:
     for name in ("heads", "kv_heads", "head_dim", "period", "seed"):
         if getattr(config, name) is not None:
-            raise InputError(
-                f"{name.replace('_', ' ')} belongs to planted input; a dump brings its own tensors"
-            )
+            raise InputError(f"{name.replace('_', ' ')} belongs to planted input; a dump brings its own tensors")
     entries = [e for e in dump.entries if config.layers is None or e.layer in config.layers]
     known = sorted({e.layer for e in dump.entries})
     if missing := sorted(set(config.layers or ()) - set(known)):
@@ -355,8 +349,7 @@ def _dump_cases(config: BenchConfig, dump: Dump, device: torch.device, dtype: to
         for n in config.lengths or (entry.tokens,):
             if n > entry.tokens:
                 raise InputError(
-                    f"length {n} is more than the {entry.tokens} tokens of prompt {entry.prompt}"
-                    f" in {dump.path}"
+                    f"length {n} is more than the {entry.tokens} tokens of prompt {entry.prompt} in {dump.path}"
                 )
             cases.append(_dump_case(dump, entry, n, device, dtype))
     return cases
@@ -498,10 +491,7 @@ def _time_case(
                 stage_tflops={
                     "anchor": rate * kept.anchor / stages["anchor"].median_ms,
                     # One product, and one pooled query for `block` queries.
-                    "identification": rate
-                    * kept.candidates
-                    / (2 * params.block)
-                    / stages["identification"].median_ms,
+                    "identification": rate * kept.candidates / (2 * params.block) / stages["identification"].median_ms,
                     "sparse": rate * kept.stripes / stages["sparse"].median_ms,
                 },
                 recall=mean_recall,

@@ -1,7 +1,7 @@
 """Timing and memory of callables: warm-up, interleaved repetitions, medians with quantiles, peak memory.
 
-On a GPU, CUDA events around each call; on a CPU, the wall clock. The repetitions of all callables are
-interleaved (a, b, c, a, b, c, ...) so that drift of clocks or temperature hits all alike.
+On a GPU, CUDA events around each call; on a CPU, the wall clock. The repetitions of all callables are interleaved (a,
+b, c, a, b, c, ...) so that drift of clocks or temperature hits all alike.
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ def interleaved(
 def peak_memory(run: Callable[[], Any], device: torch.device) -> int | None:
     """Bytes that one call needs at its peak beyond what was allocated before it, its results included.
 
-    On a GPU, from PyTorch's caching allocator (exact). On Linux with glibc, growth of the resident set after
-    the C library gave its free memory back: pages touched, fragmentation included. None elsewhere.
+    On a GPU, from PyTorch's caching allocator (exact). On Linux with glibc, growth of the resident set after the C
+    library gave its free memory back: pages touched, fragmentation included. None elsewhere.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)

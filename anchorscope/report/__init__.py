@@ -1,7 +1,7 @@
 """Figures from saved head profiles.
 
-The functions of `figures` take profiles and return a `matplotlib.figure.Figure`; `write` saves them.
-Nothing here imports torch.
+The functions of `figures` take profiles and return a `matplotlib.figure.Figure`; `write` saves them. Nothing here
+imports torch.
 """
 
 from anchorscope.report.figures import layer_head_grid, recall_by_position, recall_density, stripe_heatmap

@@ -1,9 +1,7 @@
-"""The figures. Each function takes head profiles and returns a `Figure`; `anchorscope.report.write` saves
-them.
+"""The figures. Each function takes head profiles and returns a `Figure`; `anchorscope.report.write` saves them.
 
-docs/figures.md explains how to read each. All are built without pyplot, so drawing keeps no global state,
-needs no display
-and is safe in threads.
+docs/figures.md explains how to read each. All are built without pyplot, so drawing keeps no global state, needs no
+display and is safe in threads.
 """
 
 from __future__ import annotations
@@ -105,13 +103,9 @@ def layer_head_grid(profiles: Sequence[HeadProfile], *, target_recall: float = 0
         panels[0].add_patch(frame)
     handles = [Patch(fill=False, edgecolor=RED, linewidth=1.6, label=f"recall below {target_recall:g}")]
     if np.isneginf(theta).any():
-        handles.append(
-            Patch(facecolor=_ALONE, edgecolor=MUTED, label="anchor region alone reaches it (-inf)")
-        )
+        handles.append(Patch(facecolor=_ALONE, edgecolor=MUTED, label="anchor region alone reaches it (-inf)"))
     if np.isposinf(theta).any():
-        handles.append(
-            Patch(facecolor=_DENSE, edgecolor=MUTED, label="only dense attention reaches it (inf)")
-        )
+        handles.append(Patch(facecolor=_DENSE, edgecolor=MUTED, label="only dense attention reaches it (inf)"))
     if np.isnan(recall).any():
         handles.append(Patch(facecolor=PAPER, edgecolor=MUTED, label="not analysed"))
     if breaks:
@@ -123,10 +117,8 @@ def layer_head_grid(profiles: Sequence[HeadProfile], *, target_recall: float = 0
 def recall_density(profiles: Sequence[HeadProfile], *, target_recall: float = 0.95) -> Figure:
     """Recall against density of all heads of a layer, their mean at one theta, and the stripe oracle.
 
-    The mean line moves all heads along with one theta. The oracle gets the same mean density and may share it
-    out over
-    the heads as it likes, always adding the column with most attention mass per pair: no selection of stripes
-    by group
+    The mean line moves all heads along with one theta. The oracle gets the same mean density and may share it out over
+    the heads as it likes, always adding the column with most attention mass per pair: no selection of stripes by group
     keeps more, whatever thetas it uses.
 
     Args:
@@ -145,9 +137,7 @@ def recall_density(profiles: Sequence[HeadProfile], *, target_recall: float = 0.
     best = _crossing(oracle_density, oracle_recall, target_recall)
     subtitle = f"{_setting(first, thetas=False)}  |  density for mean recall {target_recall:g}: "
     subtitle += f"{_or_none(needed)} with one theta, {_or_none(best)} for the oracle"
-    figure = new_figure(
-        9.6, 6.2, f"Recall against density: {short_name(first.prompt)}, layer {first.layer}", subtitle
-    )
+    figure = new_figure(9.6, 6.2, f"Recall against density: {short_name(first.prompt)}, layer {first.layer}", subtitle)
     axes = figure.subplots()
     for p in profiles:
         axes.plot(*p.curve(), color=SKY, linewidth=0.9, alpha=0.75, zorder=2)
@@ -180,8 +170,7 @@ def recall_density(profiles: Sequence[HeadProfile], *, target_recall: float = 0.
     numbers = 0
     if len(profiles) <= 12:
         numbers = sum(
-            _note(axes, mark, str(p.head), (9, -10), MUTED, notes)
-            for p, mark in zip(profiles, marks, strict=True)
+            _note(axes, mark, str(p.head), (9, -10), MUTED, notes) for p, mark in zip(profiles, marks, strict=True)
         )
     numbered = ", with its number" if numbers else ""
     theta_0 = nats(float(first.thetas[0]))
@@ -219,8 +208,7 @@ def recall_density(profiles: Sequence[HeadProfile], *, target_recall: float = 0.
 
 
 def recall_by_position(profiles: Sequence[HeadProfile]) -> Figure:
-    """Recall of the queries by their position: each head of a layer at the first theta, and the mean at every
-    theta.
+    """Recall of the queries by their position: each head of a layer at the first theta, and the mean at every theta.
 
     Raises:
         InputError: no profile, or profiles of different prompts or thetas.
@@ -241,9 +229,7 @@ def recall_by_position(profiles: Sequence[HeadProfile]) -> Figure:
         axes.stairs(row[0], edges, baseline=None, color=SKY, linewidth=0.8, alpha=0.7)
     shown = _thetas_shown(first.thetas)
     shades = [BLUE, GREEN, ORANGE, RED]
-    handles = [
-        Line2D([], [], color=SKY, linewidth=1.0, label=f"a head at theta {nats(float(first.thetas[0]))}")
-    ]
+    handles = [Line2D([], [], color=SKY, linewidth=1.0, label=f"a head at theta {nats(float(first.thetas[0]))}")]
     for shade, t in zip(shades, shown, strict=False):
         axes.stairs(
             mean[t],
@@ -269,29 +255,23 @@ def recall_by_position(profiles: Sequence[HeadProfile]) -> Figure:
 def stripe_heatmap(profile: HeadProfile) -> Figure:
     """Where a head's attention mass lies, what the first theta keeps of it, and what it misses.
 
-    Left: attention mass by query group (down) and key position (across), anchor region outlined, stripes
-        marked in a
-    track along the lower edge of each group. Middle: the mass that is missed, over the regions that are kept.
-    Right: recall
-    by query position. The strips below sum over the queries.
+    Left: attention mass by query group (down) and key position (across), anchor region outlined, stripes marked in a
+    track along the lower edge of each group. Middle: the mass that is missed, over the regions that are kept. Right:
+    recall by query position. The strips below sum over the queries.
 
     Raises:
         InputError: the profile was loaded without its heat map.
     """
     p = profile
     if p.heat_mass.size == 0:
-        raise InputError(
-            f"layer {p.layer}, head {p.head} was loaded without its heat map: load it with heat=True"
-        )
+        raise InputError(f"layer {p.layer}, head {p.head} was loaded without its heat map: load it with heat=True")
     cells = _shown_cells(p)
     n = p.tokens
     recall, density = float(p.recall[0]), float(p.density[0])
     theta = nats(float(p.thetas[0]))
     title = f"{short_name(p.prompt)}, layer {p.layer}, head {p.head} (kv head {p.kv_head})"
     title += f": what theta {theta} keeps"
-    stripes = (
-        "no candidates" if p.candidate_pairs == 0 else f"stripe density {share(float(p.stripe_density[0]))}"
-    )
+    stripes = "no candidates" if p.candidate_pairs == 0 else f"stripe density {share(float(p.stripe_density[0]))}"
     subtitle = (
         f"{_setting(p, thetas=False)}  |  recall {share(recall)} at density {share(density)} "
         f"(sparsity {share(1 - density)}, "
@@ -349,9 +329,7 @@ def stripe_heatmap(profile: HeadProfile) -> Figure:
         label(axes, x="key position (tokens)")
 
     edges, by_position = _shown_positions(p.position_edges, p.position_recall[0])
-    side_axes.stairs(
-        by_position, edges, orientation="horizontal", baseline=1.0, fill=True, color=RED, alpha=0.35
-    )
+    side_axes.stairs(by_position, edges, orientation="horizontal", baseline=1.0, fill=True, color=RED, alpha=0.35)
     side_axes.stairs(by_position, edges, orientation="horizontal", baseline=None, color=RED, linewidth=1.4)
     side_axes.axvline(recall, color=INK, linewidth=1.0, linestyle=":")
     floor = min(0.9, max(0.0, math.floor((float(by_position.min()) - 0.02) * 10) / 10))
@@ -399,9 +377,8 @@ def stripe_heatmap(profile: HeadProfile) -> Figure:
 def mean_curve(profiles: Sequence[HeadProfile]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Theta, mean density and mean recall of several heads that share one theta, each (points,) float64.
 
-    Heads may have been measured on different theta grids: each contributes its largest grid point that is not
-    above theta,
-    which it reaches for certain.
+    Heads may have been measured on different theta grids: each contributes its largest grid point that is not above
+    theta, which it reaches for certain.
     """
     theta = np.unique(np.concatenate([p.curve_theta for p in profiles]))
     density, recall = np.zeros(theta.size), np.zeros(theta.size)
@@ -413,11 +390,9 @@ def mean_curve(profiles: Sequence[HeadProfile]) -> tuple[np.ndarray, np.ndarray,
 
 
 def pooled_oracle(profiles: Sequence[HeadProfile]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean density and mean recall of the stripe oracle that shares one budget of pairs out over several
-    heads.
+    """Mean density and mean recall of the stripe oracle that shares one budget of pairs out over several heads.
 
-    Each head's oracle runs by falling mass per pair, so taking the steepest remaining piece of any head is
-    optimal.
+    Each head's oracle runs by falling mass per pair, so taking the steepest remaining piece of any head is optimal.
     """
     cost = np.concatenate([np.diff(p.oracle_pairs / p.visible_pairs) for p in profiles])
     gain = np.concatenate([np.diff(p.oracle_recall) for p in profiles])
@@ -438,12 +413,8 @@ def _same(profiles: Sequence[HeadProfile]) -> HeadProfile:
     first = profiles[0]
     for p in profiles:
         if (p.prompt, p.tokens, p.params) != (first.prompt, first.tokens, first.params):
-            raise InputError(
-                "profiles in one figure must share the prompt, its length and the anchor parameters"
-            )
-        if not np.array_equal(p.thetas, first.thetas) or not np.array_equal(
-            p.position_edges, first.position_edges
-        ):
+            raise InputError("profiles in one figure must share the prompt, its length and the anchor parameters")
+        if not np.array_equal(p.thetas, first.thetas) or not np.array_equal(p.position_edges, first.position_edges):
             raise InputError("profiles in one figure must share the thetas and position bins")
     return first
 
@@ -463,11 +434,7 @@ def _crossing(density: np.ndarray, recall: np.ndarray, target: float) -> float |
     if reached.size == 0:
         return None
     i = int(reached[0])
-    return (
-        float(density[0])
-        if i == 0
-        else float(np.interp(target, recall[i - 1 : i + 1], density[i - 1 : i + 1]))
-    )
+    return float(density[0]) if i == 0 else float(np.interp(target, recall[i - 1 : i + 1], density[i - 1 : i + 1]))
 
 
 def _grid(
@@ -475,8 +442,7 @@ def _grid(
 ) -> None:
     """One grid with its own colour bar; numbers in the cells where they fit.
 
-    Shares are rounded down (0.997 is not "1.00": something is missed), a theta up (`up`), so that it still
-    suffices.
+    Shares are rounded down (0.997 is not "1.00": something is missed), a theta up (`up`), so that it still suffices.
     """
     colours = matplotlib.colormaps[cmap]
     norm = Normalize(*span)
@@ -497,9 +463,7 @@ def _grid(
                         if up
                         else f"{math.floor(value * 100 + 1e-6) / 100:.2f}"
                     )
-                axes.text(
-                    column, row, text, size=7.5, ha="center", va="center", color="white" if dark else INK
-                )
+                axes.text(column, row, text, size=7.5, ha="center", va="center", color="white" if dark else INK)
     bar = axes.figure.colorbar(
         ScalarMappable(norm, colours), ax=axes, orientation="horizontal", fraction=0.05, pad=0.02, aspect=34
     )
@@ -637,8 +601,7 @@ def _cells(axes: Axes, cells: _Cells, values: np.ndarray, cmap: Colormap, norm: 
 
 
 def _regions(axes: Axes, p: HeadProfile, *, outline: str, fill: str | None) -> None:
-    """The anchor region: local part of each group (a staircase up to the diagonal) and the first `init`
-    keys."""
+    """The anchor region: local part of each group (a staircase up to the diagonal) and the first `init` keys."""
     n, group = p.tokens, p.params.group
     window = n if p.window is None else p.window
     face = "none" if fill is None else to_rgba(fill, 0.3)
@@ -665,9 +628,7 @@ def _regions(axes: Axes, p: HeadProfile, *, outline: str, fill: str | None) -> N
 
 
 def _area(axes: Axes, corners: Sequence[Sequence[float] | np.ndarray], colour: object) -> None:
-    axes.add_patch(
-        Polygon(np.array(corners, dtype=float), closed=True, facecolor=colour, edgecolor="none", zorder=2)
-    )
+    axes.add_patch(Polygon(np.array(corners, dtype=float), closed=True, facecolor=colour, edgecolor="none", zorder=2))
 
 
 def _invisible(axes: Axes, n: int, window: int | None) -> None:
@@ -677,17 +638,14 @@ def _invisible(axes: Axes, n: int, window: int | None) -> None:
         corners.append([(0, window), (n - window, n), (0, n)])
     for triangle in corners:
         axes.add_patch(
-            Polygon(
-                triangle, closed=True, facecolor=PAPER, edgecolor=FAINT, hatch="///", linewidth=0, zorder=3
-            )
+            Polygon(triangle, closed=True, facecolor=PAPER, edgecolor=FAINT, hatch="///", linewidth=0, zorder=3)
         )
 
 
 def _track(axes: Axes, cells: _Cells, colour: str, *, faintest: float) -> None:
     """A thin track along the lower edge of each row, coloured where the group selected stripes of the cell.
 
-    Opacity grows from `faintest` (any stripe) to 1 (all candidates), by the square root so that a few stripes
-    show.
+    Opacity grows from `faintest` (any stripe) to 1 (all candidates), by the square root so that a few stripes show.
     """
     rgba = np.zeros((*cells.stripes.shape, 4))
     rgba[..., :3] = to_rgba(colour)[:3]

@@ -1,5 +1,4 @@
-"""The common look: colours, sizes, titles and number formats. Nothing here touches matplotlib's global
-settings."""
+"""The common look: colours, sizes, titles and number formats. Nothing here touches matplotlib's global settings."""
 
 from __future__ import annotations
 
@@ -34,9 +33,7 @@ def new_figure(width: float, height: float, title: str, subtitle: str, *, constr
     left = 0.16 / width
     # A prompt's name may hold anything: no math mode for "$", no line breaks, no glyph the font lacks.
     title, subtitle = (_plain(text) for text in (title, subtitle))
-    figure.text(
-        left, 1 - 0.14 / height, title, parse_math=False, size=TITLE, weight="bold", color=INK, va="top"
-    )
+    figure.text(left, 1 - 0.14 / height, title, parse_math=False, size=TITLE, weight="bold", color=INK, va="top")
     figure.text(left, 1 - 0.42 / height, subtitle, parse_math=False, size=TEXT, color=MUTED, va="top")
     return figure
 

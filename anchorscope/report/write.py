@@ -40,14 +40,12 @@ def draw_all(
     """Draw and save every figure of an analysis as PNG files in the folder `out`.
 
     Per prompt: `PROMPT-grid.png`; per layer `PROMPT-layer05-recall-density.png` and `PROMPT-layer05-recall-
-    by-position.png`;
-    for the heads chosen `PROMPT-layer05-head03-heatmap.png`.
+    by-position.png`; for the heads chosen `PROMPT-layer05-head03-heatmap.png`.
 
     Args:
         profiles: profiles or paths of saved ones, in any order. From paths, heat maps are read one at a time.
         out: folder, made when missing.
-        heatmaps: (layer, head) pairs, "all", or None for the heads of worst, median and best recall of each
-            prompt.
+        heatmaps: (layer, head) pairs, "all", or None for the heads of worst, median and best recall of each prompt.
         target_recall: see `layer_head_grid`.
         progress: called with each file written.
 
@@ -133,15 +131,11 @@ def _chosen(heads: list[_Head], heatmaps: Sequence[tuple[int, int]] | str | None
 
 
 def _file_names(prompts: list[str]) -> dict[str, str]:
-    """Prompt names, in order of appearance, as parts of file names; equal after cleaning means a number
-    behind."""
+    """Prompt names, in order of appearance, as parts of file names; equal after cleaning means a number behind."""
     names: dict[str, str] = {}
     for prompt in prompts:
         if prompt not in names:
-            base = (
-                re.sub(r"[^A-Za-z0-9._-]+", "-", Path(prompt).name.removesuffix(".txt"))[:48].strip("-.")
-                or "prompt"
-            )
+            base = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(prompt).name.removesuffix(".txt"))[:48].strip("-.") or "prompt"
             name, number = base, 1
             while name in names.values():
                 number += 1

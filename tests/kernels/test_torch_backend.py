@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from anchorscope.kernels import reference, torch_backend
 from anchorscope.kernels.types import AnchorState, Stripes
-from torch import Tensor
 
 PLACE: dict[str, Any] = {"block": 4, "step": 3, "init": 5, "lookback": 2}
 
@@ -68,9 +69,7 @@ def check(q: Tensor, k: Tensor, v: Tensor, theta: float | Tensor, **place: Any) 
     assert torch.equal(kept(stripes, geo), mask)
     for got, want in zip(torch_backend.sparse(q, k, v, state, stripes, **place), (out, lse), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
-    for got, want in zip(
-        torch_backend.anchor_attention(q, k, v, theta=theta, **place), (out, lse), strict=True
-    ):
+    for got, want in zip(torch_backend.anchor_attention(q, k, v, theta=theta, **place), (out, lse), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
 
 

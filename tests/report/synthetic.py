@@ -1,7 +1,7 @@
 """Realistic head profiles without a model: a sink, a local band and stripes, at any prompt length.
 
-Every curve and count follows from the drawn attention mass with the project's own integer geometry, so that
-the profiles satisfy the invariants of real ones (partition, monotone curves, end points).
+Every curve and count follows from the drawn attention mass with the project's own integer geometry, so that the
+profiles satisfy the invariants of real ones (partition, monotone curves, end points).
 """
 
 from __future__ import annotations
