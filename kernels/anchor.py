@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import LN2, Problem, accumulate, architecture, launch, problem
+from .common import LN2, Problem, accumulate, architecture, launch, problem, traced
 from .types import AnchorState
 
 
@@ -274,6 +274,8 @@ def anchor(
         q, k, v, block=block, step=step, init=init, lookback=lookback, scale=scale, window=window, softcap=softcap,
         offset=offset,
     )  # fmt: skip
+    if not traced(q, k, v):
+        return AnchorState(*_launch(q, k, v, p, precise))
     return AnchorState(
         *anchor_op(
             q, k, v, p.block, p.step, p.init, p.lookback, p.scale, p.window, p.cap or None, p.offset, precise

@@ -11,6 +11,8 @@ multiple of 64; everything else runs the portable kernel.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -25,7 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .common import Problem, launch
+from .common import Problem, launch, processors
 
 HALF = 64  # queries of one consumer warpgroup
 BM = 2 * HALF
@@ -259,7 +261,13 @@ def fold_kernel(QSum, ASum, QBar, ABar, n, units, blocks, parts, block, D: tl.co
     tl.store(ABar + at, a * share)
 
 
-def _walk(x: Tensor) -> tuple[list[int], list[int], tuple[int, int, int, int]] | None:
+@lru_cache(maxsize=64)
+def shared_layout(rows: int, dim: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    """Layout of a (rows, dim) tile that the tensor cores read from shared memory."""
+    return gl.NVMMASharedLayout.get_default_for([rows, dim], gl.bfloat16 if dtype == torch.bfloat16 else gl.float16)
+
+
+def walk(x: Tensor) -> tuple[list[int], list[int], tuple[int, int, int, int]] | None:
     """A (B, H, n, d) tensor as a matrix for the copy engine: shape, strides, and steps (y, x) per batch and head.
 
     None where the layout does not allow it: last dimension not contiguous, unaligned, or no common row length.
@@ -290,20 +298,17 @@ def _walk(x: Tensor) -> tuple[list[int], list[int], tuple[int, int, int, int]] |
 
 
 def suits(q: Tensor, k: Tensor, v: Tensor | None, p: Problem, precise: bool) -> bool:
-    """Whether `anchor_hopper` can run a call."""
+    """Whether `anchor_hopper` can run a call, on a Hopper GPU."""
     return (
         v is not None
         and not precise
-        and q.device.type == "cuda"
-        and not torch.version.hip
-        and torch.cuda.get_device_capability(q.device)[0] == 9
         and q.dtype != torch.float32
         and p.dim in (64, 128, 256)
         and p.window is None
         and p.cap == 0
         and p.group % BM == 0
         and p.block % HALF == 0
-        and all(_walk(x) is not None for x in (q, k, v))
+        and all(walk(x) is not None for x in (q, k, v))
     )
 
 
@@ -318,20 +323,18 @@ def anchor_hopper(q: Tensor, k: Tensor, v: Tensor, p: Problem) -> tuple[Tensor, 
     a_sum = q.new_empty(p.batch, p.heads, units, dtype=f32)
     q_bar = q.new_empty(p.batch, p.heads, p.blocks, p.dim)
     a_bar = q.new_empty(p.batch, p.heads, p.blocks, dtype=f32)
-    kind = gl.bfloat16 if q.dtype == torch.bfloat16 else gl.float16
     descriptors = []
     steps: list[int] = []
     for x, rows in ((q, HALF), (k, c["BN"]), (v, c["BN"])):
-        walk = _walk(x)
-        assert walk is not None, "ask suits() first"
-        shape, strides, step = walk
-        layout = gl.NVMMASharedLayout.get_default_for([rows, p.dim], kind)
-        descriptors.append(TensorDescriptor(x, shape, strides, [rows, p.dim], layout))
+        found = walk(x)
+        assert found is not None, "ask suits() first"
+        shape, strides, step = found
+        descriptors.append(TensorDescriptor(x, shape, strides, [rows, p.dim], shared_layout(rows, p.dim, x.dtype)))
         steps += step
     tiles = p.group // BM
     items = p.groups * tiles * p.batch * p.heads
     with torch.cuda.device_of(q):
-        programs = min(items, torch.cuda.get_device_properties(q.device).multi_processor_count)
+        programs = min(items, processors(q.device))
         anchor_hopper_kernel[(programs,)](
             *descriptors, out, lse, q_sum, a_sum,
             p.queries, p.offset, p.init, p.lookback, p.heads, p.repeats, p.group, tiles, p.batch * p.heads, items, units,

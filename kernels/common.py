@@ -76,16 +76,22 @@ class Problem(NamedTuple):
 
 def check_tensors(**tensors: Tensor | None) -> None:
     """Raise ValueError unless the given tensors are 4-d, on one usable device and of one supported dtype."""
-    given = {name: t for name, t in tensors.items() if t is not None}
-    first = next(iter(given.values()))
-    for name, t in given.items():
+    first: Tensor | None = None
+    for name, t in tensors.items():
+        if t is None:
+            continue
+        first = t if first is None else first
         if t.ndim != 4 or 0 in t.shape:
-            raise ValueError(f"{name} must be 4-d (batch, heads, tokens, head_dim) and not empty, not {tuple(t.shape)}")
+            raise ValueError(
+                f"{name} must be 4-d (batch, heads, tokens, head_dim) and not empty, not {tuple(t.shape)}"
+            )
         if t.dtype not in DTYPES:
             raise ValueError(f"{name} must be float16, bfloat16 or float32, not {t.dtype}")
         if t.dtype != first.dtype or t.device != first.device:
-            raise ValueError(f"{name} is {t.dtype} on {t.device}, but the first tensor {first.dtype} on {first.device}")
-    if first.device.type != "cuda" and not interpreting():
+            raise ValueError(
+                f"{name} is {t.dtype} on {t.device}, but the first tensor {first.dtype} on {first.device}"
+            )
+    if first is not None and first.device.type != "cuda" and not interpreting():
         raise ValueError(
             f"the Triton kernels need tensors on a GPU, not on {first.device}; use the torch back end, or set "
             "TRITON_INTERPRET=1 before starting Python to run them in the slow interpreter"
@@ -108,17 +114,40 @@ def problem(
 ) -> Problem:
     """Check one call's tensors and parameters; defaults as in docs/method.md. Raises ValueError."""
     check_tensors(q=q, k=k, v=v)
-    batch, heads, n, dim = q.shape
-    if k.shape[0] != batch or k.shape[3] != dim or heads % k.shape[1]:
-        raise ValueError(
-            f"k {tuple(k.shape)} does not fit q {tuple(q.shape)}: same batch and head_dim, and query heads a multiple of "
-            "kv heads"
-        )
+    p = _sized(q.shape, k.shape, block, step, init, lookback, scale, window, softcap, offset)
     if v is not None and v.shape != k.shape:
         raise ValueError(f"v {tuple(v.shape)} must have the shape of k {tuple(k.shape)}")
+    return p
+
+
+def pooled_problem(
+    q_bar: Tensor, k: Tensor, queries: int, block: int, step: int, init: int | None, lookback: int | None,
+    scale: float | None, window: int | None, softcap: float | None, offset: int | None,
+) -> Problem:  # fmt: skip
+    """`problem` for stages that have the pooled queries (B, H, blocks, d) instead of the queries."""
+    check_tensors(k=k)
+    batch, heads, blocks, dim = q_bar.shape
+    shape = torch.Size((batch, heads, queries, dim))
+    p = _sized(shape, k.shape, block, step, init, lookback, scale, window, softcap, offset)
+    if blocks != p.blocks:
+        raise ValueError(f"q_bar has {blocks} blocks, but {queries} queries in blocks of {block} make {p.blocks}")
+    return p
+
+
+@lru_cache(maxsize=256)
+def _sized(
+    q_shape: torch.Size, k_shape: torch.Size, block: int, step: int, init: int | None, lookback: int | None,
+    scale: float | None, window: int | None, softcap: float | None, offset: int | None,
+) -> Problem:  # fmt: skip
+    batch, heads, n, dim = q_shape
+    if k_shape[0] != batch or k_shape[3] != dim or heads % k_shape[1]:
+        raise ValueError(
+            f"k {tuple(k_shape)} does not fit q {tuple(q_shape)}: same batch and head_dim, and query heads a multiple "
+            "of kv heads"
+        )
     if dim > MAX_HEAD_DIM:
         raise ValueError(f"head_dim {dim} is above the kernels' limit of {MAX_HEAD_DIM}; use the torch back end")
-    keys = k.shape[2]
+    keys = k_shape[2]
     offset = keys - n if offset is None else offset
     if offset < 0 or offset + n > keys:
         raise ValueError(f"offset {offset} with {n} queries does not lie within the {keys} keys")
@@ -140,7 +169,7 @@ def problem(
     return Problem(
         batch,
         heads,
-        k.shape[1],
+        k_shape[1],
         n,
         keys,
         dim,
@@ -195,6 +224,22 @@ def theta_tensor(theta: float | Tensor, p: Problem, device: torch.device) -> Ten
     if math.isnan(theta):
         raise ValueError("theta must not be NaN")
     return torch.full((p.batch, p.heads), float(theta), device=device, dtype=torch.float32)
+
+
+def traced(*tensors: Tensor | None) -> bool:
+    """Whether a call must go through the registered op: under torch.compile, with autograd, or with fake tensors.
+
+    Otherwise the launcher is called directly; dispatching costs the host as much time as a short prompt takes the GPU.
+    """
+    return torch.compiler.is_compiling() or any(
+        t is not None and (type(t) is not Tensor or (t.requires_grad and torch.is_grad_enabled())) for t in tensors
+    )
+
+
+@lru_cache(maxsize=64)
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @triton.jit

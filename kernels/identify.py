@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import Problem, check_tensors, launch, problem, theta_tensor
+from .common import Problem, launch, pooled_problem, theta_tensor, traced
 from .types import AnchorState, Stripes
 
 PAD = 256  # columns of the bit mask are a multiple of this, and of every BC below
@@ -149,23 +149,33 @@ def count_kernel(Bits, Counts, offset, init, lookback, window, group, groups, wo
     tl.store(Counts + row, tl.sum(total, 0))
 
 
+@triton.jit(do_not_specialize=["rows"])
+def scan_kernel(Counts, Offsets, rows, BW: tl.constexpr):
+    """Grid: (1,). Offsets (rows + 1,) int64 from Counts (rows,) int32."""
+    i = tl.arange(0, BW)
+    base = tl.zeros([], tl.int64)
+    tl.store(Offsets, base)
+    for at in tl.range(0, rows, BW):
+        counts = tl.load(Counts + at + i, mask=at + i < rows, other=0).to(tl.int64)
+        tl.store(Offsets + 1 + at + i, base + tl.cumsum(counts, 0), mask=at + i < rows)
+        base += tl.sum(counts, 0)
+
+
 @triton.jit(do_not_specialize=["offset", "init", "lookback", "window", "group", "groups", "words", "capacity"])
 def list_kernel(Bits, Offsets, Columns, offset, init, lookback, window, group, groups, words, capacity,
-                WINDOW: tl.constexpr, BW: tl.constexpr):  # fmt: skip
+                WINDOW: tl.constexpr, BC: tl.constexpr):  # fmt: skip
     """Grid: (B * H * groups,). Writes each row's columns in ascending order, none beyond the capacity."""
     row = tl.program_id(0)
     lo, hi = _span(row % groups, offset, init, lookback, window, group, WINDOW)
     base = tl.load(Offsets + row)
-    w = tl.arange(0, BW)
-    for at in tl.range(lo, hi, BW):
-        bits = tl.load(Bits + row.to(tl.int64) * words + at + w, mask=at + w < hi, other=0)
-        ones = _ones(bits)
-        to = base + tl.cumsum(ones, 0) - ones
-        for i in tl.static_range(32):
-            got = ((bits >> i) & 1) == 1
-            tl.store(Columns + to, (at + w) * 32 + i, mask=got & (to < capacity))
-            to += tl.where(got, 1, 0)
-        base += tl.sum(ones, 0)
+    c = tl.arange(0, BC)
+    for at in tl.range(lo * 32, hi * 32, BC):
+        col = at + c
+        bits = tl.load(Bits + row.to(tl.int64) * words + col // 32, mask=col < hi * 32, other=0)
+        got = (bits >> (col % 32)) & 1
+        to = base + tl.cumsum(got, 0) - 1
+        tl.store(Columns + to, col, mask=(got == 1) & (to < capacity))
+        base += tl.sum(got, 0)
 
 
 def stacking(p: Problem, rows: int) -> tuple[int, int, int, bool]:
@@ -175,17 +185,9 @@ def stacking(p: Problem, rows: int) -> tuple[int, int, int, bool]:
     return rows // (sp * rc), rc, sp, p.step > sp
 
 
-@torch.library.custom_op("anchorscope::stripe_bits", mutates_args=())
-def bits_op(
-    q_bar: Tensor, a_bar: Tensor, k: Tensor, theta: Tensor, queries: int, block: int, step: int, init: int,
-    lookback: int, scale: float, window: int | None, softcap: float | None, offset: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Bit mask (B * H * groups, words) int32 over columns, and counts (B, H, groups) int32; see `identify`.
-
-    Words outside a group's candidates are not written.
-    """
-    p = _problem(q_bar, k, queries, block, step, init, lookback, scale, window, softcap, offset)
-    bits, counts = _outputs(q_bar, k, p.groups)
+def _bits(q_bar: Tensor, a_bar: Tensor, k: Tensor, theta: Tensor, p: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    """Bit mask, counts and offsets; see `bits_op`."""
+    bits, counts, offsets = _outputs(q_bar, k, p.groups)
     c = launch("identify", k.device, k.element_size(), p.dim_pad)
     tg, rc, sp, sub = stacking(p, c["ROWS"])
     chunks = triton.cdiv(p.repeats, rc)
@@ -207,15 +209,30 @@ def bits_op(
         count_kernel[(bits.shape[0],)](
             bits, counts, *positions, p.group, p.groups, words, WINDOW=windowed, BW=1024, num_warps=4
         )
-    return bits, counts
+        scan_kernel[(1,)](counts, offsets, bits.shape[0], BW=2048, num_warps=8)
+    return bits, counts, offsets
 
 
-def _outputs(q_bar: Tensor, k: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op("anchorscope::stripe_bits", mutates_args=())
+def bits_op(
+    q_bar: Tensor, a_bar: Tensor, k: Tensor, theta: Tensor, queries: int, block: int, step: int, init: int,
+    lookback: int, scale: float, window: int | None, softcap: float | None, offset: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Bit mask (B * H * groups, words) int32 over columns, counts (B, H, groups) int32 and offsets; see `identify`.
+
+    Words outside a group's candidates are not written.
+    """
+    p = pooled_problem(q_bar, k, queries, block, step, init, lookback, scale, window, softcap, offset)
+    return _bits(q_bar, a_bar, k, theta, p)
+
+
+def _outputs(q_bar: Tensor, k: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
     batch, heads = q_bar.shape[:2]
     words = (k.shape[2] + PAD - 1) // PAD * (PAD // 32)
     return (
         q_bar.new_empty(batch * heads * groups, words, dtype=torch.int32),
         q_bar.new_empty(batch, heads, groups, dtype=torch.int32),
+        q_bar.new_empty(batch * heads * groups + 1, dtype=torch.int64),
     )
 
 
@@ -224,8 +241,7 @@ def _(q_bar, a_bar, k, theta, queries, block, step, init, lookback, scale, windo
     return _outputs(q_bar, k, (queries + block * step - 1) // (block * step))
 
 
-@torch.library.custom_op("anchorscope::stripe_list", mutates_args=())
-def list_op(
+def _list(
     bits: Tensor, offsets: Tensor, capacity: int, group: int, groups: int, init: int, lookback: int, window: int | None,
     offset: int,
 ) -> Tensor:  # fmt: skip
@@ -235,30 +251,17 @@ def list_op(
         with torch.cuda.device_of(bits):
             list_kernel[(bits.shape[0],)](
                 bits, offsets, columns, offset, init, lookback, window or 0, group, groups, bits.shape[1], capacity,
-                WINDOW=window is not None, BW=1024, num_warps=4,
+                WINDOW=window is not None, BC=2048, num_warps=4,
             )  # fmt: skip
     return columns
+
+
+list_op = torch.library.custom_op("anchorscope::stripe_list", mutates_args=())(_list)
 
 
 @list_op.register_fake
 def _(bits, offsets, capacity, group, groups, init, lookback, window, offset):
     return bits.new_empty(capacity)
-
-
-def _problem(
-    q_bar: Tensor, k: Tensor, queries: int, block: int, step: int, init: int | None, lookback: int | None,
-    scale: float | None, window: int | None, softcap: float | None, offset: int | None,
-) -> Problem:  # fmt: skip
-    """`problem` for stages that have pooled queries instead of queries."""
-    batch, heads, blocks, dim = q_bar.shape
-    like = k.new_empty(1).expand(batch, heads, queries, dim)
-    p = problem(
-        like, k, block=block, step=step, init=init, lookback=lookback, scale=scale, window=window, softcap=softcap,
-        offset=offset,
-    )  # fmt: skip
-    if blocks != p.blocks:
-        raise ValueError(f"q_bar has {blocks} blocks, but {queries} queries in blocks of {block} make {p.blocks}")
-    return p
 
 
 def candidates(
@@ -322,14 +325,18 @@ def identify(
         ValueError: shapes or parameters that do not fit.
     """
     q_bar, a_bar = (state.q_bar, state.a_bar) if isinstance(state, AnchorState) else state
-    check_tensors(k=k)
-    p = _problem(q_bar, k, queries, block, step, init, lookback, scale, window, softcap, offset)
-    bits, counts = bits_op(
-        q_bar.contiguous(), a_bar.contiguous(), k, theta_tensor(theta, p, k.device), queries, p.block, p.step, p.init,
-        p.lookback, p.scale, p.window, p.cap or None, p.offset,
-    )  # fmt: skip
-    offsets = torch.zeros(counts.numel() + 1, dtype=torch.int64, device=k.device)
-    torch.cumsum(counts.flatten(), 0, out=offsets[1:])
+    p = pooled_problem(q_bar, k, queries, block, step, init, lookback, scale, window, softcap, offset)
+    q_bar, a_bar, limit = q_bar.contiguous(), a_bar.contiguous(), theta_tensor(theta, p, k.device)
+    traces = traced(q_bar, k)
+    if traces:
+        bits, counts, offsets = bits_op(
+            q_bar, a_bar, k, limit, queries, p.block, p.step, p.init, p.lookback, p.scale, p.window, p.cap or None,
+            p.offset,
+        )  # fmt: skip
+    else:
+        bits, counts, offsets = _bits(q_bar, a_bar, k, limit, p)
     room = int(offsets[-1]) if capacity is None else capacity
-    columns = list_op(bits, offsets, room, p.group, p.groups, p.init, p.lookback, p.window, p.offset)
+    columns = (list_op if traces else _list)(
+        bits, offsets, room, p.group, p.groups, p.init, p.lookback, p.window, p.offset
+    )
     return Stripes(columns, offsets, counts)

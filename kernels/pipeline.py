@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from .types import Stripes
@@ -19,13 +18,13 @@ class Attention(NamedTuple):
         out: (B, H, n, d) in the dtype of the queries.
         lse: (B, H, n) float32, over the kept keys, nats.
         stripes: the selection.
-        overflow: () bool, whether a given capacity was too small, so that columns were left out.
+        overflow: () bool, whether the given capacity was too small, so that columns were left out; None without one.
     """
 
     out: Tensor
     lse: Tensor
     stripes: Stripes
-    overflow: Tensor
+    overflow: Tensor | None
 
 
 def anchor_attention(
@@ -71,12 +70,14 @@ def anchor_attention(
         from . import anchor, identify, sparse
 
         state = anchor.anchor(q, k, v, **place)
-        if capacity is None:
+        room = capacity
+        if room is None:
             most = identify.candidates(q.shape, k.shape[2], **place)
-            capacity = most if most * 4 <= SMALL_LIST else None
-        stripes = identify.identify(state, k, theta=theta, queries=q.shape[2], capacity=capacity, **place)
+            room = most if most * 4 <= SMALL_LIST else None
+        stripes = identify.identify(state, k, theta=theta, queries=q.shape[2], capacity=room, **place)
         out, lse = sparse.sparse(q, k, v, state, stripes, inplace=True, **place)
-        return Attention(out, lse, stripes, stripes.offsets[-1] > stripes.columns.numel())
+        overflow = None if capacity is None else stripes.offsets[-1] > capacity
+        return Attention(out, lse, stripes, overflow)
     if backend == "torch":
         if capacity is not None:
             raise ValueError("capacity is an option of the triton back end")
@@ -85,5 +86,5 @@ def anchor_attention(
         state = torch_backend.anchor(q, k, v, **place)
         stripes = torch_backend.identify(state, k, theta=theta, queries=q.shape[2], **place)
         out, lse = torch_backend.sparse(q, k, v, state, stripes, **place)
-        return Attention(out, lse, stripes, torch.zeros((), dtype=torch.bool, device=q.device))
+        return Attention(out, lse, stripes, None)
     raise ValueError(f"unknown back end {backend!r}; there are 'triton' and 'torch'")

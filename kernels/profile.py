@@ -22,8 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import LN2, LOG2E, accumulate, capped, check_tensors, launch, problem
-from .identify import _problem, stacking
+from .common import LN2, LOG2E, accumulate, capped, launch, pooled_problem, problem
+from .identify import stacking
 from .types import AnchorState
 
 
@@ -429,7 +429,7 @@ def margins_op(
     window: int | None, softcap: float | None, offset: int,
 ) -> Tensor:  # fmt: skip
     """Launcher of `margin_kernel`; see `margins`."""
-    p = _problem(q_bar, k, queries, block, step, init, lookback, scale, window, softcap, offset)
+    p = pooled_problem(q_bar, k, queries, block, step, init, lookback, scale, window, softcap, offset)
     margin = torch.full((p.batch, p.heads, p.groups, p.keys), float("inf"), device=k.device, dtype=torch.float32)
     c = launch("margins", k.device, k.element_size(), p.dim_pad)
     tg, rc, sp, sub = stacking(p, c["ROWS"])
@@ -474,8 +474,7 @@ def margins(
     `state` comes from `anchor(..., precise=True)`: float32 pooled queries, which are not rounded here. Column j is a stripe of
     group g at theta when its margin is finite and at most theta. Parameters as in `identify`. Raises ValueError.
     """
-    check_tensors(k=k)
-    p = _problem(state.q_bar, k, queries, block, step, init, lookback, scale, window, softcap, offset)
+    p = pooled_problem(state.q_bar, k, queries, block, step, init, lookback, scale, window, softcap, offset)
     return margins_op(
         state.q_bar.contiguous(), state.a_bar.contiguous(), k, queries, p.block, p.step, p.init, p.lookback, p.scale,
         p.window, p.cap or None, p.offset,

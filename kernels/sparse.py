@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import LN2, LOG2E, accumulate, check_tensors, launch, problem
+from .common import LN2, LOG2E, Problem, accumulate, architecture, launch, problem, traced
 from .types import AnchorState, Stripes
 
 
@@ -81,18 +81,28 @@ def sparse_kernel(
     tl.store(o_at, acc.to(Out.dtype.element_ty), mask=live[:, None] & inner[None, :])
 
 
-@torch.library.custom_op("anchorscope::sparse_", mutates_args=("out", "lse"))
-def sparse_op(
-    out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, columns: Tensor, offsets: Tensor, block: int, step: int,
-    scale: float, window: int | None, softcap: float | None, offset: int,
+def _launch(
+    out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, columns: Tensor, offsets: Tensor, p: Problem
 ) -> None:  # fmt: skip
-    """Launcher of `sparse_kernel`: continues `out` (B, H, n, d) and `lse` (B, H, n) in place; see `sparse`."""
-    p = problem(q, k, v, block=block, step=step, scale=scale, window=window, softcap=softcap, offset=offset)
+    if columns.numel() == 0:
+        return
+    if architecture(q.device) == "sm90":
+        try:
+            from . import sparse_hopper
+        except ImportError:  # Gluon came with Triton 3.4
+            return portable(out, lse, q, k, v, columns, offsets, p)
+        if sparse_hopper.suits(out, lse, q, k, v, p):
+            return sparse_hopper.sparse_hopper(out, lse, q, k, v, columns, offsets, p)
+    return portable(out, lse, q, k, v, columns, offsets, p)
+
+
+def portable(
+    out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, columns: Tensor, offsets: Tensor, p: Problem
+) -> None:  # fmt: skip
+    """Launcher of `sparse_kernel`, which runs on every architecture."""
     c = launch("sparse", q.device, q.element_size(), p.dim_pad)
     bm = min(c["BM"], max(16, triton.next_power_of_2(p.group)))
     tiles = triton.cdiv(p.group, bm)
-    if columns.numel() == 0 or p.groups == 0:
-        return
     with torch.cuda.device_of(q):
         sparse_kernel[(tiles * p.batch * p.heads * p.groups,)](
             q, k, v, out, lse, columns, offsets,
@@ -102,6 +112,16 @@ def sparse_op(
             DIM=p.dim, D=p.dim_pad, BM=bm, BN=c["BN"], WINDOW=p.window is not None, SOFTCAP=p.cap > 0,
             PRECISION="ieee", num_warps=c["num_warps"], num_stages=c["num_stages"],
         )  # fmt: skip
+
+
+@torch.library.custom_op("anchorscope::sparse_", mutates_args=("out", "lse"))
+def sparse_op(
+    out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, columns: Tensor, offsets: Tensor, block: int, step: int,
+    scale: float, window: int | None, softcap: float | None, offset: int,
+) -> None:  # fmt: skip
+    """Continues `out` (B, H, n, d) and `lse` (B, H, n) in place; see `sparse`."""
+    p = problem(q, k, v, block=block, step=step, scale=scale, window=window, softcap=softcap, offset=offset)
+    _launch(out, lse, q, k, v, columns, offsets, p)
 
 
 @sparse_op.register_fake
@@ -140,7 +160,6 @@ def sparse(
     Raises:
         ValueError: shapes or parameters that do not fit.
     """
-    check_tensors(q=q, k=k, v=v)
     p = problem(
         q, k, v, block=block, step=step, init=init, lookback=lookback, scale=scale, window=window, softcap=softcap,
         offset=offset,
@@ -151,7 +170,11 @@ def sparse(
             "(batch x heads x groups)"
         )
     out, lse = (state.out, state.lse) if inplace else (state.out.clone(), state.lse.clone())
-    sparse_op(
-        out, lse, q, k, v, stripes.columns, stripes.offsets, p.block, p.step, p.scale, p.window, p.cap or None, p.offset
-    )
+    if traced(q, k, v):
+        sparse_op(
+            out, lse, q, k, v, stripes.columns, stripes.offsets, p.block, p.step, p.scale, p.window, p.cap or None,
+            p.offset,
+        )  # fmt: skip
+    else:
+        _launch(out, lse, q, k, v, stripes.columns, stripes.offsets, p)
     return out, lse

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from anchorscope.kernels import anchor, anchor_hopper, common, identify, pipeline, profile, sparse
+from anchorscope.kernels import anchor, anchor_hopper, common, identify, pipeline, profile, sparse, sparse_hopper
 from anchorscope.planted import planted
 
 VARIANTS: dict[str, list[dict[str, Any]]] = {
@@ -28,6 +28,10 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
             (128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 8, 4), (128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 4, 2),
             (128, 32, 4, 3), (128, 32, 8, 3),
         )
+    ],
+    "sparse_hopper": [
+        dict(BN=n, STAGES=s, CONSUMER_REGS=r, PRODUCER_REGS=504 - 2 * r, MAXNREG=168)
+        for n, s, r in ((64, 4, 208), (128, 2, 208), (128, 2, 200), (64, 3, 208), (64, 5, 208))
     ],
     "sparse": [
         dict(BM=m, BN=n, num_warps=w, num_stages=s)
@@ -135,9 +139,10 @@ def main() -> None:
     calls: dict[str, Callable[[], object]] = {
         "anchor_hopper": lambda: anchor_hopper.anchor_hopper(q, k, v, fit),
         "anchor": lambda: anchor.portable(q, k, v, fit, False),
-        "sparse": lambda: sparse.sparse_op(
-            out, final, q, k, v, stripes.columns, stripes.offsets, args.block, args.step, scale, None, None, 0
+        "sparse_hopper": lambda: sparse_hopper.sparse_hopper(
+            out, final, q, k, v, stripes.columns, stripes.offsets, fit
         ),
+        "sparse": lambda: sparse.portable(out, final, q, k, v, stripes.columns, stripes.offsets, fit),
         "identify": lambda: identify.bits_op(*bits_args),
         "column_mass": lambda: profile.column_mass(q[:, :4], k[:, :1], lse[:, :4], **grid),
         "dense_lse": lambda: profile.dense_lse(q[:, :4], k[:, :1], None),
@@ -154,6 +159,11 @@ def main() -> None:
             print(f"{op:12s} {config} failed: {str(error)[:90]}", flush=True)
             continue
         print(f"{op:12s} {n:7d} {ms:8.3f} ms  {config}", flush=True)
+        if op == "sparse_hopper":
+            (a, b), (c, d) = ((state.out.clone(), state.lse.clone()) for _ in range(2))
+            sparse_hopper.sparse_hopper(a, b, q, k, v, stripes.columns, stripes.offsets, fit)
+            sparse.portable(c, d, q, k, v, stripes.columns, stripes.offsets, fit)
+            print(f"    from the portable kernel: out {(a - c).abs().max():.2g}, lse {(b - d).abs().max():.2g}", flush=True)
         if op == "anchor_hopper":
             with_names = zip(("out", "lse", "q_bar", "a_bar"), calls[op](), anchor.portable(q, k, v, fit, False), strict=True)
             worst = {name: f"{(x.float() - y.float()).abs().max().item():.2g}" for name, x, y in with_names}

@@ -1,0 +1,277 @@
+"""Stage 3 for Hopper: the pass of sparse.py, warp-specialised, in Gluon.
+
+As anchor_hopper.py, but keys are gathered: a producer warpgroup copies the scattered rows of K and V that a group's list
+names into the tiles the tensor cores read, running ahead of the two consumer warpgroups across work items. A consumer
+starts from an empty softmax state and joins that of stage 1 at the end, so that nothing waits for it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from .anchor_hopper import BM, HALF, LN2, LOG2E, shared_layout, walk
+from .common import Problem, launch, processors
+
+
+@gluon.jit
+def _plan(item, Offsets, n, group, groups, tiles, batch_heads, capacity, BN: gl.constexpr):
+    """Head, rows and list of a work item. Late groups, which have most stripes, first; the tiles of a group together."""
+    tile = item % tiles
+    bh = (item // tiles) % batch_heads
+    g = groups - 1 - item // (tiles * batch_heads)
+    row0 = g * group + tile * 128
+    row_end = gl.minimum(g * group + group, n)
+    at = bh.to(gl.int64) * groups + g
+    begin = gl.minimum(gl.load(Offsets + at), capacity)
+    count = (gl.minimum(gl.load(Offsets + at + 1), capacity) - begin).to(gl.int32)
+    total = gl.where(row0 < row_end, (count + BN - 1) // BN, 0)
+    return bh, row0, row_end, begin, count, total
+
+
+@gluon.jit
+def _produce(
+    q_desc, K, V, Columns, Offsets, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+    skb, skh, skn, svb, svh, svn, n, heads, repeats, group, groups, tiles, batch_heads, items, capacity,
+    qy_b, qy_h, qx_b, qx_h, D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """The producer warpgroup."""
+    L: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (D // 8), D // 8], [4, 1], [1, 0])
+    c = gl.arange(0, BN, gl.SliceLayout(1, L))
+    d = gl.arange(0, D, gl.SliceLayout(0, L))[None, :]
+    counter = 0
+    turn = 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        bh, row0, row_end, begin, count, total = _plan(
+            item, Offsets, n, group, groups, tiles, batch_heads, capacity, BN
+        )
+        if total > 0:
+            b = bh // heads
+            h = bh % heads
+            hk = (h // repeats).to(gl.int64)
+            listed = Columns + begin
+            cols = gl.load(listed + c, mask=c < count, other=0)
+            mbarrier.wait(q_empty, (turn & 1) ^ 1)
+            mbarrier.expect(q_full, 2 * q_desc.block_type.nbytes)
+            y = b * qy_b + h * qy_h + row0
+            x = b * qx_b + h * qx_h
+            tma.async_copy_global_to_shared(q_desc, [y, x], q_full, q_s.index(0))
+            tma.async_copy_global_to_shared(q_desc, [y + 64, x], q_full, q_s.index(1))
+            turn += 1
+            k_base = K + b.to(gl.int64) * skb + hk * skh
+            v_base = V + b.to(gl.int64) * svb + hk * svh
+            for it in range(0, total):
+                slot = counter % STAGES
+                phase = ((counter // STAGES) & 1) ^ 1
+                ahead = (it + 1) * BN + c
+                later = gl.load(listed + ahead, mask=ahead < count, other=0)
+                mbarrier.wait(k_empty.index(slot), phase)
+                async_copy.async_copy_global_to_shared(
+                    k_s.index(slot), k_base + ((cols.to(gl.int64) * skn)[:, None] + d)
+                )
+                async_copy.mbarrier_arrive(k_full.index(slot), increment_count=False)
+                mbarrier.wait(v_empty.index(slot), phase)
+                async_copy.async_copy_global_to_shared(
+                    v_s.index(slot), v_base + ((cols.to(gl.int64) * svn)[:, None] + d)
+                )
+                async_copy.mbarrier_arrive(v_full.index(slot), increment_count=False)
+                cols = later
+                counter += 1
+
+
+@gluon.jit
+def _cut(s, it, count, BN: gl.constexpr, S_L: gl.constexpr):
+    """Hide what lies beyond the end of the list."""
+    if (it + 1) * BN > count:
+        c = it * BN + gl.arange(0, BN, gl.SliceLayout(0, S_L))
+        s = gl.where((c < count)[None, :], s, float("-inf"))
+    return s
+
+
+@gluon.jit
+def _consume(
+    half, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, Out, Lse, Offsets,
+    n, group, groups, tiles, batch_heads, items, capacity, scale_log2,
+    D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """One consumer warpgroup: queries 64 * half ... of each tile."""
+    S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
+    A_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    P_L: gl.constexpr = gl.DotOperandLayout(0, A_L, 2)
+    ROW: gl.constexpr = gl.SliceLayout(1, S_L)
+    OUT_L: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (D // 8), D // 8], [4, 1], [1, 0])
+    dtype: gl.constexpr = k_s.dtype
+    q = q_s.index(half)
+    counter = 0
+    turn = 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        bh, row0, row_end, begin, count, total_tiles = _plan(
+            item, Offsets, n, group, groups, tiles, batch_heads, capacity, BN
+        )
+        if total_tiles > 0:
+            my0 = row0 + half * 64
+            flat = bh.to(gl.int64) * n + my0
+            rows = gl.arange(0, 64, ROW)
+            live = my0 + rows < row_end
+            before = gl.load(Lse + flat + rows, mask=live, other=0.0) * LOG2E
+            mbarrier.wait(q_full, turn & 1)
+
+            slot = counter % STAGES
+            mbarrier.wait(k_full.index(slot), (counter // STAGES) & 1)
+            fence_async_shared()
+            s = warpgroup_mma(
+                q, k_s.index(slot).permute((1, 0)), gl.zeros([64, BN], gl.float32, S_L), use_acc=False, is_async=True
+            )
+            s = warpgroup_mma_wait(0, deps=[s])
+            mbarrier.arrive(k_empty.index(slot), count=1)
+            s = _cut(s, 0, count, BN, S_L)
+            top = gl.max(s, 1) * scale_log2
+            w = gl.exp2(s * scale_log2 - top[:, None])
+            total = gl.sum(w, 1)
+            p = gl.convert_layout(w.to(dtype), P_L)
+            acc = gl.zeros([64, D], gl.float32, A_L)
+            for it in range(1, total_tiles):
+                next_slot = (counter + 1) % STAGES
+                mbarrier.wait(k_full.index(next_slot), ((counter + 1) // STAGES) & 1)
+                fence_async_shared()
+                s_token = warpgroup_mma(
+                    q, k_s.index(next_slot).permute((1, 0)), gl.zeros([64, BN], gl.float32, S_L),
+                    use_acc=False, is_async=True,
+                )  # fmt: skip
+                mbarrier.wait(v_full.index(slot), (counter // STAGES) & 1)
+                fence_async_shared()
+                a_token = warpgroup_mma(p, v_s.index(slot), acc, is_async=True)
+                s = warpgroup_mma_wait(1, deps=[s_token])
+                mbarrier.arrive(k_empty.index(next_slot), count=1)
+                s = _cut(s, it, count, BN, S_L)
+                new = gl.maximum(top, gl.max(s, 1) * scale_log2)
+                fade = gl.exp2(top - new)
+                w = gl.exp2(s * scale_log2 - new[:, None])
+                total = total * fade + gl.sum(w, 1)
+                top = new
+                acc = warpgroup_mma_wait(0, deps=[a_token])
+                mbarrier.arrive(v_empty.index(slot), count=1)
+                acc = acc * gl.convert_layout(fade, gl.SliceLayout(1, A_L))[:, None]
+                p = gl.convert_layout(w.to(dtype), P_L)
+                slot = next_slot
+                counter += 1
+            mbarrier.arrive(q_empty, count=1)
+            mbarrier.wait(v_full.index(slot), (counter // STAGES) & 1)
+            fence_async_shared()
+            a_token = warpgroup_mma(p, v_s.index(slot), acc, is_async=True)
+            o_rows = gl.arange(0, 64, gl.SliceLayout(1, OUT_L))
+            o_at = Out + flat * D + (o_rows[:, None] * D + gl.arange(0, D, gl.SliceLayout(0, OUT_L))[None, :])
+            o_live = (my0 + o_rows < row_end)[:, None]
+            old = gl.load(o_at, mask=o_live, other=0.0)
+            acc = warpgroup_mma_wait(0, deps=[a_token])
+            mbarrier.arrive(v_empty.index(slot), count=1)
+            counter += 1
+            turn += 1
+
+            # Join the anchor region: a normalised output is one with total 1 at its LSE.
+            new = gl.maximum(top, before)
+            mine = gl.exp2(top - new)
+            theirs = gl.exp2(before - new)
+            total = total * mine + theirs
+            gl.store(Lse + flat + rows, (new + gl.log2(total)) * LN2, mask=live)
+            mine = gl.convert_layout(mine / total, gl.SliceLayout(1, A_L))
+            theirs = gl.convert_layout(theirs / total, gl.SliceLayout(1, A_L))
+            acc = acc * mine[:, None] + gl.convert_layout(old, A_L).to(gl.float32) * theirs[:, None]
+            gl.store(o_at, gl.convert_layout(acc.to(dtype), OUT_L), mask=o_live)
+
+
+@gluon.jit(do_not_specialize=["n", "heads", "repeats", "group", "groups", "tiles", "batch_heads", "items", "capacity",
+                              "qy_b", "qy_h", "qx_b", "qx_h"])  # fmt: skip
+def sparse_hopper_kernel(
+    q_desc, K, V, Out, Lse, Columns, Offsets,
+    skb, skh, skn, svb, svh, svn, n, heads, repeats, group, groups, tiles, batch_heads, items, capacity, scale_log2,
+    qy_b, qy_h, qx_b, qx_h,
+    D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
+):  # fmt: skip
+    """Grid: one program per multiprocessor, 4 + 4 + 4 warps. Out (B, H, n, D) and Lse (B, H, n) contiguous, updated in place."""
+    dtype: gl.constexpr = q_desc.dtype
+    tile: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BN, D], dtype)
+    q_s = gl.allocate_shared_memory(dtype, [2, 64, D], q_desc.layout)
+    k_s = gl.allocate_shared_memory(dtype, [STAGES, BN, D], tile)
+    v_s = gl.allocate_shared_memory(dtype, [STAGES, BN, D], tile)
+    bar: gl.constexpr = mbarrier.MBarrierLayout()
+    q_full = gl.allocate_shared_memory(gl.int64, [1], bar)
+    q_empty = gl.allocate_shared_memory(gl.int64, [1], bar)
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    mbarrier.init(q_full, count=1)
+    mbarrier.init(q_empty, count=2)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(i), count=128)  # every producer thread arrives when its copies are done
+        mbarrier.init(k_empty.index(i), count=2)
+        mbarrier.init(v_full.index(i), count=128)
+        mbarrier.init(v_empty.index(i), count=2)
+    gl.warp_specialize(
+        [
+            (_consume, (
+                0, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, Out, Lse, Offsets,
+                n, group, groups, tiles, batch_heads, items, capacity, scale_log2, D, BN, STAGES,
+            )),
+            (_consume, (
+                1, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, Out, Lse, Offsets,
+                n, group, groups, tiles, batch_heads, items, capacity, scale_log2, D, BN, STAGES,
+            )),
+            (_produce, (
+                q_desc, K, V, Columns, Offsets, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                skb, skh, skn, svb, svh, svn, n, heads, repeats, group, groups, tiles, batch_heads, items, capacity,
+                qy_b, qy_h, qx_b, qx_h, D, BN, STAGES,
+            )),
+        ],
+        [4, 4],
+        [CONSUMER_REGS, PRODUCER_REGS],
+    )  # fmt: skip
+
+
+def suits(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, p: Problem) -> bool:
+    """Whether `sparse_hopper` can run a call, on a Hopper GPU."""
+    return (
+        q.dtype != torch.float32
+        and out.dtype == q.dtype
+        and p.dim in (64, 128, 256)
+        and p.window is None
+        and p.cap == 0
+        and p.group % BM == 0
+        and out.is_contiguous()
+        and lse.is_contiguous()
+        and all(walk(x) is not None for x in (q, k, v))
+    )
+
+
+def sparse_hopper(
+    out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, columns: Tensor, offsets: Tensor, p: Problem
+) -> None:
+    """Continue `out` and `lse` in place for a call that `suits`."""
+    c = launch("sparse_hopper", q.device, 2, p.dim)
+    found = walk(q)
+    assert found is not None, "ask suits() first"
+    shape, strides, steps = found
+    tiles = p.group // BM
+    items = p.groups * tiles * p.batch * p.heads
+    with torch.cuda.device_of(q):
+        programs = min(items, processors(q.device))
+        sparse_hopper_kernel[(programs,)](
+            TensorDescriptor(q, shape, strides, [HALF, p.dim], shared_layout(HALF, p.dim, q.dtype)), k, v, out, lse, columns, offsets,
+            *k.stride()[:3], *v.stride()[:3],
+            p.queries, p.heads, p.repeats, p.group, p.groups, tiles, p.batch * p.heads, items, columns.numel(),
+            p.scale * 1.4426950408889634, *steps,
+            D=p.dim, BN=c["BN"], STAGES=c["STAGES"], CONSUMER_REGS=c["CONSUMER_REGS"], PRODUCER_REGS=c["PRODUCER_REGS"],
+            num_warps=4, maxnreg=c["MAXNREG"],
+        )  # fmt: skip
