@@ -15,6 +15,7 @@ from anchorscope._version import __version__
 from anchorscope.cli.analyze import analyze, figures
 from anchorscope.cli.bench import bench
 from anchorscope.cli.capture import capture
+from anchorscope.cli.compare import compare
 from anchorscope.cli.info import info
 from anchorscope.errors import AnchorScopeError
 
@@ -33,6 +34,7 @@ app.command()(capture)
 app.command()(info)
 app.command()(analyze)
 app.command()(figures)
+app.command()(compare)
 app.command()(bench)
 
 
