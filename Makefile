@@ -36,7 +36,7 @@ demo: $(STAMP)  ## capture a small real model, analyze and bench it, draw the pi
 	@echo "Pictures: $(OUT)/analysis/figures/ and $(OUT)/bench/"
 
 test: $(STAMP)  ## run the tests that need no GPU and no network
-	$(BIN)/python -m pytest -m "not gpu and not slow and not network"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not gpu and not slow and not network"
 
 test-slow: $(STAMP)  ## run the long tests, which fetch the small real model
 	$(BIN)/python -m pytest -m "(slow or network) and not gpu"
