@@ -108,7 +108,7 @@ def print_summary(result: Comparison) -> None:
     if target not in shown:
         shown = sorted([target, *(r for r in shown if r != 0.95)])
     table = Table(title=f"density needed, {report['heads']} heads", title_justify="left", pad_edge=False)
-    table.add_column("method", max_width=20, no_wrap=True)
+    table.add_column("method", max_width=22, no_wrap=True)
     for kind in ("shared", "own"):
         for r in shown:
             table.add_column(f"{kind}\n{r:g}", justify="right")
@@ -127,8 +127,9 @@ def print_summary(result: Comparison) -> None:
         table.add_row(label, *cells, "-" if cost is None else f"{cost:.3f}")
     console.print(table)
     console.print(
-        "shared: one setting for all heads, mean recall; own: every head at its own setting.\n"
-        "-: not reached. search cost: arithmetic of identification, share of dense."
+        "shared: one setting for all heads, recall their mean; own: each head reaches\n"
+        "the recall at its own setting; -: not reached. search cost: arithmetic of\n"
+        f"identification where each head reaches {target:g}, share of dense."
     )
     console.print(f"Tables: {result.path}", soft_wrap=True, highlight=False)
     if result.figures:

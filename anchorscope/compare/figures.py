@@ -13,7 +13,7 @@ from matplotlib.colors import BoundaryNorm, ListedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter
 
 from anchorscope.compare.tables import Point, by_head, head_needs, per_head_need, shared_curve, winners
 from anchorscope.report.style import FAINT, INK, MUTED, PAPER, SMALL, TEXT, label, new_figure, share, short_name, tidy
@@ -110,7 +110,7 @@ def pooled_curves(points: Sequence[Point], style: Mapping[str, Look], *, target:
     axes = figure.subplots()
     for name, look in style.items():
         _line(axes, shared_curve(points, name), name, look)
-    _curve_axes(axes, [p.density for p in points if p.density > 0], target)
+    _curve_axes(axes, _densities(points, style), target)
     _legend(figure, style)
     return figure
 
@@ -137,7 +137,7 @@ def head_curves(points: Sequence[Point], style: Mapping[str, Look], *, target: f
         f"each head, and the mean of the layer's heads; marks are measured settings{more}",
     )
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
-    densities = [p.density for p in points if p.density > 0]
+    densities = _densities(points, style)
     for axes, head in zip(panels, [None, *shown], strict=False):
         mine = points if head is None else [p for p in points if p.head == head]
         for name, look in style.items():
@@ -205,10 +205,10 @@ def winner_map(points: Sequence[Point], style: Mapping[str, Look], *, target: fl
     across = min(3, len(prompts))
     down = math.ceil(len(prompts) / across)
     figure = new_figure(
-        max(across * max(0.34 * len(heads) + 1.0, 2.6) + 2.6, 7.4),
-        down * max(0.26 * len(layers) + 1.1, 2.0) + 1.1,
+        max(across * max(0.34 * len(heads) + 1.0, 2.6), 7.6),
+        down * max(0.26 * len(layers) + 1.1, 2.0) + 1.1 + 0.2 * math.ceil(len(winning) / 4),
         f"Least density for recall {target:g}: which method, for which head",
-        "oracles excluded, identification not counted; letters are those of the legend",
+        "oracles excluded, identification not counted; in brackets, how many heads each method wins",
     )
     panels = figure.subplots(down, across, squeeze=False).ravel()
     letters = {n: chr(ord("A") + i) for i, n in enumerate(winning)}
@@ -239,7 +239,9 @@ def winner_map(points: Sequence[Point], style: Mapping[str, Look], *, target: fl
     if None in best.values():
         missed = sum(x is None for x in best.values())
         handles.append(Patch(facecolor=PAPER, edgecolor=MUTED, label=f"none reaches it ({missed})"))
-    figure.legend(handles=handles, loc="outside right upper", fontsize=SMALL, edgecolor=FAINT, title="heads won")
+    figure.legend(
+        handles=handles, loc="outside lower left", fontsize=SMALL, edgecolor=FAINT, ncols=4, borderaxespad=0.4
+    )
     return figure
 
 
@@ -312,6 +314,13 @@ def _count(points: Sequence[Point]) -> str:
     return f"{heads} heads" if prompts == 1 else f"{heads} heads of {prompts} prompts"
 
 
+def _densities(points: Sequence[Point], style: Mapping[str, Look]) -> list[float]:
+    """Densities that the axis must show: those of methods, or of oracles where there is nothing else."""
+    everything = [p for p in points if p.density > 0]
+    methods = [p.density for p in everything if not style[p.method].oracle]
+    return methods or [p.density for p in everything]
+
+
 def _nan(value: float | None) -> float:
     return math.nan if value is None else value
 
@@ -335,7 +344,7 @@ def _line(
 
 def _curve_axes(axes: Axes, densities: Sequence[float], target: float) -> None:
     """Log density; recall stretched towards 1, where the differences are."""
-    low = max(min(densities, default=0.01) * 0.9, 1e-4)
+    low = max(min(densities, default=0.01) * 0.35, 1e-4)  # room for the oracles, which start much further left
     axes.set_xscale("log")
     axes.set_xlim(low, 1.08)
     axes.set_yscale("function", functions=(_stretch, _unstretch))
@@ -357,6 +366,7 @@ def _unstretch(height: np.ndarray) -> np.ndarray:
 
 
 def _plain_log(axis: Any) -> None:
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
     axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     axis.set_minor_formatter(NullFormatter())
 

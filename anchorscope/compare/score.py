@@ -155,7 +155,7 @@ class _Books:
             total, pairs = total + base.total, pairs + base.pairs
         before[span] = _Run(keep, total, pairs)
         self.pairs[index] += pairs
-        self.rows[index, first:last] = total[:, -1]
+        self.rows[index, first:last] = total[:, -1] / dense[rows, -1]
         if self.values is None:
             return
 
@@ -180,10 +180,10 @@ class _Books:
         self.pairs[index] += pairs
         everything = self._pairs(torch.arange(chunk.low, chunk.last, device=keep.device), chunk.first, chunk.last)
         if pairs == everything:
-            self.rows[index, chunk.first : chunk.last] = dense[:, -1]
+            self.rows[index, chunk.first : chunk.last] = 1.0
             return
         total = weights.masked_fill(~keep, 0.0) @ self.extended[chunk.low : chunk.last]
-        self.rows[index, chunk.first : chunk.last] = total[:, -1]
+        self.rows[index, chunk.first : chunk.last] = total[:, -1] / dense[:, -1]
         if self.values is None:
             return
         out = total[:, :-1] / total[:, -1:]

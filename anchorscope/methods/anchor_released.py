@@ -27,7 +27,7 @@ class AnchorReleased(Method):
 
     name: ClassVar = "anchor-released"
     parameter: ClassVar = "theta"
-    sweep: ClassVar = (0.0, 2.0, 4.0, 6.0, 8.0, 10.0, 12.0, 16.0)
+    sweep: ClassVar = (2.0, 4.0, 6.0, 7.0, 8.0, 10.0, 12.0, 15.0)
     granularity: ClassVar = "stripe"
     source: ClassVar = "released AnchorAttention kernels (v4), as described in docs/methods.md"
 

@@ -34,7 +34,7 @@ class FlexPrefill(Method):
 
     name: ClassVar = "flexprefill"
     parameter: ClassVar = "gamma"
-    sweep: ClassVar = (0.5, 0.7, 0.8, 0.9, 0.95, 0.97, 0.99, 0.999)
+    sweep: ClassVar = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.995, 0.9999)
     granularity: ClassVar = "block"
     source: ClassVar = "Lai et al., FlexPrefill, ICLR 2025, arXiv 2502.20766"
 

@@ -54,6 +54,10 @@ METHODS: dict[str, type[Method]] = {
 # Shown when the user names no others: the paper's groups, and groups that suit short prompts.
 ALIASES: dict[str, tuple[tuple[str, Method], ...]] = {
     "anchor": (("anchor-128x16", Anchor()), ("anchor-64x4", Anchor(block=64, step=4))),
+    "oracle-stripe": (
+        ("oracle-stripe-128x16", OracleStripe()),
+        ("oracle-stripe-64x4", OracleStripe(block=64, step=4)),
+    ),
 }
 
 
@@ -113,7 +117,8 @@ def line_up(
     """The contenders a user asked for.
 
     Args:
-        methods: "all", names separated by commas, or a sequence of names. `anchor` stands for 128 x 16 and 64 x 4.
+        methods: "all", names separated by commas, or a sequence of names. `anchor` and `oracle-stripe` each stand for
+            groups of 128 x 16 and of 64 x 4.
         settings: texts like "anchor.block=64,anchor.step=4". The swept parameter may be given as one value, as values
             separated by "/", or as a range low:high:step.
         labels: one for each of `settings`, or none. With labels, each adds a contender; without, the settings change

@@ -30,7 +30,7 @@ class XAttention(Method):
 
     name: ClassVar = "xattention"
     parameter: ClassVar = "threshold"
-    sweep: ClassVar = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.995)
+    sweep: ClassVar = (0.3, 0.6, 0.8, 0.9, 0.95, 0.98, 0.995, 0.9995)
     granularity: ClassVar = "block"
     source: ClassVar = "Xu et al., XAttention, ICML 2025, arXiv 2503.16428"
 

@@ -1,0 +1,526 @@
+"""`compare` end to end on small dumps: files, columns, resume, refusals, line-ups, tables, others' methods."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from anchorscope.compare import compare, load_comparison, plan_compare, score_lineup
+from anchorscope.compare import run as run_module
+from anchorscope.compare.figures import draw_all
+from anchorscope.compare.tables import (
+    COLUMNS,
+    Need,
+    Point,
+    density_at_recall,
+    per_head_need,
+    shared_need,
+    winners,
+)
+from anchorscope.dumps import open_dump, write_dump
+from anchorscope.errors import DumpError, InputError, RunFailure
+from anchorscope.methods import METHODS, Head, find_method, known_methods, line_up
+
+N, D = 150, 8
+NAMES = "anchor,streaming,oracle-row,oracle-stripe,block-topk,oracle-block"
+
+
+def lineup():
+    return line_up(NAMES, ["anchor.block=8,anchor.step=2"], ["small"])
+
+
+def write(path, *, values=True, layers=(2, 7)):
+    g = torch.Generator().manual_seed(1)
+    entries = []
+    for prompt in ("story", "code"):
+        for layer in layers:
+            q, k, v = (torch.randn(h, N, D, generator=g) for h in (4, 2, 2))
+            k[:, :3] += 1
+            q += 0.5
+            entry = {"prompt": prompt, "layer": layer, "q": q, "k": k, "scale": 0.3}
+            entries.append({**entry, "v": v} if values else entry)
+    write_dump(path, entries)
+
+
+@pytest.fixture(scope="module")
+def dump(tmp_path_factory):
+    path = tmp_path_factory.mktemp("dump") / "d"
+    write(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(dump, tmp_path_factory):
+    return compare(dump, tmp_path_factory.mktemp("out") / "o", lineup=lineup())
+
+
+def files(path):
+    found = sorted(p for p in Path(path).rglob("*") if p.is_file() and p.name[0] != ".")
+    return {str(p.relative_to(path)): p.read_bytes() for p in found}
+
+
+def unfinish(path):
+    """As if the run had been stopped before its last file."""
+    (path / "compare.json").unlink()
+
+
+def test_methods_csv(dump, finished):
+    with (finished.path / "methods.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert tuple(rows[0]) == COLUMNS
+    columns = (
+        "prompt,layer,head,method,parameter,value,recall,recall_p05,recall_last,density,output_error,identify_cost"
+    )
+    assert columns.split(",") == list(COLUMNS)
+    assert len(rows) == 2 * 2 * 4 * sum(len(c.sweep) for c in lineup())
+    source = open_dump(dump)
+    row = rows[-1]
+    t = source.load(source.entry(row["prompt"], int(row["layer"])))
+    head, kv = int(row["head"]), t.kv_index(int(row["head"]))
+    want = score_lineup(Head(t.q[head], t.k[kv], scale=0.3), t.v[kv], lineup())[-1]
+    assert row["method"] == want[0].label == "small"
+    assert float(row["value"]) == want[1]
+    assert row["parameter"] == "theta"
+    for name in ("recall", "recall_p05", "recall_last", "density", "output_error", "identify_cost"):
+        assert float(row[name]) == pytest.approx(getattr(want[2], name), rel=1e-6), name
+
+
+def test_report_and_figures(finished):
+    report = finished.report
+    assert report == json.loads((finished.path / "compare.json").read_text())
+    assert report["heads"] == 16
+    assert [m["label"] for m in report["settings"]["methods"]][:3] == ["anchor-128x16", "anchor-64x4", "streaming"]
+    needed = {x["method"]: x["needed"] for x in report["needed"]["shared"]}
+    for cell in needed["small"]:
+        want = shared_need(finished.points, "small", cell["recall"])
+        assert Need(cell["density"], cell["identify_cost"]) == want
+    own = {x["method"]: x["needed"] for x in report["needed"]["per-head"]}
+    for cell in own["oracle-row"]:
+        want = per_head_need(finished.points, "oracle-row", cell["recall"])
+        assert cell["density"] == want.density
+        assert cell["heads"] == 16
+    assert len(report["best"]) == 16
+    assert {b["method"] for b in report["best"]}.isdisjoint({"oracle-row", "oracle-block"})
+    names = {p.name for p in finished.figures}
+    assert {"pooled-recall-density.png", "density-needed.png", "winners.png", "stripes-against-blocks.png"} <= names
+    assert {f"prompt0{p}-layer0{i}-recall-density.png" for p in (0, 1) for i in (2, 7)} <= names
+    for path in finished.figures:
+        assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_loading_gives_the_same(finished):
+    again = load_comparison(finished.path)
+    assert again.points == finished.points
+    assert again.report == finished.report
+    assert set(again.figures) == set(finished.figures)
+
+
+def test_without_values(tmp_path):
+    write(tmp_path / "d", values=False, layers=(0,))
+    result = compare(tmp_path / "d", tmp_path / "o", lineup=line_up("streaming"), figures=False)
+    assert all(math.isnan(p.output_error) for p in result.points)
+    text = (tmp_path / "o" / "methods.csv").read_text()
+    assert text.splitlines()[1].split(",")[COLUMNS.index("output_error")] == ""
+    again = load_comparison(tmp_path / "o")
+    assert all(math.isnan(p.output_error) for p in again.points)
+
+
+@pytest.mark.parametrize("after", [0, 5, 15])
+def test_interrupted_run_continues_to_the_same_bytes(dump, tmp_path, monkeypatch, after):
+    want = compare(dump, tmp_path / "a", lineup=line_up("anchor,power"), figures=False)
+    measured = []
+    real = run_module.score_lineup
+
+    def stops(*args, **options):
+        if len(measured) == after:
+            raise KeyboardInterrupt
+        measured.append(1)
+        return real(*args, **options)
+
+    monkeypatch.setattr(run_module, "score_lineup", stops)
+    with pytest.raises(KeyboardInterrupt):
+        compare(dump, tmp_path / "b", lineup=line_up("anchor,power"), figures=False)
+    assert not (tmp_path / "b" / "compare.json").exists()
+    there = len(list((tmp_path / "b" / "scores").glob("*.json")))
+
+    def counts(*args, **options):
+        measured.append(1)
+        return real(*args, **options)
+
+    measured.clear()
+    monkeypatch.setattr(run_module, "score_lineup", counts)
+    compare(dump, tmp_path / "b", lineup=line_up("anchor,power"), figures=False)
+    assert len(measured) == 16 - there, "a head was measured again"
+    got = files(tmp_path / "b")
+    state = json.loads(files(tmp_path / "a")["run.json"])
+    for name, data in files(want.path).items():
+        if name in ("run.json", "compare.json"):  # they hold the time of the start
+            mine, theirs = json.loads(got[name]), json.loads(data)
+            mine["started"] = theirs["started"] = state["started"]
+            assert mine == theirs
+        else:
+            assert got[name] == data, name
+
+
+def test_a_damaged_score_file_is_measured_again(dump, tmp_path):
+    options = {"lineup": line_up("power"), "figures": False}
+    result = compare(dump, tmp_path / "o", **options)
+    before = files(result.path)
+    name = next(x for x in before if x.startswith("scores/"))
+    (result.path / name).write_bytes(before[name][: len(before[name]) // 2])
+    with pytest.raises(DumpError, match="damaged"):
+        load_comparison(result.path)
+    unfinish(result.path)
+    compare(dump, tmp_path / "o", **options)
+    assert files(result.path)[name] == before[name]
+
+
+def test_out_folder(dump, tmp_path, finished):
+    options = {"lineup": line_up("power"), "figures": False}
+    with pytest.raises(InputError, match=r"finished comparison.*--overwrite"):
+        compare(dump, finished.path, lineup=lineup())
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "precious.txt").write_text("keep me")
+    with pytest.raises(InputError, match="is not a comparison"):
+        compare(dump, other, overwrite=True, **options)
+    assert (other / "precious.txt").read_text() == "keep me"
+    with pytest.raises(InputError, match="is a file"):
+        compare(dump, other / "precious.txt", **options)
+
+    out = tmp_path / "out"
+    compare(dump, out, **options)
+    unfinish(out)
+    with pytest.raises(InputError, match="other settings"):
+        compare(dump, out, lineup=line_up("streaming"), figures=False)
+    result = compare(dump, out, lineup=line_up("streaming"), figures=False, overwrite=True)
+    assert {p.method for p in load_comparison(out).points} == {"streaming"}
+    assert len(list((result.path / "scores").glob("*.json"))) == 16
+
+
+def test_full_disk_is_said_before_starting(dump, tmp_path, monkeypatch):
+    class Usage:
+        free = 1000
+
+    monkeypatch.setattr(run_module.shutil, "disk_usage", lambda _: Usage)
+    with pytest.raises(RunFailure, match="free some space"):
+        compare(dump, tmp_path / "o", lineup=line_up("power"))
+    assert not (tmp_path / "o" / "run.json").exists()
+
+
+def test_out_of_memory_is_one_sentence(dump, tmp_path, monkeypatch):
+    def fails(*args, **options):
+        raise MemoryError
+
+    monkeypatch.setattr(run_module, "score_lineup", fails)
+    with pytest.raises(RunFailure, match="out of memory on cpu"):
+        compare(dump, tmp_path / "o", lineup=line_up("power"))
+
+
+def test_small_batches_change_nothing(monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(N, D, generator=g) for _ in range(3))
+    methods = line_up("anchor,block-topk,streaming", ["block-topk.block=16"])
+    want = score_lineup(Head(q, k, scale=0.3), v, methods)
+    monkeypatch.setattr(run_module, "BATCH_BYTES", 1)
+    got = score_lineup(Head(q, k, scale=0.3), v, methods)
+    for (_, _, a), (_, _, b) in zip(want, got, strict=True):
+        assert a.pairs == b.pairs
+        assert a.recall == pytest.approx(b.recall, abs=1e-6)
+        assert a.output_error == pytest.approx(b.output_error, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target_recall": 0.0}, "target recall"),
+        ({"layers": [5]}, "no layer 5; it has 2,7"),
+        ({"heads": [9]}, "no query head 9; it has 0-3"),
+        ({"prompts": ["poem"]}, "no prompt 'poem'; it has story, code"),
+        ({"lineup": []}, "at least one method"),
+        ({"device": "tpu"}, "unknown"),
+    ],
+)
+def test_bad_requests(dump, options, message):
+    with pytest.raises(InputError, match=message):
+        plan_compare(dump, **options)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# tables
+
+
+def point(method, head, value, density, recall, cost=0.0):
+    return Point("p", 0, head, method, "x", value, recall, recall, recall, density, 0.0, cost)
+
+
+def test_density_at_recall_by_hand():
+    """Between (0.1, 0.8) and (0.3, 0.9) recall 0.85 lies half way: 0.2, at a cost between 0.01 and 0.03."""
+    curve = [(0.3, 0.9, 0.03), (0.1, 0.8, 0.01), (1.0, 1.0, 0.0)]
+    assert density_at_recall(curve, 0.85).density == pytest.approx(0.2)
+    assert density_at_recall(curve, 0.85).identify_cost == pytest.approx(0.02)
+    assert density_at_recall(curve, 0.5) == Need(0.1, 0.01), "nothing is extrapolated below the sparsest point"
+    assert density_at_recall(curve[:2], 0.95) == Need(None, None)
+    assert density_at_recall([], 0.5) == Need(None, None)
+    assert density_at_recall(curve, 0.9).density == pytest.approx(0.3)
+
+
+def test_a_curve_that_dips_is_crossed_at_its_first_reach():
+    assert density_at_recall([(0.1, 0.9, 0), (0.2, 0.7, 0), (0.4, 0.95, 0)], 0.8).density == 0.1
+
+
+def test_shared_and_own_settings_by_hand():
+    """Two heads: at x=1 recalls 1.0 and 0.6 for 0.1 and 0.3; at x=2 both 1.0 for 0.5 and 0.5.
+
+    Shared, 0.9: means (0.2, 0.8) and (0.5, 1.0): half way, 0.35. Own: 0.1, and 0.3 + 0.75 * 0.2 = 0.45: mean 0.275.
+    """
+    points = [
+        point("m", 0, 1, 0.1, 1.0),
+        point("m", 0, 2, 0.5, 1.0),
+        point("m", 1, 1, 0.3, 0.6),
+        point("m", 1, 2, 0.5, 1),
+    ]
+    assert shared_need(points, "m", 0.9).density == pytest.approx(0.35)
+    assert per_head_need(points, "m", 0.9).density == pytest.approx(0.275)
+    assert per_head_need(points[:3], "m", 0.9).density is None, "one head never reaches it"
+
+
+def test_winners_by_hand():
+    points = [
+        point("a", 0, 1, 0.2, 1.0),
+        point("b", 0, 1, 0.1, 1.0),
+        point("a", 1, 1, 0.1, 1.0),
+        point("b", 1, 1, 0.1, 1.0),
+    ]
+    points += [point("a", 2, 1, 0.1, 0.5), point("b", 2, 1, 0.1, 0.5)]
+    best = winners(points, ["a", "b"], 0.95)
+    assert [best["p", 0, h] for h in range(3)] == ["b", "a", None]
+
+
+def test_figures_of_a_large_grid_and_of_nothing_reached(tmp_path):
+    """32 layers of 40 heads, a method that never reaches the target, names that need care."""
+    methods = [
+        {"label": label, "oracle": oracle, "granularity": kind}
+        for label, oracle, kind in (("a", False, "stripe"), ("b$_x", False, "block"), ("o", True, "stripe"))
+    ]
+    points = [
+        Point("$p\n", layer, head, m["label"], "x", x, r, r, r, d, 0.0, 0.0)
+        for layer in range(2)
+        for head in range(40)
+        for m in methods
+        for x, d, r in ((1, 0.1, 0.5), (2, 0.5, 0.9))
+    ]
+    drawn = draw_all(points, tmp_path / "f", methods, target_recall=0.99)
+    assert len(drawn) == 4 + 2
+    assert all(p.stat().st_size > 5000 for p in drawn)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# line-ups
+
+
+def test_default_line_up_holds_everything():
+    labels = [c.label for c in line_up()]
+    assert {"anchor-128x16", "anchor-64x4", "oracle-stripe-64x4"} <= set(labels)
+    assert {c.method.name for c in line_up()} == set(METHODS)
+    assert len(labels) == len(set(labels))
+    for c in line_up():
+        assert len(c.sweep) >= 8
+
+
+def test_settings_and_labels():
+    (a,) = line_up("anchor", ["anchor.block=32,anchor.step=2,anchor.theta=4/8/12"])
+    assert (a.label, a.method.block, a.method.step, a.sweep) == ("anchor", 32, 2, (4.0, 8.0, 12.0))
+    (b,) = line_up("streaming", ["streaming.window=64:256:64"])
+    assert b.sweep == (64, 128, 192, 256)
+    c = line_up("anchor", ["anchor.block=32", "power.block=16"], ["mine", "p"])
+    assert [x.label for x in c] == ["anchor-128x16", "anchor-64x4", "mine", "p"]
+    assert c[2].method.block == 32
+    d = line_up("anchor", ["anchor.block=32,anchor.step=2"], ["anchor-64x4"])
+    assert [(x.label, x.method.block) for x in d] == [("anchor-128x16", 128), ("anchor-64x4", 32)]
+    (e,) = line_up("anchor", ["anchor.theta=-inf/inf,anchor.block=8"])
+    assert e.sweep == (-math.inf, math.inf)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("sparse",), "no method 'sparse'; there are anchor, "),
+        (("anchor,",), "empty element"),
+        (("anchor", ["block=3"]), "malformed"),
+        (("anchor", ["anchor.block"]), "malformed"),
+        (("anchor", ["anker.block=3"]), "no method 'anker'"),
+        (("anchor", ["anchor.blok=3"]), "no parameter 'blok'; it has theta, block"),
+        (("anchor", ["anchor.block=x"]), "'x' is not a number"),
+        (("anchor", ["anchor.block=nan"]), "must be a number"),
+        (("anchor", ["anchor.block=2.5"]), "whole number"),
+        (("anchor", ["anchor.block=0"]), "at least 1"),
+        (("anchor", ["anchor.block=8/16"]), "only the swept parameter theta"),
+        (("anchor", ["anchor.block=8", "anchor.step=2"]), "twice"),
+        (("anchor", ["anchor.block=8,anchor.block=9"]), "twice"),
+        (("anchor", ["anchor.block=8", "anchor.step=2"], ["a"]), "2 --set and 1 --as"),
+        (("anchor", ["anchor.block=8,power.block=2"], ["a"]), "several methods"),
+        (("anchor", ["anchor.block=8", "anchor.step=2"], ["a", "a"]), "same label"),
+        (("anchor", ["anchor.block=8"], ["a,b"]), "no comma"),
+        (("flexprefill", ["flexprefill.gamma=1.5"]), "above 0 and at most 1"),
+        (("xattention", ["xattention.block=100"]), "multiple of"),
+        (("streaming", ["streaming.window=9:3:1"]), "backwards"),
+    ],
+)
+def test_bad_line_ups(arguments, message):
+    with pytest.raises(InputError, match=message):
+        line_up(*arguments)
+
+
+# ---------------------------------------------------------------------------------------------------- somebody's own
+# method
+
+PACKAGE = '''
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from anchorscope.methods import Blocks, Head, Method, Selection, setting
+
+
+@dataclass(frozen=True)
+class EveryOther(Method):
+    """Every key block whose number is a multiple of `stride`, and the diagonal."""
+
+    name: ClassVar = "every-other"
+    parameter: ClassVar = "stride"
+    sweep: ClassVar = (8, 4, 2, 1)
+    granularity: ClassVar = "block"
+    source: ClassVar = "an example"
+
+    stride: int = setting(2, "distance of the blocks kept, in blocks", low=1)
+    block: int = setting(16, "block side, tokens", low=1)
+
+    def select(self, head: Head) -> Selection:
+        visible = head.visible_blocks(self.block, self.block)
+        at = torch.arange(len(visible), device=head.device)
+        keep = (at % self.stride == 0) | (at == at[:, None])
+        return Selection((Blocks(keep & visible, self.block, self.block),))
+'''
+
+
+@pytest.fixture
+def plugged(tmp_path, monkeypatch):
+    """A throw-away distribution with an entry point, as pip would lay it out."""
+
+    def install(target, source=PACKAGE, module="every_other"):
+        (tmp_path / f"{module}.py").write_text(source)
+        info = tmp_path / f"{module}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(f"[anchorscope.methods]\nevery-other = {target}\n")
+        monkeypatch.syspath_prepend(str(tmp_path))
+        importlib.invalidate_caches()
+        monkeypatch.delitem(sys.modules, module, raising=False)
+
+    yield install
+    sys.modules.pop("every_other", None)
+
+
+def test_a_third_party_method_takes_part(plugged, dump, tmp_path):
+    plugged("every_other:EveryOther")
+    assert "every-other" in known_methods()
+    assert find_method("every-other").__name__ == "EveryOther"
+    result = compare(dump, tmp_path / "o", lineup=line_up("anchor,every-other"), figures=False)
+    mine = [p for p in result.points if p.method == "every-other"]
+    assert len(mine) == 16 * 4
+    assert all(p.recall == pytest.approx(1.0, abs=1e-6) for p in mine if p.value == 1)
+    # Worked out: blocks of 16 over 150 tokens, stride 8: column blocks 0 and 8, and the diagonal.
+    kept = sum(1 for i in range(N) for j in range(i + 1) if (j // 16) % 8 == 0 or j // 16 == i // 16)
+    assert {p.density for p in mine if p.value == 8} == {kept / (N * (N + 1) // 2)}
+
+
+@pytest.mark.parametrize(
+    ("target", "source", "message"),
+    [
+        ("every_other:Missing", PACKAGE, "cannot be loaded"),
+        ("every_other:torch", PACKAGE, "is no Method"),
+        ("every_other:EveryOther", PACKAGE.replace('"every-other"', '"anchor"'), "two methods are called anchor"),
+        ("every_other:EveryOther", PACKAGE.replace('= "block"', '= "lump"'), "granularity"),
+        ("every_other:EveryOther", PACKAGE.replace('= "stride"', '= "strike"'), "parameter"),
+    ],
+)
+def test_a_broken_third_party_method_is_named(plugged, target, source, message):
+    plugged(target, source)
+    with pytest.raises(InputError, match=message):
+        known_methods()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# CLI
+
+
+def invoke(*arguments):
+    import typer
+
+    from anchorscope.cli.compare import compare as command
+
+    app = typer.Typer()
+    app.command()(command)
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def test_table_fits_80_columns(dump, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    result = invoke(
+        dump, "--out", tmp_path / "o", "--layers", "2", "--heads", "0,1", "--prompts", "code", "--no-figures"
+    )
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert max(map(len, [x for x in lines if str(tmp_path) not in x])) <= 80
+    for c in line_up():
+        assert any(c.label in line for line in lines), c.label
+    report = json.loads((tmp_path / "o" / "compare.json").read_text())
+    need = {x["method"]: x["needed"] for x in report["needed"]["shared"]}["oracle-row"]
+    row = next(line for line in lines if "oracle-row" in line)
+    assert f"{need[0]['density']:.3f}" in row
+
+
+def test_json_prints_the_report_alone(dump, tmp_path):
+    result = invoke(dump, "--out", tmp_path / "o", "--methods", "power", "--layers", "2", "--no-figures", "--json")
+    assert json.loads(result.stdout) == json.loads((tmp_path / "o" / "compare.json").read_text())
+
+
+def test_list_names_every_setting():
+    text = invoke("--list").stdout
+    assert "anchor  (Zhang et al." in text
+    assert "  * anchor.theta=12  " in text
+    assert "    anchor.block=128  " in text
+
+
+def test_set_and_as(dump, tmp_path):
+    options = ["--methods", "power", "--set", "anchor.block=8,anchor.step=2", "--as", "tiny", "--no-figures", "--json"]
+    result = invoke(dump, "--out", tmp_path / "o", "--layers", "2", *options)
+    assert [m["label"] for m in json.loads(result.stdout)["settings"]["methods"]] == ["power", "tiny"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "needs a dump"),
+        (["DUMP"], "needs a dump"),
+        (["DUMP", "--out", "OUT", "--methods", "best"], "no method 'best'"),
+        (["DUMP", "--out", "OUT", "--layers", "9"], "--layers: 9 does not exist"),
+        (["nowhere", "--out", "OUT"], "nowhere"),
+    ],
+)
+def test_refusals_leave_nothing_behind(dump, tmp_path, arguments, message):
+    here = {"DUMP": dump, "OUT": tmp_path / "o"}
+    result = invoke(*(here.get(a, a) for a in arguments))
+    assert isinstance(result.exception, InputError)
+    assert message in str(result.exception)
+    assert not (tmp_path / "o").exists()
