@@ -1,11 +1,8 @@
 """Can Q, K and V alone represent this attention call? Masks, options and the model's own output say.
 
-A dump claims: output = softmax(softcap(scale * q.k) over visible keys) v, with key j visible to query i iff j
-<= i and
-i - j < window. Everything a model does beyond that would be captured wrongly without anyone noticing, so each
-call is
-compared with the claim: its options, its mask element by element, and a few rows of its output recomputed in
-float32.
+A dump claims: output = softmax(softcap(scale * q.k) over visible keys) v, with key j visible to query i iff j <= i and
+i - j < window. Everything a model does beyond that would be captured wrongly without anyone noticing, so each call is
+compared with the claim: its options, its mask element by element, and a few rows of its output recomputed in float32.
 """
 
 from __future__ import annotations
@@ -58,9 +55,7 @@ def check_call(call: AttentionCall) -> None:
             else f"its values have {v.shape[-1]} dimensions where its keys have {q.shape[-1]}",
         )
     if k.shape != v.shape or q.shape[1] % k.shape[1] or k.shape[2] < q.shape[2]:
-        raise refuse(
-            call, f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} are not causal GQA"
-        )
+        raise refuse(call, f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} are not causal GQA")
     for key, reason in REASONS.items():
         if call.options.get(key) is not None:
             raise refuse(call, reason)
@@ -123,16 +118,14 @@ def _mask_window(call: AttentionCall, mask: Tensor, total: int, hint: int | None
 
 
 def _visible(mask: Tensor) -> Tensor:
-    """Boolean form of a mask; an additive one may hold only 0 (visible) and its dtype's lowest values or
-    -inf (hidden)."""
+    """Boolean form of a mask; an additive one may hold only 0 (visible) and its dtype's lowest value or -inf."""
     if mask.dtype == torch.bool:
         return mask
     visible = mask == 0
     hidden = mask <= torch.finfo(mask.dtype).min
     if not bool((visible | hidden).all()):
         raise InputError(
-            "an additive attention mask holds a bias, which Q, K and V do not reproduce:"
-            " capture another model"
+            "an additive attention mask holds a bias, which Q, K and V do not reproduce: capture another model"
         )
     return visible
 
@@ -140,9 +133,8 @@ def _visible(mask: Tensor) -> Tensor:
 def check_output(call: AttentionCall, start: int, window: int | None, softcap: float | None) -> None:
     """Recompute a few rows of the call's output in float32 and compare.
 
-    The tolerance allows for the rounding of scores and weights in the model's dtype: a few units in the last
-    place of the
-    largest |score| and of the largest |value|.
+    The tolerance allows for the rounding of scores and weights in the model's dtype: a few units in the last place of
+    the largest |score| and of the largest |value|.
 
     Raises:
         InputError: they differ, so the model does something that the dump would not show.

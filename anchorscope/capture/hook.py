@@ -1,16 +1,11 @@
 """See every attention call of a transformers model: `intercept`, a context manager that changes nothing else.
 
-How: transformers lets a model name its attention function (`AttentionInterface`) and the function that builds
-    its masks
-(`AttentionMaskInterface`). While the context is open, the model's configs name one private function of each
-kind. Both
-delegate to exactly the functions the model would have called, with the same arguments, so its logits stay
-equal bit for bit;
-then the attention function hands what it saw to the caller. Registering the mask function is not optional:
-without it
-transformers builds no mask at all, and sliding windows and chunked prefill are silently wrong. Delegates run
-under the
-model's own implementation name, since some of them look it up in the config again.
+Transformers lets a model name its attention function (`AttentionInterface`) and the function that builds its masks
+(`AttentionMaskInterface`). While the context is open, the model's configs name one private function of each kind. Both
+delegate to exactly the functions the model would have called, with the same arguments, so its logits stay equal bit
+for bit; then the attention function hands what it saw to the caller. Registering the mask function is not optional:
+without it transformers builds no mask at all, and sliding windows and chunked prefill are silently wrong. Delegates
+run under the model's own implementation name, since some of them look it up in the config again.
 
 Nothing happens at import; names and registrations are restored in `finally`.
 """
@@ -42,11 +37,11 @@ class AttentionCall:
         layer: its `layer_idx`, or None.
         implementation: the attention the model chose ("sdpa", "eager", "flash_attention_2", ...).
         q: (B, H, n, d) after rotary embedding and norms.
-        k: (B, Hkv, m, d): all keys so far; the last n belong to these queries. A cache of a window layer may
-            crop older ones.
+        k: (B, Hkv, m, d): all keys so far; the last n belong to these queries. A cache of a window layer may crop
+            older ones.
         v: (B, Hkv, m, dv).
-        mask: what the mask function built: None, a boolean or additive tensor (B or 1, 1 or H, n, m), or
-            another object.
+        mask: what the mask function built: None, a boolean or additive tensor (B or 1, 1 or H, n, m), or another
+            object.
         scale: softmax scale.
         options: the remaining keyword arguments (`sliding_window`, `softcap`, `s_aux`, ...).
         output: (B, n, H, dv), the model's own result.
@@ -73,11 +68,9 @@ class AttentionCall:
 def intercept(model: PreTrainedModel, sink: Callable[[AttentionCall], None]) -> Iterator[None]:
     """Call `sink` after every attention call that `model` makes inside the context.
 
-    The tensors belong to the model: use them inside `sink`, keep copies only. An exception raised by `sink`
-    ends the
-    forward. Works on any loaded transformers model whose attention goes through `AttentionInterface`; others
-    never call
-    the sink. Contexts may be nested and used for several models at once.
+    The tensors belong to the model: use them inside `sink`, keep copies only. An exception raised by `sink` ends the
+    forward. Works on any loaded transformers model whose attention goes through `AttentionInterface`; others never
+    call the sink. Contexts may be nested and used for several models at once.
 
     Raises:
         MissingBackendError: transformers is not installed.
@@ -184,9 +177,8 @@ def _delegate(module: nn.Module, implementation: str) -> Any:
     """The attention function that the module's own code would look up.
 
     Each modelling file looks `implementation` up in its `ALL_ATTENTION_FUNCTIONS`, with its own
-    `eager_attention_forward` as
-    the default; both are globals of the file that defines the module's class or the base class its forward
-    comes from.
+    `eager_attention_forward` as the default; both are globals of the file that defines the module's class or the base
+    class its forward comes from.
 
     Raises:
         InputError: the file defines no eager attention and the implementation is eager.

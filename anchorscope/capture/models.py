@@ -38,13 +38,10 @@ def require_transformers() -> None:
     try:
         import transformers
     except ImportError as error:
-        raise MissingBackendError(
-            f"capture needs transformers ({error}): pip install 'anchorscope[hf]'"
-        ) from None
+        raise MissingBackendError(f"capture needs transformers ({error}): pip install 'anchorscope[hf]'") from None
     if int(transformers.__version__.split(".")[0]) < 5:
         raise MissingBackendError(
-            f"capture needs transformers 5 or newer, not {transformers.__version__}:"
-            " pip install -U 'anchorscope[hf]'"
+            f"capture needs transformers 5 or newer, not {transformers.__version__}: pip install -U 'anchorscope[hf]'"
         )
 
 
@@ -67,9 +64,7 @@ def pick_device(device: str) -> torch.device:
         raise MissingBackendError(f"--device {device}: this PyTorch sees no CUDA GPU; use --device cpu")
     picked = torch.device(device)
     if picked.index is not None and picked.index >= torch.cuda.device_count():
-        raise MissingBackendError(
-            f"--device {device}: there are {torch.cuda.device_count()} CUDA GPUs, counted from 0"
-        )
+        raise MissingBackendError(f"--device {device}: there are {torch.cuda.device_count()} CUDA GPUs, counted from 0")
     return picked
 
 
@@ -124,8 +119,7 @@ def load_model(
             common["revision"] = revision
     else:
         raise InputError(
-            f"model {source} does not exist here and is no Hugging Face id;"
-            f" presets are {', '.join(sorted(PRESETS))}"
+            f"model {source} does not exist here and is no Hugging Face id; presets are {', '.join(sorted(PRESETS))}"
         )
     from transformers import AutoConfig, AutoModelForCausalLM
 

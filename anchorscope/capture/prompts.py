@@ -74,8 +74,7 @@ def decode(raw: bytes, where: str) -> str:
 
 
 def unique_names(prompts: Sequence[PromptInput]) -> list[PromptInput]:
-    """The prompts with names that can be told apart: a repeated one gets "-2", "-3", ...; odd characters
-    become "_"."""
+    """The prompts with names that can be told apart: a repeated one gets "-2", "-3", ...; odd characters become "_"."""
     taken: set[str] = set()
     result = []
     for prompt in prompts:
@@ -109,8 +108,7 @@ def tokenize(
         notify: told when the prompt is shorter than `tokens`.
 
     Raises:
-        InputError: fewer than 2 tokens, more than the model's positions, an id outside the vocabulary, no
-            tokenizer.
+        InputError: fewer than 2 tokens, more than the model's positions, an id outside the vocabulary, no tokenizer.
     """
     offsets: list[tuple[int, int]] | None = None
     if prompt.token_ids is not None:
@@ -127,23 +125,17 @@ def tokenize(
     whole = len(ids)
     if tokens is not None:
         if whole < tokens:
-            notify(
-                f"prompt {prompt.name} has {whole} tokens, fewer than the {tokens} asked for:"
-                " it is used whole"
-            )
+            notify(f"prompt {prompt.name} has {whole} tokens, fewer than the {tokens} asked for: it is used whole")
         ids = ids[:tokens]
     if len(ids) < 2:
         raise InputError(f"prompt {prompt.name} has {len(ids)} tokens: at least 2 are needed")
     if positions is not None and len(ids) > positions:
         raise InputError(
-            f"prompt {prompt.name} has {len(ids)} tokens and the model {positions} positions:"
-            f" give --tokens {positions}"
+            f"prompt {prompt.name} has {len(ids)} tokens and the model {positions} positions: give --tokens {positions}"
         )
     bad = next((i for i in ids if not 0 <= i < (vocabulary or i + 1)), None)
     if bad is not None:
-        raise InputError(
-            f"prompt {prompt.name}: token id {bad} is outside the model's vocabulary of {vocabulary}"
-        )
+        raise InputError(f"prompt {prompt.name}: token id {bad} is outside the model's vocabulary of {vocabulary}")
     text = prompt.text
     if text is not None and len(ids) < whole:
         assert tokenizer is not None

@@ -34,8 +34,7 @@ class LayersDone(Exception):
 
 
 class ShapeProbe:
-    """A sink that learns every layer's shape from a run of a few tokens, and refuses what a dump cannot
-    represent.
+    """A sink that learns every layer's shape from a run of a few tokens, and refuses what a dump cannot represent.
 
     Attributes:
         shapes: by layer index, in call order.
@@ -49,9 +48,7 @@ class ShapeProbe:
     def __call__(self, call: AttentionCall) -> None:
         layer = require_layer(call)
         if layer in self.shapes or layer in self.refused:
-            raise InputError(
-                f"{call.name} runs more than once in a forward: which call is meant is not defined"
-            )
+            raise InputError(f"{call.name} runs more than once in a forward: which call is meant is not defined")
         try:
             check_call(call)
             check_output(call, 0, visible_window(call, 0), softcap_of(call.options))
@@ -121,21 +118,15 @@ class Recorder:
         if layer not in self._wanted:
             return
         if layer not in self._left:
-            raise InputError(
-                f"{call.name} runs more than once in a forward: which call is meant is not defined"
-            )
+            raise InputError(f"{call.name} runs more than once in a forward: which call is meant is not defined")
         check_call(call)
         state = self._open.get(layer) or self._begin(layer, call)
         start, n = state.position, call.q.shape[2]
         if start + n > self._tokens:
-            raise InputError(
-                f"{call.name} runs more than once in a forward: which call is meant is not defined"
-            )
+            raise InputError(f"{call.name} runs more than once in a forward: which call is meant is not defined")
         window = visible_window(call, start)
         if state.window is not None and window != state.window:
-            raise InputError(
-                f"{call.name} changes its sliding window from {state.window} to {window} along the prompt"
-            )
+            raise InputError(f"{call.name} changes its sliding window from {state.window} to {window} along the prompt")
         check_output(call, start, window, softcap_of(call.options))
         state.window = window
 

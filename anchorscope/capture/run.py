@@ -76,13 +76,10 @@ def capture_model(
 ) -> Dump:
     """Prefill each prompt and write Q, K and V of the wanted layers, as attention consumed them.
 
-    Every layer is checked as it passes (mask, options, a few output rows recomputed), streamed to the disk
-    head by head and
-    released, so the memory above a plain forward is about one head. Logits are computed for the last position
-    at most. A
-    trial run of two tokens learns the layers' shapes first: what cannot be captured, or does not fit on the
-    disk, is refused
-    before the real work.
+    Every layer is checked as it passes (mask, options, a few output rows recomputed), streamed to the disk head by
+    head and released, so the memory above a plain forward is about one head. Logits are computed for the last position
+    at most. A trial run of two tokens learns the layers' shapes first: what cannot be captured, or does not fit on the
+    disk, is refused before the real work.
 
     Args:
         model: a preset, a `.gguf` file, a folder or a Hugging Face id, or a loaded transformers model.
@@ -153,9 +150,7 @@ def capture_model(
         wanted = _pick_layers(net, shapes, layers, tell)
         _check_kv_heads(shapes, wanted, kv_heads)
         picked = None if kv_heads is None else sorted(set(kv_heads))
-        needed = sum(
-            shapes[layer].bytes(len(p.token_ids), picked, dtype, values) for p in ready for layer in wanted
-        )
+        needed = sum(shapes[layer].bytes(len(p.token_ids), picked, dtype, values) for p in ready for layer in wanted)
         tell(f"{len(ready)} x {len(wanted)} layers need {human_bytes(needed)} in {folder}")
         check_disk(folder, needed)
 
@@ -203,15 +198,12 @@ def capture_model(
         raise RunFailure(_memory_advice(error, chunk)) from None
 
 
-def prefill(
-    model: PreTrainedModel, token_ids: Sequence[int], *, chunk: int | None = None
-) -> torch.Tensor | None:
-    """One forward over the ids; logits of the last position (1, 1, vocabulary), or None where the model has
-    no such option.
+def prefill(model: PreTrainedModel, token_ids: Sequence[int], *, chunk: int | None = None) -> torch.Tensor | None:
+    """One forward over the ids; logits of the last position (1, 1, vocabulary), or None where the model has no such
+    option.
 
-    Models that accept `logits_to_keep` compute one row of logits; for others the body runs without its head,
-    so an
-    N x vocabulary tensor never exists. With `chunk`, a KV cache carries the prompt forward piece by piece.
+    Models that accept `logits_to_keep` compute one row of logits; for others the body runs without its head, so an N x
+    vocabulary tensor never exists. With `chunk`, a KV cache carries the prompt forward piece by piece.
     """
     ids = torch.tensor([list(token_ids)], dtype=torch.long, device=model.device)
     takes = inspect.signature(model.forward).parameters
@@ -234,9 +226,7 @@ def prefill(
         return getattr(result, "logits", None)
 
 
-def probe(
-    model: PreTrainedModel, token_ids: Sequence[int], layers: Sequence[int] | None
-) -> dict[int, LayerShape]:
+def probe(model: PreTrainedModel, token_ids: Sequence[int], layers: Sequence[int] | None) -> dict[int, LayerShape]:
     """Shapes of every layer that makes a softmax attention call, from a trial run of a few tokens.
 
     Raises:
@@ -289,9 +279,7 @@ def _check_numbers(
             raise InputError(f"{name} must name at least one")
 
 
-def _check_kv_heads(
-    shapes: dict[int, LayerShape], wanted: Sequence[int], kv_heads: Sequence[int] | None
-) -> None:
+def _check_kv_heads(shapes: dict[int, LayerShape], wanted: Sequence[int], kv_heads: Sequence[int] | None) -> None:
     for layer in wanted:
         for head in kv_heads or ():
             if not 0 <= head < shapes[layer].kv_heads:
@@ -334,9 +322,7 @@ def _header(
             "head_dim": first.head_dim,
             "positions": max_positions(model),
         },
-        "tokenizer": None
-        if tokenizer is None
-        else {"class": type(tokenizer).__name__, "vocabulary": len(tokenizer)},
+        "tokenizer": None if tokenizer is None else {"class": type(tokenizer).__name__, "vocabulary": len(tokenizer)},
         "dtype": stored.pop() if len(stored) == 1 else None,
         "capture": {
             "layers": list(wanted),
@@ -348,9 +334,7 @@ def _header(
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
-        "prompts": [
-            prompt_record(p.name, len(p.token_ids), text=p.text, token_ids=p.token_ids) for p in ready
-        ],
+        "prompts": [prompt_record(p.name, len(p.token_ids), text=p.text, token_ids=p.token_ids) for p in ready],
     }
 
 

@@ -70,8 +70,7 @@ def capture(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")] = False,
 ) -> None:
-    """Run a model on prompts and write Q, K and V of its attention layers, exactly as attention consumes
-    them.
+    """Run a model on prompts and write Q, K and V of its attention layers, exactly as attention consumes them.
 
     Example: anchorscope capture --model smollm2 --prompt book.txt --tokens 8192 --out dump
     """
@@ -148,8 +147,7 @@ def capture(
 
 
 def _indices(text: str, option: str) -> tuple[int, ...] | None:
-    """Indices as the user wrote them, None for all; the model is not loaded yet, so only the form is
-    checked."""
+    """Indices as the user wrote them, None for all; the model is not loaded yet, so only the form is checked."""
     if text.strip() == "all":
         return None
     from anchorscope.selection import parse_indices

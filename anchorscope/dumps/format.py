@@ -1,10 +1,8 @@
 """Dump format v1: the manifest's vocabulary, its validation, and the checks of one tensor file's header.
 
-A dump is a folder with `manifest.json` and one safetensors file per (prompt, layer). docs/dump-format.md
-specifies it; this
-module is the only place that interprets it. Whatever comes from the folder is untrusted: every value is
-checked before use,
-file names cannot leave the folder, and only JSON and safetensors are parsed.
+A dump is a folder with `manifest.json` and one safetensors file per (prompt, layer). docs/dump-format.md specifies it;
+this module is the only place that interprets it. Whatever comes from the folder is untrusted: every value is checked
+before use, file names cannot leave the folder, and only JSON and safetensors are parsed.
 """
 
 from __future__ import annotations
@@ -112,16 +110,15 @@ def is_positive(value: object) -> bool:
 
 
 def is_name(value: object) -> bool:
-    """Whether a JSON value can name a prompt: 1 to 200 printable characters (it becomes a CSV field and a
-    plot title)."""
+    """Whether a JSON value can name a prompt: 1 to 200 printable characters (fit for a CSV field and a plot title)."""
     return isinstance(value, str) and 0 < len(value) <= 200 and value.isprintable() and value == value.strip()
 
 
 def plain_file(folder: Path, name: object) -> Path | None:
     """The path of a regular file directly inside `folder`, or None if `name` could mean anything else.
 
-    Refused: separators of any system, drive letters, `..`, hidden names, symbolic links (they may lead
-        outside), devices, pipes.
+    Refused: separators of any system, drive letters, `..`, hidden names, symbolic links (they may lead outside),
+    devices, pipes.
     """
     if not isinstance(name, str) or not name.endswith(".safetensors") or not name.isprintable() or len(name) > 200:
         return None
@@ -140,8 +137,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """Parse and check `manifest.json`, everything except the tensor files.
 
     Raises:
-        DumpError: folder missing or not a dump, manifest truncated, edited, of a newer version or
-            inconsistent.
+        DumpError: folder missing or not a dump, manifest truncated, edited, of a newer version or inconsistent.
     """
     path = folder / MANIFEST
     if not folder.is_dir():
@@ -295,8 +291,7 @@ def read_header(path: Path) -> tuple[dict[str, tuple[int, int, int]], str]:
     """Shapes of `q`, `k` and (if present) `v`, and the dtype they share, checked against each other.
 
     Raises:
-        DumpError: not a safetensors file, truncated, tensors missing or unexpected, shapes or dtypes that do
-            not fit.
+        DumpError: not a safetensors file, truncated, tensors missing or unexpected, shapes or dtypes that do not fit.
     """
     from safetensors import SafetensorError, safe_open
 

@@ -217,9 +217,8 @@ class Verification:
 def verify(path: str | os.PathLike[str] | Dump, progress: Callable[[int, int], None] | None = None) -> Verification:
     """Read everything in a dump and compare it with its checksums; look for NaN and infinity.
 
-    "verified" means that the manifest and every file match their checksums; "unverified" that all is well-
-    formed but some
-    checksum is absent; "damaged" that at least one file is missing, malformed or does not match.
+    "verified" means that the manifest and every file match their checksums; "unverified" that all is well-formed but
+    some checksum is absent; "damaged" that at least one file is missing, malformed or does not match.
 
     Args:
         path: folder or open dump.
@@ -282,9 +281,8 @@ def nonfinite_row(x: Tensor) -> int | None:
     import torch
 
     for row in range(x.shape[0]):
-        # A sum is finite only if every element is: infinities never cancel to a number, NaN stays. Large
-        # float32 values
-        # may overflow it, then look closer. One fast pass instead of a boolean for every element.
+        # A sum is finite only if every element is: infinities never cancel to a number, NaN stays. Large float32
+        # values may overflow it, then look closer. One fast pass instead of a boolean for every element.
         total = x[row].sum(dtype=torch.float32)
         if not torch.isfinite(total) and not torch.isfinite(x[row]).all():
             return row

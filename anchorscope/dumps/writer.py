@@ -1,13 +1,10 @@
 """Writing a dump: the incremental `DumpWriter` and the one-call `write_dump`.
 
-Every tensor file is written under a temporary name, flushed to the disk and renamed; only then does the
-manifest, itself
-replaced atomically, list it. Whenever the process dies, the folder holds a manifest whose entries are all
-whole and which says
-`"complete": false` until the last one. Tensors are streamed head by head, so writing needs no second copy of
-a layer: that is
-why the (small) safetensors header is written here instead of by `safetensors.torch.save_file`, which
-serialises in memory.
+Every tensor file is written under a temporary name, flushed to the disk and renamed; only then does the manifest,
+itself replaced atomically, list it. Whenever the process dies, the folder holds a manifest whose entries are all whole
+and which says `"complete": false` until the last one. Tensors are streamed head by head, so writing needs no second
+copy of a layer: that is why the (small) safetensors header is written here instead of by
+`safetensors.torch.save_file`, which serialises in memory.
 """
 
 from __future__ import annotations
@@ -88,9 +85,8 @@ def layer_bytes(heads: int, kv_heads: int, tokens: int, head_dim: int, dtype: st
 class LayerWriter:
     """One tensor file being written; made by `DumpWriter.layer`.
 
-    `put` takes any contiguous run of positions of all heads, in any order of calls, so a chunked prefill can
-    stream. `close`
-    refuses a file that is not complete.
+    `put` takes any contiguous run of positions of all heads, in any order of calls, so a chunked prefill can stream.
+    `close` refuses a file that is not complete.
     """
 
     def __init__(
@@ -197,19 +193,15 @@ class LayerWriter:
 class DumpWriter:
     """Writes a dump folder entry by entry; use it as a context manager and call `finish` at the end.
 
-    On an exception the folder is emptied again, unless the run was interrupted (KeyboardInterrupt): then the
-    finished layers
-    stay, marked incomplete, for `resume`.
+    On an exception the folder is emptied again, unless the run was interrupted (KeyboardInterrupt): then the finished
+    layers stay, marked incomplete, for `resume`.
 
     Args:
-        path: the folder; created with its parents. It must be absent or empty, unless `overwrite` or
-            `resume`.
-        header: what the manifest says beside the entries: `prompts` (required, each with `name` and
-            `tokens`), `model`,
-            `tokenizer`, and any settings. Resuming demands an equal header.
+        path: the folder; created with its parents. It must be absent or empty, unless `overwrite` or `resume`.
+        header: what the manifest says beside the entries: `prompts` (required, each with `name` and `tokens`),
+            `model`, `tokenizer`, and any settings. Resuming demands an equal header.
         overwrite: replace the dump that is there (never a folder that is not a dump).
-        resume: continue an unfinished dump with the same header; whole layers are kept, everything else is
-            redone.
+        resume: continue an unfinished dump with the same header; whole layers are kept, everything else is redone.
 
     Raises:
         InputError: the folder cannot be used, or another process is writing to it.
@@ -403,12 +395,10 @@ def write_dump(
 
     Args:
         path: the folder to create.
-        entries: mappings with `prompt` (name), `layer`, `q` (H, N, d), `k` (Hkv, N, d), `scale`, and
-            optionally `v`
-            (Hkv, N, d), `window`, `softcap`, `query_heads`, `kv_heads` (original indices, ascending; 0, 1, 2,
-            ... by default).
-            Tensors or numpy arrays, as attention consumes them: after rotary embedding and norms, K and V not
-            repeated, causal.
+        entries: mappings with `prompt` (name), `layer`, `q` (H, N, d), `k` (Hkv, N, d), `scale`, and optionally `v`
+            (Hkv, N, d), `window`, `softcap`, `query_heads`, `kv_heads` (original indices, ascending; 0, 1, 2, ... by
+            default). Tensors or numpy arrays, as attention consumes them: after rotary embedding and norms, K and V
+            not repeated, causal.
         model: anything worth recording about the model (JSON values).
         prompts: optional `text` and `token_ids` by prompt name.
         overwrite: replace a dump that is there.
@@ -513,8 +503,7 @@ def check_output(path: Path, *, overwrite: bool = False, resume: bool = False) -
     """Refuse a folder that must not be written to, before any work is done.
 
     Raises:
-        InputError: it is a file, is not writable, or holds something and neither `overwrite` nor `resume`
-            allows that.
+        InputError: it is a file, is not writable, or holds something and neither `overwrite` nor `resume` allows that.
     """
     try:
         if path.exists() and not path.is_dir():
@@ -589,8 +578,7 @@ def remove_dump_files(path: Path) -> None:
 
 
 def _header(shapes: Mapping[str, tuple[int, int, int]], dtype: str, size: int) -> tuple[bytes, dict[str, int]]:
-    """safetensors header and the absolute offset of each tensor; the header is padded to 8 bytes as the
-    format advises."""
+    """The safetensors header, padded to 8 bytes as the format advises, and the absolute offset of each tensor."""
     code = next(code for code, name in DTYPES.items() if name == dtype)
     table: dict[str, Any] = {}
     begin = 0
@@ -605,8 +593,7 @@ def _header(shapes: Mapping[str, tuple[int, int, int]], dtype: str, size: int) -
 
 
 def _layout(manifest: Mapping[str, Any]) -> str:
-    """The manifest as JSON for people: one key a line, one prompt or entry a line (token ids on one line
-    too)."""
+    """The manifest as JSON for people: one key a line, one prompt or entry a line (token ids on one line too)."""
     lines = []
     for key, value in manifest.items():
         if key in ("prompts", "entries") and value:

@@ -62,8 +62,9 @@ def _one_thread() -> Iterator[None]:
 
 
 def tiny(family: str = "llama", **changes: Any) -> Any:
-    """A seeded random model in float32, milliseconds per forward; weights large enough for attention to be
-    far from uniform."""
+    """A seeded random model in float32, milliseconds per forward; weights large enough for attention to be far from
+    uniform.
+    """
     torch.manual_seed(7)
     config = transformers.AutoConfig.for_model(family, **{**COMMON, **FAMILIES.get(family, {}), **changes})
     model = transformers.AutoModelForCausalLM.from_config(

@@ -35,8 +35,7 @@ def dump(tmp_path: Path) -> Dump:
 
 
 def edit(dump: Dump, change: Callable[[dict[str, Any]], None], *, seal: bool = True) -> None:
-    """Change the manifest on disk; `seal` keeps its checksum right, so that the change itself must be
-    caught."""
+    """Change the manifest on disk; `seal` keeps its checksum right, so that the change itself must be caught."""
     path = dump.path / "manifest.json"
     manifest = json.loads(path.read_text())
     change(manifest)
