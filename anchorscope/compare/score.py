@@ -99,7 +99,7 @@ class _Books:
         ones = head.k.new_ones(head.n, 1)
         # One product gives the output and, in the last column, the mass kept.
         self.extended = ones if self.values is None else torch.cat([self.values, ones], 1)
-        self.edges = [s.edges(head.n) for s in selections]
+        self.edges = [s.edges(head.n) if _gathers(head.device) else None for s in selections]
         dev, count = head.device, len(selections)
         self.rows = torch.zeros(count, head.n, dtype=head.q.dtype, device=dev)
         self.pairs = torch.zeros(count, dtype=torch.int64, device=dev)
@@ -174,23 +174,30 @@ class _Books:
 
     def _add_mask(self, index: int, selection: Selection, chunk: Chunk, weights: Tensor, dense: Tensor) -> None:
         """All queries of the chunk, each with its own keys."""
-        visible = chunk.scores > -math.inf
-        keep = selection.mask(chunk.first, chunk.last, chunk.low, chunk.last, weights) & visible
+        first, last, low = chunk.first, chunk.last, chunk.low
+        keep = selection.mask(first, last, low, last, weights) & (chunk.scores > -math.inf)
         pairs = torch.count_nonzero(keep)
         self.pairs[index] += pairs
-        everything = self._pairs(torch.arange(chunk.low, chunk.last, device=keep.device), chunk.first, chunk.last)
-        if pairs == everything:
-            self.rows[index, chunk.first : chunk.last] = 1.0
+        everything = self._pairs(torch.arange(low, last, device=keep.device), first, last)
+        if selection.twice is None and pairs == everything:
+            self.rows[index, first:last] = 1.0
             return
-        total = weights.masked_fill(~keep, 0.0) @ self.extended[chunk.low : chunk.last]
-        self.rows[index, chunk.first : chunk.last] = total[:, -1] / dense[:, -1]
+        kept = weights.masked_fill(~keep, 0.0)
+        total = kept @ self.extended[low:last]
+        self.rows[index, first:last] = total[:, -1] / dense[:, -1]
         if self.values is None:
             return
+        double = None
+        if selection.twice is not None:
+            double = Selection((selection.twice,)).mask(first, last, low, last, weights)
+            total = total + (kept * double) @ self.extended[low:last]
         out = total[:, :-1] / total[:, -1:]
         lost = (total[:, -1] < _TINY).nonzero().squeeze(1)
         if lost.numel():
             scores = chunk.scores[lost].masked_fill(~keep[lost], -math.inf)
-            out[lost] = _renormalised(scores, self.extended[chunk.low : chunk.last, :-1])
+            if double is not None:
+                scores = scores + math.log(2) * double[lost]
+            out[lost] = _renormalised(scores, self.extended[low:last, :-1])
         self.error[index] += (out - dense[:, :-1]).double().square().sum()
 
     def _pairs(self, keys: Tensor, first: int, last: int) -> Tensor:
@@ -222,6 +229,11 @@ class _Books:
             )
             for i, selection in enumerate(self.selections)
         ]
+
+
+def _gathers(device: torch.device) -> bool:
+    """Whether to touch kept keys only. A GPU multiplies a whole masked run in less time than many small launches take."""
+    return device.type == "cpu"
 
 
 def _renormalised(scores: Tensor, values: Tensor) -> Tensor:

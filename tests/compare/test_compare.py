@@ -6,7 +6,9 @@ import csv
 import importlib
 import json
 import math
+import re
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -306,7 +308,9 @@ def test_winners_by_hand():
 
 
 def test_figures_of_a_large_grid_and_of_nothing_reached(tmp_path):
-    """32 layers of 40 heads, a method that never reaches the target, names that need care."""
+    """Two layers of 37 heads, more than one figure shows, a method that never reaches the target, names that need
+    care.
+    """
     methods = [
         {"label": label, "oracle": oracle, "granularity": kind}
         for label, oracle, kind in (("a", False, "stripe"), ("b$_x", False, "block"), ("o", True, "stripe"))
@@ -314,7 +318,7 @@ def test_figures_of_a_large_grid_and_of_nothing_reached(tmp_path):
     points = [
         Point("$p\n", layer, head, m["label"], "x", x, r, r, r, d, 0.0, 0.0)
         for layer in range(2)
-        for head in range(40)
+        for head in range(37)
         for m in methods
         for x, d, r in ((1, 0.1, 0.5), (2, 0.5, 0.9))
     ]
@@ -383,46 +387,29 @@ def test_bad_line_ups(arguments, message):
 # ---------------------------------------------------------------------------------------------------- somebody's own
 # method
 
-PACKAGE = '''
-from dataclasses import dataclass
-from typing import ClassVar
-
-import torch
-
-from anchorscope.methods import Blocks, Head, Method, Selection, setting
+DOCS = (Path(__file__).parents[2] / "docs" / "adding-a-method.md").read_text(encoding="utf-8")
 
 
-@dataclass(frozen=True)
-class EveryOther(Method):
-    """Every key block whose number is a multiple of `stride`, and the diagonal."""
+def block_of(language: str) -> str:
+    """The code that docs/adding-a-method.md shows."""
+    found = re.search(rf"^( *)```{language}\n(.*?)^ *```$", DOCS, re.DOTALL | re.MULTILINE)
+    return textwrap.dedent(found[2])
 
-    name: ClassVar = "every-other"
-    parameter: ClassVar = "stride"
-    sweep: ClassVar = (8, 4, 2, 1)
-    granularity: ClassVar = "block"
-    source: ClassVar = "an example"
 
-    stride: int = setting(2, "distance of the blocks kept, in blocks", low=1)
-    block: int = setting(16, "block side, tokens", low=1)
-
-    def select(self, head: Head) -> Selection:
-        visible = head.visible_blocks(self.block, self.block)
-        at = torch.arange(len(visible), device=head.device)
-        keep = (at % self.stride == 0) | (at == at[:, None])
-        return Selection((Blocks(keep & visible, self.block, self.block),))
-'''
+PACKAGE = block_of("python")
+POINTS = block_of("toml").replace("project.entry-points.", "").replace('"', "")
 
 
 @pytest.fixture
 def plugged(tmp_path, monkeypatch):
-    """A throw-away distribution with an entry point, as pip would lay it out."""
+    """A throw-away distribution made from the page on adding a method, as pip would lay it out."""
 
     def install(target, source=PACKAGE, module="every_other"):
         (tmp_path / f"{module}.py").write_text(source)
         info = tmp_path / f"{module}-1.0.dist-info"
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 1.0\n")
-        (info / "entry_points.txt").write_text(f"[anchorscope.methods]\nevery-other = {target}\n")
+        (info / "entry_points.txt").write_text(POINTS.replace("every_other:EveryOther", target))
         monkeypatch.syspath_prepend(str(tmp_path))
         importlib.invalidate_caches()
         monkeypatch.delitem(sys.modules, module, raising=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -210,3 +211,36 @@ def test_cancelled():
     q, k, v = inputs()
     with pytest.raises(Cancelled):
         score(Head(q, k, scale=0.35), v, [Selection((Window(20),))], cancelled=lambda: True)
+
+
+@pytest.mark.parametrize("name", SELECTIONS)
+def test_masks_of_whole_runs_give_the_same(name, monkeypatch):
+    """The way that GPUs take, on the CPU."""
+    from anchorscope.compare import score as module
+
+    calls = []
+    real = Selection.mask
+    monkeypatch.setattr(Selection, "mask", lambda self, *a: (calls.append(1), real(self, *a))[1])
+    monkeypatch.setattr(sys.modules[module.__module__], "_gathers", lambda _: False)
+    q, k, v = inputs()
+    head = Head(q, k, scale=0.35, window=90)
+    keep = random_mask(5, N, share=0.4, seed=1)
+    selection = SELECTIONS[name]
+    if name == "columns":
+        selection = Selection((Columns(keep, edges()),), twice=Columns(keep, edges()))
+    (got,) = score(head, v, [selection])
+    assert calls
+    check(selection, head, v, got)
+
+
+@pytest.mark.gpu
+def test_gpu_agrees_with_cpu():
+    q, k, v = inputs()
+    lineup = line_up(settings=["anchor.block=16,anchor.step=2"], labels=["small"])
+    want = score_lineup(Head(q, k, scale=0.35, dtype=torch.float64), v, lineup)
+    cuda = Head(q.cuda(), k.cuda(), scale=0.35, dtype=torch.float64)
+    for (c, value, a), (_, _, b) in zip(want, score_lineup(cuda, v.cuda(), lineup), strict=True):
+        assert a.pairs == b.pairs, (c.label, value)
+        assert a.identify_cost == b.identify_cost
+        assert a.recall == pytest.approx(b.recall, abs=1e-9)
+        assert a.output_error == pytest.approx(b.output_error, abs=1e-9)
