@@ -108,9 +108,9 @@ def _masked(s, it, init_tiles, start, stop, init_end, first, BN: gl.constexpr, S
 
 @gluon.jit
 def _consume(
-    half, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, Out, Lse, QSum, ASum,
+    half: gl.constexpr, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns, Out, Lse, QSum, ASum,
     n, offset, init, lookback, heads, group, tiles, batch_heads, items, units, scale_log2,
-    D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
+    D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
     """One consumer warpgroup: queries 64 * half ... of each tile."""
     S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
@@ -122,6 +122,7 @@ def _consume(
     q = q_s.index(half)
     count = 0
     turn = 0
+    passed = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         bh, row0, row_end, start, stop, init_end, init_tiles, total_tiles = _plan(
             item, n, offset, init, lookback, group, tiles, batch_heads, BN
@@ -154,12 +155,17 @@ def _consume(
             for it in range(1, total_tiles):
                 next_slot = (count + 1) % STAGES
                 mbarrier.wait(k_full.index(next_slot), ((count + 1) // STAGES) & 1)
+                if TURNS:  # one consumer's products run while the other is at its exponentials
+                    mbarrier.wait(turns.index(half), (passed & 1) ^ (1 - half))
+                    passed += 1
                 s_token = warpgroup_mma(
                     q, k_s.index(next_slot).permute((1, 0)), gl.zeros([64, BN], gl.float32, S_L),
                     use_acc=False, is_async=True,
                 )  # fmt: skip
                 mbarrier.wait(v_full.index(slot), (count // STAGES) & 1)
                 a_token = warpgroup_mma(p, v_s.index(slot), acc, is_async=True)
+                if TURNS:
+                    mbarrier.arrive(turns.index(1 - half), count=1)
                 s = warpgroup_mma_wait(1, deps=[s_token])
                 mbarrier.arrive(k_empty.index(next_slot), count=1)
                 s = _masked(s, it, init_tiles, start, stop, init_end, first, BN, S_L)
@@ -202,7 +208,7 @@ def anchor_hopper_kernel(
     q_desc, k_desc, v_desc, Out, Lse, QSum, ASum,
     n, offset, init, lookback, heads, repeats, group, tiles, batch_heads, items, units, scale_log2,
     qy_b, qy_h, qx_b, qx_h, ky_b, ky_h, kx_b, kx_h, vy_b, vy_h, vx_b, vx_h,
-    D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, CONSUMER_REGS: gl.constexpr,
+    D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, CONSUMER_REGS: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
     """Grid: one program per multiprocessor, 4 + 4 + 1 warps. Out: (B, H, n, D) contiguous; units of 64 queries in QSum, ASum."""
     dtype: gl.constexpr = k_desc.dtype
@@ -216,6 +222,9 @@ def anchor_hopper_kernel(
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    turns = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
+    mbarrier.init(turns.index(0), count=1)
+    mbarrier.init(turns.index(1), count=1)
     mbarrier.init(q_full, count=1)
     mbarrier.init(q_empty, count=2)
     for i in gl.static_range(STAGES):
@@ -226,12 +235,12 @@ def anchor_hopper_kernel(
     gl.warp_specialize(
         [
             (_consume, (
-                0, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, Out, Lse, QSum, ASum,
-                n, offset, init, lookback, heads, group, tiles, batch_heads, items, units, scale_log2, D, BN, STAGES,
+                0, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns, Out, Lse, QSum, ASum,
+                n, offset, init, lookback, heads, group, tiles, batch_heads, items, units, scale_log2, D, BN, STAGES, TURNS,
             )),
             (_consume, (
-                1, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, Out, Lse, QSum, ASum,
-                n, offset, init, lookback, heads, group, tiles, batch_heads, items, units, scale_log2, D, BN, STAGES,
+                1, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns, Out, Lse, QSum, ASum,
+                n, offset, init, lookback, heads, group, tiles, batch_heads, items, units, scale_log2, D, BN, STAGES, TURNS,
             )),
             (_produce, (
                 q_desc, k_desc, v_desc, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
@@ -339,7 +348,7 @@ def anchor_hopper(q: Tensor, k: Tensor, v: Tensor, p: Problem) -> tuple[Tensor, 
             *descriptors, out, lse, q_sum, a_sum,
             p.queries, p.offset, p.init, p.lookback, p.heads, p.repeats, p.group, tiles, p.batch * p.heads, items, units,
             p.scale * 1.4426950408889634, *steps,
-            D=p.dim, BN=c["BN"], STAGES=c["STAGES"], CONSUMER_REGS=c["CONSUMER_REGS"],
+            D=p.dim, BN=c["BN"], STAGES=c["STAGES"], CONSUMER_REGS=c["CONSUMER_REGS"], TURNS=bool(c["TURNS"]),
             num_warps=4, maxnreg=c["MAXNREG"],
         )  # fmt: skip
         fold_kernel[(p.blocks, p.batch * p.heads)](

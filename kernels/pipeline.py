@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .types import Stripes
 
-SMALL_LIST = 256 * 2**20  # bytes
+SMALL_LIST = 512 * 2**20  # bytes
 
 
 class Attention(NamedTuple):

@@ -101,9 +101,9 @@ def _cut(s, it, count, BN: gl.constexpr, S_L: gl.constexpr):
 
 @gluon.jit
 def _consume(
-    half, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, Out, Lse, Offsets,
+    half: gl.constexpr, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns, Out, Lse, Offsets,
     n, group, groups, tiles, batch_heads, items, capacity, scale_log2,
-    D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
+    D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
     """One consumer warpgroup: queries 64 * half ... of each tile."""
     S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
@@ -115,6 +115,7 @@ def _consume(
     q = q_s.index(half)
     counter = 0
     turn = 0
+    passed = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         bh, row0, row_end, begin, count, total_tiles = _plan(
             item, Offsets, n, group, groups, tiles, batch_heads, capacity, BN
@@ -145,6 +146,9 @@ def _consume(
                 next_slot = (counter + 1) % STAGES
                 mbarrier.wait(k_full.index(next_slot), ((counter + 1) // STAGES) & 1)
                 fence_async_shared()
+                if TURNS:  # one consumer's products run while the other is at its exponentials
+                    mbarrier.wait(turns.index(half), (passed & 1) ^ (1 - half))
+                    passed += 1
                 s_token = warpgroup_mma(
                     q, k_s.index(next_slot).permute((1, 0)), gl.zeros([64, BN], gl.float32, S_L),
                     use_acc=False, is_async=True,
@@ -152,6 +156,8 @@ def _consume(
                 mbarrier.wait(v_full.index(slot), (counter // STAGES) & 1)
                 fence_async_shared()
                 a_token = warpgroup_mma(p, v_s.index(slot), acc, is_async=True)
+                if TURNS:
+                    mbarrier.arrive(turns.index(1 - half), count=1)
                 s = warpgroup_mma_wait(1, deps=[s_token])
                 mbarrier.arrive(k_empty.index(next_slot), count=1)
                 s = _cut(s, it, count, BN, S_L)
@@ -198,6 +204,7 @@ def sparse_hopper_kernel(
     skb, skh, skn, svb, svh, svn, n, heads, repeats, group, groups, tiles, batch_heads, items, capacity, scale_log2,
     qy_b, qy_h, qx_b, qx_h,
     D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
+    TURNS: gl.constexpr,
 ):  # fmt: skip
     """Grid: one program per multiprocessor, 4 + 4 + 4 warps. Out (B, H, n, D) and Lse (B, H, n) contiguous, updated in place."""
     dtype: gl.constexpr = q_desc.dtype
@@ -212,6 +219,9 @@ def sparse_hopper_kernel(
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    turns = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
+    mbarrier.init(turns.index(0), count=1)
+    mbarrier.init(turns.index(1), count=1)
     mbarrier.init(q_full, count=1)
     mbarrier.init(q_empty, count=2)
     for i in gl.static_range(STAGES):
@@ -222,12 +232,12 @@ def sparse_hopper_kernel(
     gl.warp_specialize(
         [
             (_consume, (
-                0, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, Out, Lse, Offsets,
-                n, group, groups, tiles, batch_heads, items, capacity, scale_log2, D, BN, STAGES,
+                0, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns, Out, Lse, Offsets,
+                n, group, groups, tiles, batch_heads, items, capacity, scale_log2, D, BN, STAGES, TURNS,
             )),
             (_consume, (
-                1, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, Out, Lse, Offsets,
-                n, group, groups, tiles, batch_heads, items, capacity, scale_log2, D, BN, STAGES,
+                1, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns, Out, Lse, Offsets,
+                n, group, groups, tiles, batch_heads, items, capacity, scale_log2, D, BN, STAGES, TURNS,
             )),
             (_produce, (
                 q_desc, K, V, Columns, Offsets, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
@@ -273,5 +283,5 @@ def sparse_hopper(
             p.queries, p.heads, p.repeats, p.group, p.groups, tiles, p.batch * p.heads, items, columns.numel(),
             p.scale * 1.4426950408889634, *steps,
             D=p.dim, BN=c["BN"], STAGES=c["STAGES"], CONSUMER_REGS=c["CONSUMER_REGS"], PRODUCER_REGS=c["PRODUCER_REGS"],
-            num_warps=4, maxnreg=c["MAXNREG"],
+            TURNS=bool(c["TURNS"]), num_warps=4, maxnreg=c["MAXNREG"],
         )  # fmt: skip
