@@ -26,11 +26,23 @@ def folder_lock(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise RunFailure(f"cannot write into {folder}: {error.strerror or error}") from None
     try:
-        if not _try_lock(handle):
+        # A holder removes the file at its end; whoever opened it before that and locks it after holds nothing.
+        if not _try_lock(handle) or not _is_at(path, handle):
             raise InputError(f"another run is writing into {folder}: wait for it, or name another --out")
-        yield
+        try:
+            yield
+        finally:
+            if os.name != "nt":  # there an open file cannot be removed; it stays, unlocked and harmless
+                path.unlink(missing_ok=True)
     finally:
         os.close(handle)
+
+
+def _is_at(path: Path, handle: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(handle))
+    except OSError:
+        return False
 
 
 def _try_lock(handle: int) -> bool:

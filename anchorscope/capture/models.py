@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anchorscope.capture.presets import PRESETS, preset_file
+from anchorscope.devices import resolve_device
 from anchorscope.dumps.writer import torch_dtype
 from anchorscope.errors import AnchorScopeError, InputError, MissingBackendError
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
@@ -45,29 +45,6 @@ def require_transformers() -> None:
         )
 
 
-def pick_device(device: str) -> torch.device:
-    """A torch device from "auto", "cpu", "cuda" or "cuda:i".
-
-    Raises:
-        InputError: another word.
-        MissingBackendError: that CUDA device is not there.
-    """
-    import torch
-
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cpu":
-        return torch.device("cpu")
-    if not re.fullmatch(r"cuda(:\d+)?", device, re.ASCII):
-        raise InputError(f"device must be auto, cpu, cuda or cuda:i, not {device!r}")
-    if not torch.cuda.is_available():
-        raise MissingBackendError(f"--device {device}: this PyTorch sees no CUDA GPU; use --device cpu")
-    picked = torch.device(device)
-    if picked.index is not None and picked.index >= torch.cuda.device_count():
-        raise MissingBackendError(f"--device {device}: there are {torch.cuda.device_count()} CUDA GPUs, counted from 0")
-    return picked
-
-
 def load_model(
     source: str,
     *,
@@ -92,7 +69,7 @@ def load_model(
         MissingBackendError: transformers, accelerate, gguf or the device is missing.
     """
     require_transformers()
-    where = pick_device(device)
+    where = resolve_device(device)
     dtype = "auto" if model_dtype is None else torch_dtype(model_dtype)
     common: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     path = Path(source)

@@ -87,6 +87,8 @@ def describe(result: Verification) -> dict[str, Any]:
 
 
 def _show(result: Verification) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.markup import escape
     from rich.table import Table
 
     from anchorscope.selection import describe_indices
@@ -107,37 +109,33 @@ def _show(result: Verification) -> None:
         console.print(f"{key:<8} {value}", soft_wrap=True, markup=False)
 
     # one row for each kind of layer of a prompt: hybrids and windows show at a glance
-    table = Table()
-    for column in ("prompt", "tokens", "layers", "heads", "kv heads", "d", "dtype", "V", "window", "cap"):
-        table.add_column(column, justify="left" if column in ("prompt", "layers") else "right", overflow="fold")
-    groups: dict[tuple[Any, ...], list[int]] = {}
+    groups: dict[tuple[str, ...], list[int]] = {}
     for e in dump.entries:
         kind_of = (
             e.prompt,
-            e.tokens,
-            e.query_heads,
-            e.kv_heads,
-            e.head_dim,
+            str(e.tokens),
+            f"{len(e.query_heads)}/{len(e.kv_heads)}",
+            str(e.head_dim),
             e.dtype,
-            e.has_values,
-            e.window,
-            e.softcap,
+            "yes" if e.has_values else "no",
+            "-" if e.window is None else str(e.window),
+            "-" if e.softcap is None else f"{e.softcap:g}",
         )
         groups.setdefault(kind_of, []).append(e.layer)
-    for (prompt, tokens, heads, kv, head_dim, dtype, values, window, cap), layers in groups.items():
-        table.add_row(
-            prompt,
-            str(tokens),
-            describe_indices(layers),
-            describe_indices(heads),
-            describe_indices(kv),
-            str(head_dim),
-            dtype,
-            "yes" if values else "no",
-            "-" if window is None else str(window),
-            "-" if cap is None else f"{cap:g}",
-        )
-    console.print(table)
+    titles = ("prompt", "tokens", "heads/kv", "d", "dtype", "V", "window", "cap", "layers")
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for title in titles:
+        left = title in ("prompt", "layers")
+        # the prompt's name and the layers may be long: they fold, numbers never do
+        table.add_column(title, justify="left" if left else "right", overflow="fold", no_wrap=not left)
+    for cells, layers in groups.items():
+        table.add_row(*map(escape, cells), describe_indices(layers))
+    if groups:
+        console.print(table)
+    # heads are worth a line only where some were left out
+    for picked in dict.fromkeys(e.query_heads for e in dump.entries):
+        if picked != tuple(range(len(picked))):
+            console.print(f"query heads {describe_indices(picked)}", soft_wrap=True, markup=False)
     for check in result.damaged[:SHOWN_DAMAGE]:
         console.print(f"damaged: {check.detail}", soft_wrap=True, markup=False)
     if len(result.damaged) > SHOWN_DAMAGE:

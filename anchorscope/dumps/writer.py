@@ -37,6 +37,7 @@ from anchorscope.dumps.format import (
 )
 from anchorscope.dumps.reader import Dump, file_sha256, nonfinite_row, open_dump
 from anchorscope.errors import DumpError, InputError, RunFailure
+from anchorscope.locks import LOCK, folder_lock
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PARTIAL = ".partial"
-LOCK = ".lock"
 TENSOR_NAMES = ("q", "k", "v")
 
 
@@ -220,7 +220,9 @@ class DumpWriter:
         check_output(self.path, overwrite=overwrite, resume=resume)
         self._resumed = resume and (self.path / MANIFEST).exists()
         self._made = _make_folder(self.path)
-        self._lock: IO[bytes] | None = _lock(self.path)
+        self._lock = contextlib.ExitStack()
+        self._lock.enter_context(folder_lock(self.path))
+        self._open = True
         self._manifest: dict[str, Any] = {
             "format": FORMAT,
             "version": VERSION,
@@ -320,7 +322,7 @@ class DumpWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._lock is None:
+        if not self._open:
             return
         for stray in self.path.glob(f"*{PARTIAL}"):
             stray.unlink(missing_ok=True)
@@ -377,10 +379,8 @@ class DumpWriter:
                 stray.unlink()
 
     def _release(self) -> None:
-        if self._lock is not None:
-            (self.path / LOCK).unlink(missing_ok=True)
-            self._lock.close()
-            self._lock = None
+        self._open = False
+        self._lock.close()
 
 
 def write_dump(
@@ -617,35 +617,6 @@ def _make_folder(path: Path) -> list[Path]:
     except OSError as error:
         raise InputError(f"{path} cannot be created: {error.strerror}") from None
     return made
-
-
-def _lock(path: Path) -> IO[bytes]:
-    """Hold `path` for this process; the system releases it if the process dies.
-
-    Raises:
-        InputError: another process holds it.
-    """
-    try:
-        file = (path / LOCK).open("a+b")
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror}") from None
-    try:
-        if os.name == "nt":
-            import msvcrt
-
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
-        else:
-            import fcntl
-
-            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # the holder may have removed the file between our open and our lock: then this lock guards
-            # nothing
-            if not (path / LOCK).exists() or os.stat(path / LOCK).st_ino != os.fstat(file.fileno()).st_ino:
-                raise BlockingIOError
-    except OSError:
-        file.close()
-        raise InputError(f"{path} is being written by another process: wait for it or give another folder") from None
-    return file
 
 
 def _sync_folder(path: Path) -> None:

@@ -366,7 +366,7 @@ def test_unknown_models_and_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     ):
         with pytest.raises(InputError, match=message):
             capture_model(source, [prompt()], tmp_path / "d", notify=quiet)
-    with pytest.raises(InputError, match="device must be"):
+    with pytest.raises(InputError, match="device 'tpu' is unknown"):
         capture_model("smollm2", [prompt()], tmp_path / "d", device="tpu", notify=quiet)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(MissingBackendError, match="no CUDA GPU"):

@@ -498,7 +498,7 @@ def test_a_second_writer_is_refused(tmp_path: Path) -> None:
     with DumpWriter(tmp_path / "d", header("a")) as writer:
         put(writer, entry())
         for options in ({"overwrite": True}, {"resume": True}):
-            with pytest.raises(InputError, match="another process"):
+            with pytest.raises(InputError, match="another run"):
                 DumpWriter(tmp_path / "d", header("a"), **options)
         writer.finish()
     assert sorted(p.suffix for p in (tmp_path / "d").iterdir()) == [".json", ".safetensors"]
