@@ -31,6 +31,7 @@ from anchorscope.dumps import Dump, LayerTensors, open_dump
 from anchorscope.errors import DumpError, InputError, RunFailure
 from anchorscope.locks import folder_lock
 from anchorscope.methods import Contender, Head, Selection, line_up
+from anchorscope.methods.head import chunk_rows
 from anchorscope.profiles import write_atomic
 
 STATE = "run.json"
@@ -141,7 +142,7 @@ def plan_compare(
     }
     largest = max(jobs, key=lambda j: j.entry.tokens * j.entry.head_dim).entry
     selections = sum(len(c.sweep) for c in contenders)
-    each = _workspace_bytes(largest.tokens, largest.head_dim, selections)
+    each = _workspace_bytes(largest.tokens, largest.head_dim, selections, chunk_rows(where, largest.tokens))
     workers = 1
     if where.type == "cpu":
         workers = max(1, min(torch.get_num_threads(), len(jobs), int(8 * 2**30 // each)))
@@ -254,10 +255,10 @@ def load_comparison(out: Path | str) -> Comparison:
 # planning
 
 
-def _workspace_bytes(tokens: int, head_dim: int, selections: int) -> int:
-    """Working memory of one head, bytes: inputs, a run of scores and masks, kept shares per query, selections."""
+def _workspace_bytes(tokens: int, head_dim: int, selections: int, run: int) -> int:
+    """Working memory of one head, bytes: inputs, scores and masks of a run of queries, kept shares, selections."""
     tensors = 10 * tokens * head_dim * 4
-    chunk = 6 * 128 * tokens * 4
+    chunk = 6 * run * tokens * 4
     rows = 3 * selections * tokens * 4
     margins = 4 * math.ceil(tokens / 256) * tokens * 4
     return tensors + chunk + rows + margins + 2 * BATCH_BYTES

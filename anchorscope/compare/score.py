@@ -232,7 +232,7 @@ class _Books:
 
 
 def _gathers(device: torch.device) -> bool:
-    """Whether to touch kept keys only. A GPU multiplies a whole masked run in less time than many small launches take."""
+    """Whether to touch kept keys only. A GPU multiplies a whole masked run faster than it launches many small ones."""
     return device.type == "cpu"
 
 

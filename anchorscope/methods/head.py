@@ -91,9 +91,7 @@ class Head:
 
     def chunks(self) -> Iterator[Chunk]:
         """All scores, a run of queries at a time (whole multiples of 128 queries, but for the last)."""
-        rows = CHUNK_ROWS
-        if self.device.type != "cpu":
-            rows *= max(1, min(16, GPU_CHUNK_ELEMENTS // (CHUNK_ROWS * self.n)))
+        rows = chunk_rows(self.device, self.n)
         for first in range(0, self.n, rows):
             last = min(first + rows, self.n)
             low = self.low(first)
@@ -127,6 +125,13 @@ class Head:
             return s.masked_fill_(~self.visible_blocks(query_block, key_block), -math.inf)
 
         return self.once(("scores", query_block, key_block), make)
+
+
+def chunk_rows(device: torch.device, n: int) -> int:
+    """Queries whose scores are held at a time, a multiple of 128: few on a CPU (caches), up to 2048 on a GPU."""
+    if device.type == "cpu":
+        return CHUNK_ROWS
+    return CHUNK_ROWS * max(1, min(16, GPU_CHUNK_ELEMENTS // (CHUNK_ROWS * n)))
 
 
 def pool(x: Tensor, block: int) -> Tensor:

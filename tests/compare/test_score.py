@@ -205,6 +205,36 @@ def test_no_method_beats_the_oracle_of_its_density():
         assert got.recall <= float(weights[got.pairs - 1]) + 1e-5, (contender.label, value)
 
 
+def test_anchor_agrees_with_analyze():
+    """Two engines written apart: the analysis of anchor attention and this one, to the pair."""
+    from anchorscope.analysis.engine import HeadShape, profile_head
+    from anchorscope.params import AnchorParams
+
+    thetas = (-math.inf, 0.5, 1.5, 3.0, math.inf)
+    q, k, v = inputs()
+    for window in (None, 70):
+        want = profile_head(q, k, v, HeadShape(N, D, AnchorParams(16, 2), thetas, 0.35, window))
+        head = Head(q, k, scale=0.35, window=window)
+        method = METHODS["anchor"](block=16, step=2)
+        got = score(head, v, [method.at(t).select(head) for t in thetas])
+        assert [x.pairs for x in got] == want.kept_pairs.tolist()
+        for name in ("recall", "recall_p05", "output_error"):
+            assert [getattr(x, name) for x in got] == pytest.approx(getattr(want, name), abs=2e-5), name
+
+
+def test_oracle_stripe_lies_on_the_oracle_curve_of_analyze():
+    from anchorscope.analysis.engine import HeadShape, profile_head
+    from anchorscope.params import AnchorParams
+
+    q, k, v = inputs()
+    want = profile_head(q, k, v, HeadShape(N, D, AnchorParams(16, 2), (1.0,), 0.35))
+    head = Head(q, k, scale=0.35)
+    method = METHODS["oracle-stripe"](block=16, step=2)
+    for got in score(head, v, [method.at(t).select(head) for t in method.sweep]):
+        bound = np.interp(got.pairs, want.oracle_pairs, want.oracle_recall)
+        assert got.recall == pytest.approx(bound, abs=2e-4), got
+
+
 def test_cancelled():
     from anchorscope.analysis.engine import Cancelled
 
