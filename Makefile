@@ -31,7 +31,7 @@ demo: $(STAMP)  ## capture a small real model, analyze and bench it, draw the pi
 	$(BIN)/anchorscope capture --model smollm2 --prompt samples/prompts/prose.txt --prompt samples/prompts/code.py.txt \
 	  --prompt samples/prompts/needles.txt --tokens $(TOKENS) --layers 0,5,10,15,20,25 --dtype bf16 --out $(OUT)/dump --overwrite
 	$(BIN)/anchorscope analyze $(OUT)/dump --block 64 --step 4 --theta 8,4,6,10,12 --out $(OUT)/analysis --overwrite
-	$(BIN)/anchorscope bench $(OUT)/dump --block 64 --step 4 --theta 8 --out $(OUT)/bench --overwrite
+	$(BIN)/anchorscope bench $(OUT)/dump --layers 5,20 --block 64 --step 4 --theta 8 --out $(OUT)/bench --overwrite
 	@echo
 	@echo "Pictures: $(OUT)/analysis/figures/ and $(OUT)/bench/"
 
