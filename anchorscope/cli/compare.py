@@ -95,6 +95,7 @@ def compare(
 
 def print_summary(result: Comparison) -> None:
     """The table a comparison ends with, at most 80 columns wide."""
+    from rich import box
     from rich.table import Table
 
     report = result.report
@@ -107,7 +108,12 @@ def print_summary(result: Comparison) -> None:
     shown = [r for r in recalls if r in (0.9, 0.95, 0.99)][:3]
     if target not in shown:
         shown = sorted([target, *(r for r in shown if r != 0.95)])
-    table = Table(title=f"density needed, {report['heads']} heads", title_justify="left", pad_edge=False)
+    table = Table(
+        title=f"density needed, {report['heads']} heads",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
     table.add_column("method", max_width=22, no_wrap=True)
     for kind in ("shared", "own"):
         for r in shown:

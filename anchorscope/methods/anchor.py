@@ -24,7 +24,7 @@ class Anchor(Method):
 
     name: ClassVar = "anchor"
     parameter: ClassVar = "theta"
-    sweep: ClassVar = (2.0, 4.0, 6.0, 7.0, 8.0, 10.0, 12.0, 15.0)
+    sweep: ClassVar = (4.0, 6.0, 8.0, 9.0, 10.0, 11.0, 12.0, 14.0)
     granularity: ClassVar = "stripe"
     source: ClassVar = "Zhang et al., AnchorAttention, EMNLP 2025, arXiv 2505.23520"
 

@@ -27,7 +27,7 @@ class AnchorReleased(Method):
 
     name: ClassVar = "anchor-released"
     parameter: ClassVar = "theta"
-    sweep: ClassVar = (2.0, 4.0, 6.0, 7.0, 8.0, 10.0, 12.0, 15.0)
+    sweep: ClassVar = (4.0, 6.0, 8.0, 9.0, 10.0, 11.0, 12.0, 14.0)
     granularity: ClassVar = "stripe"
     source: ClassVar = "released AnchorAttention kernels (v4), as described in docs/methods.md"
 

@@ -29,7 +29,7 @@ class SpargeAttn(Method):
 
     name: ClassVar = "spargeattn"
     parameter: ClassVar = "cdf"
-    sweep: ClassVar = (0.3, 0.6, 0.8, 0.9, 0.95, 0.98, 0.995, 0.9995)
+    sweep: ClassVar = (0.3, 0.6, 0.8, 0.9, 0.95, 0.98, 0.999, 1.0)
     granularity: ClassVar = "block"
     source: ClassVar = "Zhang et al., SpargeAttn, ICML 2025, arXiv 2502.18137"
 
