@@ -100,13 +100,13 @@ def _mask_window(call: AttentionCall, mask: Tensor, total: int, hint: int | None
     first_key = total - keys
     if n != call.q.shape[2] or keys != call.k.shape[2] or mask.shape[0] != 1:
         raise refuse(call, f"its mask {tuple(mask.shape)} does not fit {call.q.shape[2]} queries")
-    last = _visible(mask[0, 0, -1:])
+    last = _visible(call, mask[0, 0, -1:])
     seen = int(last.sum())
     window = seen if seen < total else hint if hint is not None and hint >= total else None
     j = torch.arange(first_key, total, device=mask.device)
     for head in range(mask.shape[1]):
         for begin in range(0, n, MASK_ROWS):
-            part = _visible(mask[0, head, begin : begin + MASK_ROWS])
+            part = _visible(call, mask[0, head, begin : begin + MASK_ROWS])
             i = torch.arange(begin, begin + part.shape[0], device=mask.device)[:, None] + total - n
             expected = j <= i
             if window is not None:
@@ -117,16 +117,14 @@ def _mask_window(call: AttentionCall, mask: Tensor, total: int, hint: int | None
     return window
 
 
-def _visible(mask: Tensor) -> Tensor:
+def _visible(call: AttentionCall, mask: Tensor) -> Tensor:
     """Boolean form of a mask; an additive one may hold only 0 (visible) and its dtype's lowest value or -inf."""
     if mask.dtype == torch.bool:
         return mask
     visible = mask == 0
     hidden = mask <= torch.finfo(mask.dtype).min
     if not bool((visible | hidden).all()):
-        raise InputError(
-            "an additive attention mask holds a bias, which Q, K and V do not reproduce: capture another model"
-        )
+        raise refuse(call, "its additive mask holds a bias")
     return visible
 
 

@@ -48,7 +48,7 @@ class ShapeProbe:
     def __call__(self, call: AttentionCall) -> None:
         layer = require_layer(call)
         if layer in self.shapes or layer in self.refused:
-            raise InputError(f"{call.name} runs more than once in a forward: which call is meant is not defined")
+            raise _repeated(call)
         try:
             check_call(call)
             check_output(call, 0, visible_window(call, 0), softcap_of(call.options))
@@ -118,12 +118,12 @@ class Recorder:
         if layer not in self._wanted:
             return
         if layer not in self._left:
-            raise InputError(f"{call.name} runs more than once in a forward: which call is meant is not defined")
+            raise _repeated(call)
         check_call(call)
         state = self._open.get(layer) or self._begin(layer, call)
         start, n = state.position, call.q.shape[2]
         if start + n > self._tokens:
-            raise InputError(f"{call.name} runs more than once in a forward: which call is meant is not defined")
+            raise _repeated(call)
         window = visible_window(call, start)
         if state.window is not None and window != state.window:
             raise InputError(f"{call.name} changes its sliding window from {state.window} to {window} along the prompt")
@@ -192,3 +192,7 @@ def require_layer(call: AttentionCall) -> int:
     if not isinstance(call.layer, int):
         raise InputError(f"{type(call.module).__name__} has no layer_idx: its layers cannot be told apart")
     return call.layer
+
+
+def _repeated(call: AttentionCall) -> InputError:
+    return InputError(f"{call.name} runs more than once in a forward: which call is meant is not defined")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import platform
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from anchorscope.capture.hook import intercept
+from anchorscope.capture.hook import AttentionCall, intercept
 from anchorscope.capture.models import (
     LoadedModel,
     check_config,
@@ -33,7 +34,7 @@ from anchorscope.dumps.writer import (
     prompt_record,
     torch_dtype,
 )
-from anchorscope.errors import InputError, RunFailure
+from anchorscope.errors import AnchorScopeError, InputError, RunFailure
 
 if TYPE_CHECKING:
     import os
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 PROBE_TOKENS = 2
+CHUNKED_TOKENS, CHUNKED_PIECE = 12, 5  # a prompt that is run whole and in pieces before --chunk is trusted
+CHUNKED_TOLERANCE = {torch.float32: 1e-2, torch.float64: 1e-2}  # relative, per query; 16-bit types: 0.1
 
 
 @dataclass(frozen=True)
@@ -148,6 +151,9 @@ def capture_model(
         ]
         shapes = probe(net, ready[0].token_ids[:PROBE_TOKENS], layers)
         wanted = _pick_layers(net, shapes, layers, tell)
+        longest = max(ready, key=lambda p: len(p.token_ids)).token_ids
+        if chunk is not None and chunk < len(longest):
+            check_chunking(net, longest[:CHUNKED_TOKENS], wanted)
         _check_kv_heads(shapes, wanted, kv_heads)
         picked = None if kv_heads is None else sorted(set(kv_heads))
         needed = sum(shapes[layer].bytes(len(p.token_ids), picked, dtype, values) for p in ready for layer in wanted)
@@ -192,10 +198,15 @@ def capture_model(
                         f"layers {sorted(missing)} of {loaded.name} made no attention call for {prompt.name}"
                     )
             return writer.finish()
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if isinstance(error, (InputError, RunFailure)) or not _out_of_memory(error):
-            raise
-        raise RunFailure(_memory_advice(error, chunk)) from None
+    except AnchorScopeError:
+        raise
+    except Exception as error:
+        if _out_of_memory(error):
+            raise RunFailure(_memory_advice(error, chunk)) from None
+        if _is_foreign(error):
+            what = next(iter(str(error).splitlines()), "")
+            raise RunFailure(f"the model failed in its own code: {type(error).__name__}: {what}"[:400]) from error
+        raise
 
 
 def prefill(model: PreTrainedModel, token_ids: Sequence[int], *, chunk: int | None = None) -> torch.Tensor | None:
@@ -220,7 +231,7 @@ def prefill(model: PreTrainedModel, token_ids: Sequence[int], *, chunk: int | No
         result: Any = None
         for part in ids.split(chunk, dim=1):
             result = runner(input_ids=part, past_key_values=cache, use_cache=True, **options)
-            cache = result.past_key_values
+            cache = getattr(result, "past_key_values", None)
             if cache is None:
                 raise InputError(f"{type(model).__name__} keeps no KV cache: --chunk does not work with it")
         return getattr(result, "logits", None)
@@ -245,6 +256,35 @@ def probe(model: PreTrainedModel, token_ids: Sequence[int], layers: Sequence[int
             " its attention is not softmax attention, or its code does not use the interface"
         )
     return sink.shapes
+
+
+def check_chunking(model: PreTrainedModel, token_ids: Sequence[int], layers: Sequence[int]) -> None:
+    """Run a few tokens whole and in pieces: some recurrent layers drop their state between pieces, without a word.
+
+    Raises:
+        InputError: the pieces give other queries (compared by the median token, since an expert may be chosen otherwise
+            for a single one), or the model keeps no cache.
+    """
+    runs: list[dict[int, torch.Tensor]] = []
+    for piece in (None, CHUNKED_PIECE):
+        seen: dict[int, list[torch.Tensor]] = {layer: [] for layer in layers}
+
+        def keep(call: AttentionCall, seen: dict[int, list[torch.Tensor]] = seen) -> None:
+            if call.layer in seen:
+                seen[call.layer].append(call.q[0].float().cpu())
+
+        with intercept(model, keep):
+            prefill(model, token_ids, chunk=piece)
+        runs.append({layer: torch.cat(parts, 1) for layer, parts in seen.items()})
+    tolerance = CHUNKED_TOLERANCE.get(model.dtype, 0.1)
+    for layer in layers:
+        whole, parts = (run[layer][:, CHUNKED_PIECE:] for run in runs)
+        error = (parts - whole).norm(dim=(0, 2)) / whole.norm(dim=(0, 2))
+        if not float(error.median()) <= tolerance:
+            raise InputError(
+                f"{type(model).__name__} computes something else in chunks (queries of layer {layer} are off by"
+                f" {float(error.median()):.0%}): its cache does not carry all of its state; capture without --chunk"
+            )
 
 
 def _pick_layers(
@@ -340,6 +380,12 @@ def _header(
 
 def _out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+def _is_foreign(error: BaseException) -> bool:
+    """Whether an error was raised outside AnchorScope's own code (by the model, transformers or torch)."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and Path(__file__).parents[1] not in Path(frames[-1].filename).parents
 
 
 def _memory_advice(error: BaseException, chunk: int | None) -> str:

@@ -11,45 +11,17 @@ import pytest
 import torch
 
 from anchorscope.capture import AttentionCall, PromptInput, capture_model, intercept, prefill
-from anchorscope.dumps import Dump, Entry, open_dump, verify
+from anchorscope.dumps import Entry, open_dump, verify
 from anchorscope.errors import InputError, MissingBackendError, RunFailure
-from anchorscope.kernels import reference
 
 transformers = pytest.importorskip("transformers")
 
-COMMON: dict[str, Any] = {
-    "vocab_size": 97,
-    "hidden_size": 48,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "qwen2": {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 2},
-    "qwen3": {"head_dim": 16},
-    "gemma2": {
-        "head_dim": 16,
-        "query_pre_attn_scalar": 32,
-        "sliding_window": 24,
-        "attn_logit_softcapping": 4.0,
-    },
-    "gemma3_text": {
-        "head_dim": 16,
-        "query_pre_attn_scalar": 32,
-        "sliding_window": 24,
-        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
-    },
-}
+from families import N, collect, prompt, recompute, tiny  # noqa: E402
+
+CORE = ("llama", "qwen2", "qwen3", "gemma2", "gemma3_text")  # plain, windows, norms, caps
 WINDOWS = {"qwen2": [None, None, 24], "gemma2": [24, None, 24], "gemma3_text": [24, 24, None]}
 # transformers' sdpa refuses soft-caps, so gemma2 runs eager only, as it does by default
-CASES = [(f, a) for f in FAMILIES for a in ("sdpa", "eager") if (f, a) != ("gemma2", "sdpa")]
-N = 80
+CASES = [(f, a) for f in CORE for a in ("sdpa", "eager") if (f, a) != ("gemma2", "sdpa")]
 
 
 @pytest.fixture(autouse=True)
@@ -59,51 +31,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def tiny(family: str = "llama", **changes: Any) -> Any:
-    """A seeded random model in float32, milliseconds per forward; weights large enough for attention to be far from
-    uniform.
-    """
-    torch.manual_seed(7)
-    config = transformers.AutoConfig.for_model(family, **{**COMMON, **FAMILIES.get(family, {}), **changes})
-    model = transformers.AutoModelForCausalLM.from_config(
-        config, attn_implementation=changes.get("attn_implementation")
-    )
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.ndim == 2 and "embed" not in name and "head" not in name:
-                weight.mul_(6)
-    return model.eval()
-
-
-def prompt(count: int = N, name: str = "p", seed: int = 0) -> PromptInput:
-    generator = torch.Generator().manual_seed(seed)
-    return PromptInput(name, token_ids=tuple(torch.randint(3, 97, (count,), generator=generator).tolist()))
-
-
-def collect(model: Any, ids: tuple[int, ...]) -> dict[int, AttentionCall]:
-    """Every layer's call of one forward, tensors copied."""
-    calls: dict[int, AttentionCall] = {}
-
-    def keep(call: AttentionCall) -> None:
-        tensors = {name: getattr(call, name).clone() for name in ("q", "k", "v", "output")}
-        assert call.layer is not None
-        calls[call.layer] = AttentionCall(**{**vars(call), **tensors})
-
-    with torch.no_grad(), intercept(model, keep):
-        model(torch.tensor([ids]))
-    return calls
-
-
-def recompute(dump: Dump, entry: Entry) -> torch.Tensor:
-    """Attention output (H, N, d) in float64 from the dump alone, by the specification."""
-    t = dump.load(entry)
-    assert t.v is not None
-    q, k, v = t.q[None], t.k[None], t.v[None]
-    scores = reference.scores(q, k, scale=entry.scale, softcap=entry.softcap)
-    mask = reference.visible_mask(reference.geometry(q, k, window=entry.window))
-    return reference.masked_attention(scores, v, mask)[0][0]
 
 
 def quiet(_: str) -> None:
@@ -239,41 +166,6 @@ def test_disk_need_is_exact_and_checked(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(RunFailure, match=r"needs .* free"):
         capture_model(tiny(), [prompt(256)], tmp_path / "e", notify=quiet, tokens=256, dtype="fp32", values=True)
     assert not (tmp_path / "e").exists()
-
-
-REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "learned sinks": (
-        "gpt_oss",
-        {"head_dim": 16, "num_local_experts": 2, "num_experts_per_tok": 1},
-        "learned attention sinks",
-    ),
-    "latent attention": (
-        "deepseek_v3",
-        {
-            "num_key_value_heads": 6,
-            "q_lora_rank": 16,
-            "kv_lora_rank": 16,
-            "qk_rope_head_dim": 8,
-            "qk_nope_head_dim": 8,
-            "v_head_dim": 8,
-            "first_k_dense_replace": 3,
-            "n_routed_experts": 4,
-            "n_group": 1,
-            "topk_group": 1,
-            "num_experts_per_tok": 1,
-        },
-        "latent",
-    ),
-    "no interface": ("mamba", {}, "never called|names no attention"),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_a_dump_cannot_represent_is_refused_by_name(tmp_path: Path, case: str) -> None:
-    family, changes, message = REFUSED[case]
-    with pytest.raises(InputError, match=message):
-        capture_model(tiny(family, **changes), [prompt(20)], tmp_path / "d", notify=quiet)
-    assert not (tmp_path / "d").exists()
 
 
 def test_unknown_attention_is_caught_by_its_output(tmp_path: Path) -> None:
