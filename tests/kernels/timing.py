@@ -1,16 +1,19 @@
 """Times launch configurations of the kernels on planted input, on a GPU: `python tests/kernels/timing.py OP [OP ...]`.
 
-Results go to docs/benchmarks/log.md by hand. Each op is timed alone, medians of CUDA events, every configuration checked against
-the first. `--warm I/N` only compiles every N-th configuration, to fill Triton's cache from several processes.
+Each op is timed alone, medians of CUDA events; the Hopper kernels are compared with the portable ones on the way. `--write` puts
+the fastest configuration into kernels/launch.json. Without `--only` the whole pipeline and the profile follow, against
+dense attention. `--warm I/N` only compiles every N-th configuration, to fill Triton's cache from several processes.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,24 +46,19 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     ],
     "identify": [
         dict(BC=c, ROWS=r, num_warps=w, num_stages=s)
-        for c, r, w, s in (
-            (128, 64, 4, 2), (256, 64, 4, 2), (256, 64, 4, 3), (256, 64, 4, 4), (128, 128, 4, 2), (256, 32, 4, 3),
-            (128, 64, 4, 1), (256, 128, 8, 2),
-        )
+        for c, r, w, s in ((128, 128, 4, 2), (128, 128, 4, 1), (64, 128, 4, 2), (128, 64, 4, 1))
+    ],
+    "margins": [
+        dict(BC=c, ROWS=r, num_warps=w, num_stages=s)
+        for c, r, w, s in ((128, 64, 8, 1), (128, 64, 4, 1), (64, 64, 4, 1), (128, 128, 8, 1), (64, 128, 4, 1))
     ],
     "column_mass": [
         dict(BC=c, BQ=q, num_warps=w, num_stages=s)
-        for c, q, w, s in (
-            (128, 64, 8, 3), (128, 64, 4, 3), (128, 128, 8, 2), (256, 64, 8, 3), (256, 64, 8, 4), (256, 32, 8, 4),
-            (128, 128, 8, 3), (64, 128, 4, 3),
-        )
+        for c, q, w, s in ((128, 64, 4, 3), (128, 64, 4, 2), (128, 32, 4, 4), (64, 64, 4, 3), (256, 32, 8, 3))
     ],
     "dense_lse": [
         dict(BM=m, BN=n, num_warps=w, num_stages=s)
-        for m, n, w, s in (
-            (128, 64, 8, 3), (128, 64, 4, 3), (128, 128, 8, 3), (256, 64, 8, 3), (256, 64, 8, 4), (256, 128, 8, 2),
-            (64, 128, 4, 3), (256, 32, 8, 4),
-        )
+        for m, n, w, s in ((256, 64, 8, 3), (256, 64, 8, 2), (128, 64, 4, 2), (128, 32, 4, 3), (64, 64, 4, 3))
     ],
 }  # fmt: skip
 
@@ -110,10 +108,21 @@ def plan(ops: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
             yield op, config
 
 
+def write(best: dict[str, dict[str, Any]], dim: int, like: torch.Tensor) -> None:
+    """Put configurations into the launch table, one line each."""
+    path = Path(common.__file__).with_name("launch.json")
+    table = json.loads(path.read_text())
+    for op, config in best.items():
+        table[op][common.architecture(like.device)]["2"][str(dim)] = config
+    text = json.dumps(table, indent=2)
+    path.write_text(re.sub(r"\{\s*(\"(?:BM|BC|BN)\"[^{}]*?)\s*\}", lambda m: "{" + " ".join(m[1].split()) + "}", text) + "\n")
+
+
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser()
     parser.add_argument("ops", nargs="*", default=list(VARIANTS))
+    parser.add_argument("--write", action="store_true", help="put the fastest of each op into kernels/launch.json")
     parser.add_argument("--only", action="store_true", help="launch configurations only, no pipeline")
     parser.add_argument("--quick", action="store_true", help="the pipeline at one theta and shape only")
     parser.add_argument("--n", type=int, default=131072)
@@ -137,6 +146,7 @@ def main() -> None:
     scale = args.dim**-0.5
     bits_args = (state.q_bar, state.a_bar, k, torch.full(q.shape[:2], args.theta, device="cuda"), n, args.block, args.step,
                  args.block, args.block, scale, None, None, 0)  # fmt: skip
+    fine = anchor.anchor(q[:, :4], k[:, :1], None, precise=True, **grid)
     fit = common.problem(q, k, v, **grid)
     calls: dict[str, Callable[[], object]] = {
         "anchor_hopper": lambda: anchor_hopper.anchor_hopper(q, k, v, fit),
@@ -146,9 +156,11 @@ def main() -> None:
         ),
         "sparse": lambda: sparse.portable(out, final, q, k, v, stripes.columns, stripes.offsets, fit),
         "identify": lambda: identify.bits_op(*bits_args),
+        "margins": lambda: profile.margins(fine, k[:, :1], queries=n, **grid),
         "column_mass": lambda: profile.column_mass(q[:, :4], k[:, :1], lse[:, :4], **grid),
         "dense_lse": lambda: profile.dense_lse(q[:, :4], k[:, :1], None),
     }
+    fastest: dict[str, tuple[float, dict[str, Any]]] = {}
     for number, (op, config) in enumerate(plan(args.ops)):
         if args.warm and number % parts != part:
             continue
@@ -161,6 +173,8 @@ def main() -> None:
             print(f"{op:12s} {config} failed: {str(error)[:90]}", flush=True)
             continue
         print(f"{op:12s} {n:7d} {ms:8.3f} ms  {config}", flush=True)
+        if ms < fastest.get(op, (float("inf"), {}))[0]:
+            fastest[op] = ms, config
         if op == "sparse_hopper":
             (a, b), (c, d) = ((state.out.clone(), state.lse.clone()) for _ in range(2))
             sparse_hopper.sparse_hopper(a, b, q, k, v, stripes.columns, stripes.offsets, fit)
@@ -172,6 +186,8 @@ def main() -> None:
             print("    largest differences from the portable kernel:", worst, flush=True)
     if args.warm:
         return
+    if args.write:
+        write({op: config for op, (_, config) in fastest.items()}, args.dim, q)
     base = dense_time(q, k, v)
     print(f"stripes {room}, {torch.cuda.get_device_name()}, torch {torch.__version__}, cuDNN dense {base:.2f} ms")
     if args.ops and args.only:
@@ -179,6 +195,9 @@ def main() -> None:
     for length in (16384, 32768, 65536, n):
         report(*(t[:, :, :length].contiguous() for t in (q, k, v)), theta=args.theta, grid=grid)
     if not args.quick:
+        for length in (65536, n):
+            x, y, z = (t[:, :, :length].contiguous() for t in (q, k, v))
+            report_profile(x, y, dense_time(x, y, z))
         report(q, k, v, theta=12.0, grid=grid)
         for block, step in ((64, 8), (128, 4)):
             report(*(t[:, :, :65536].contiguous() for t in (q, k, v)), theta=6.0, grid={"block": block, "step": step})
@@ -230,6 +249,22 @@ def report(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, theta: float, g
         f"efficiency {base / total * density:.3f}, stripes {kept}, extra {memory:.2f} GiB",
         flush=True,
     )
+
+
+def report_profile(q: torch.Tensor, k: torch.Tensor, dense: float) -> None:
+    """One line: everything that the all-theta curves need, one kv head at a time, against dense attention."""
+    ratio, n = q.shape[1] // k.shape[1], q.shape[2]
+
+    def run() -> None:
+        for h in range(k.shape[1]):
+            mine, keys = q[:, h * ratio : (h + 1) * ratio], k[:, h : h + 1]
+            lse = profile.dense_lse(mine, keys, None)[1]
+            state = anchor.anchor(mine, keys, None, precise=True)
+            profile.margins(state, keys, queries=n)
+            profile.column_mass(mine, keys, lse)
+
+    total = median(run, 3)
+    print(f"profile of {q.shape[1]} heads, n {n}: {total:.1f} ms, {total / dense:.2f}x dense ({dense:.1f})", flush=True)
 
 
 if __name__ == "__main__":
