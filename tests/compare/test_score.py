@@ -274,3 +274,22 @@ def test_gpu_agrees_with_cpu():
         assert a.identify_cost == b.identify_cost
         assert a.recall == pytest.approx(b.recall, abs=1e-9)
         assert a.output_error == pytest.approx(b.output_error, abs=1e-9)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 64, 65, 129, 257])
+@pytest.mark.parametrize("window", [None, 1, 3])
+def test_any_length_and_window(n, window):
+    """Prompts shorter than a block, one token over it, and windows of a single key: no method may stumble."""
+    g = torch.Generator().manual_seed(n)
+    q, k, v = (torch.randn(n, D, generator=g) for _ in range(3))
+    lineup = line_up(settings=["hyper.leaf=1/8/32,hyper.block=4,hyper.samples=2"], labels=["small-leaves"])
+    for contender, value, got in score_lineup(Head(q, k, scale=0.35, window=window), v, lineup):
+        name = contender.label, value
+        assert all(0 <= x <= 1 for x in (got.recall, got.recall_p05, got.recall_last)), name
+        assert 0 <= got.density <= 1, name
+        assert math.isfinite(got.output_error), name
+        assert got.identify_cost >= 0, name
+        if got.density == 1:
+            assert got.recall == pytest.approx(1.0, abs=1e-6), name
+            if contender.method.name != "anchor-released":
+                assert got.output_error < 1e-5, name
