@@ -293,3 +293,13 @@ def test_any_length_and_window(n, window):
             assert got.recall == pytest.approx(1.0, abs=1e-6), name
             if contender.method.name != "anchor-released":
                 assert got.output_error < 1e-5, name
+
+
+@pytest.mark.parametrize(("n", "released", "exact"), [(4096, 1.0, 0.56), (8192, 0.63, 0.30)])
+def test_least_density_of_both_anchor_partitions(n, released, exact):
+    """Nothing selected: the released kernels' region is two to four times what the exact partition needs."""
+    g = torch.Generator().manual_seed(0)
+    head = Head(torch.randn(n, 2, generator=g), torch.randn(n, 2, generator=g), scale=0.7)
+    methods = [METHODS[name](theta=-math.inf) for name in ("anchor-released", "anchor")]
+    got = [x.density for x in score(head, None, [m.select(head) for m in methods])]
+    assert got == pytest.approx([released, exact], abs=6e-3)
