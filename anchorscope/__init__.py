@@ -6,6 +6,7 @@ does, these functions do:
 - `capture_model`: run a model and write its Q/K/V dump.
 - `open_dump`, `verify`, `write_dump`: read, check and write dumps.
 - `analyze`, `redraw`, `load_report`, `iter_profiles`: measure a dump, and read the results again.
+- `compare_methods`: score other selection rules on the same heads.
 - `run_bench`: time sparse against dense attention.
 
 Importing this package loads nothing heavy; names are resolved on first use.
@@ -29,7 +30,9 @@ if TYPE_CHECKING:
         redraw,
     )
     from anchorscope.bench import run_bench
-    from anchorscope.capture import capture_model
+    from anchorscope.capture import PromptInput, capture_model, intercept
+    from anchorscope.compare import compare as compare_methods
+    from anchorscope.compare import load_comparison
     from anchorscope.dumps import Dump, Entry, LayerTensors, open_dump, verify, write_dump
     from anchorscope.errors import (
         AnchorScopeError,
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
         MissingBackendError,
         RunFailure,
     )
+    from anchorscope.methods import Method, line_up
     from anchorscope.params import AnchorParams
     from anchorscope.profiles import HeadProfile
 
@@ -52,13 +56,16 @@ _HOMES = {
         "redraw",
     ),
     "anchorscope.bench": ("run_bench",),
-    "anchorscope.capture": ("capture_model",),
+    "anchorscope.capture": ("PromptInput", "capture_model", "intercept"),
+    "anchorscope.compare": ("load_comparison",),
     "anchorscope.dumps": ("Dump", "Entry", "LayerTensors", "open_dump", "verify", "write_dump"),
     "anchorscope.errors": ("AnchorScopeError", "DumpError", "InputError", "MissingBackendError", "RunFailure"),
+    "anchorscope.methods": ("Method", "line_up"),
     "anchorscope.params": ("AnchorParams",),
     "anchorscope.profiles": ("HeadProfile",),
 }
-_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+_HOME_OF = {name: (home, name) for home, names in _HOMES.items() for name in names}
+_HOME_OF["compare_methods"] = ("anchorscope.compare", "compare")
 
 __all__ = [
     "Analysis",
@@ -70,13 +77,19 @@ __all__ = [
     "HeadProfile",
     "InputError",
     "LayerTensors",
+    "Method",
     "MissingBackendError",
     "Progress",
+    "PromptInput",
     "RunFailure",
     "__version__",
     "analyze",
     "capture_model",
+    "compare_methods",
+    "intercept",
     "iter_profiles",
+    "line_up",
+    "load_comparison",
     "load_report",
     "open_dump",
     "plan_analysis",
@@ -90,7 +103,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOME_OF:
         raise AttributeError(f"module 'anchorscope' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOME_OF[name]), name)
+    home, attribute = _HOME_OF[name]
+    value = getattr(importlib.import_module(home), attribute)
     globals()[name] = value
     return value
 
