@@ -1,8 +1,9 @@
 """Stage 1: softmax over the anchor region of every query, with pooled queries and pooled anchors from the same pass.
 
-Each program owns a tile of queries of one head within one group and walks the group's two key ranges, the first `init` keys
-and the keys from `lookback` before the group up to the diagonal, tile by tile. Tiles that every query of the tile sees in
-full go first and need no mask. Source: Zhang et al., AnchorAttention (EMNLP 2025), step 1, with the partition of docs/method.md.
+Each program owns a tile of queries of one head within one group and walks the group's two key ranges, the first `init`
+keys and the keys from `lookback` before the group up to the diagonal, tile by tile. Tiles that every query of the tile
+sees in full go first and need no mask. Source: Zhang et al., AnchorAttention (EMNLP 2025), step 1, with the partition
+of docs/method.md.
 """
 
 from __future__ import annotations
@@ -16,7 +17,21 @@ from .common import LN2, Problem, accumulate, architecture, launch, problem, tra
 from .types import AnchorState
 
 
-@triton.jit(do_not_specialize=["n", "offset", "init", "lookback", "window", "heads", "repeats", "group", "tiles", "blocks", "batch_heads"])
+@triton.jit(
+    do_not_specialize=[
+        "n",
+        "offset",
+        "init",
+        "lookback",
+        "window",
+        "heads",
+        "repeats",
+        "group",
+        "tiles",
+        "blocks",
+        "batch_heads",
+    ]
+)
 def anchor_kernel(
     Q, K, V, Out, Lse, Tops, QBar, ABar,
     sqb, sqh, sqn, sqd, skb, skh, skn, skd, svb, svh, svn, svd, sob, soh, son, sod,
@@ -99,9 +114,7 @@ def anchor_kernel(
                 v = tl.load(v_base + j * svn + v_off, mask=inner[None, :], other=0.0)
         else:
             v = k
-        acc, total, top = accumulate(
-            acc, total, top, qk, v, scale, cap, SOFTCAP, False, HAS_V, SPLIT, PRECISION
-        )
+        acc, total, top = accumulate(acc, total, top, qk, v, scale, cap, SOFTCAP, False, HAS_V, SPLIT, PRECISION)
 
     rest_a = init_from + full_a * BN
     rest_b = local_from + full_b * BN
@@ -112,18 +125,14 @@ def anchor_kernel(
         limit = tl.where(it < tiles_a, init_end, stop)
         cols = j + c
         there = cols < limit
-        k = tl.load(
-            k_base + j.to(tl.int64) * skn + k_off, mask=there[:, None] & inner[None, :], other=0.0
-        )
+        k = tl.load(k_base + j.to(tl.int64) * skn + k_off, mask=there[:, None] & inner[None, :], other=0.0)
         qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         seen = there[None, :] & (cols[None, :] <= pos[:, None])
         if WINDOW:
             seen = seen & (pos[:, None] - cols[None, :] < window)
         qk = tl.where(seen, qk, float("-inf"))
         if HAS_V:
-            v = tl.load(
-                v_base + j.to(tl.int64) * svn + v_off, mask=there[:, None] & inner[None, :], other=0.0
-            )
+            v = tl.load(v_base + j.to(tl.int64) * svn + v_off, mask=there[:, None] & inner[None, :], other=0.0)
         else:
             v = k
         acc, total, top = accumulate(acc, total, top, qk, v, scale, cap, SOFTCAP, True, HAS_V, SPLIT, PRECISION)
@@ -204,7 +213,9 @@ def _launch(q: Tensor, k: Tensor, v: Tensor | None, p: Problem, precise: bool) -
     return portable(q, k, v, p, precise)
 
 
-def portable(q: Tensor, k: Tensor, v: Tensor | None, p: Problem, precise: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def portable(
+    q: Tensor, k: Tensor, v: Tensor | None, p: Problem, precise: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     kind = torch.float32 if precise else q.dtype
     """Launcher of `anchor_kernel`, which runs on every architecture."""
     out = q.new_empty(p.batch, p.heads, p.queries, 0 if v is None else p.dim, dtype=kind)
@@ -253,8 +264,10 @@ def anchor(
     """Softmax state over the anchor region A(i) = {j <= i : j < init or j >= G(g) - lookback} of every query.
 
     Args:
-        q: (B, H, n, d) float16, bfloat16 or float32, any strides; the last n of the N positions unless `offset` says otherwise.
-        k, v: (B, Hkv, N, d), not repeated; query head h reads kv head h // (H // Hkv). Without `v` no output is computed.
+        q: (B, H, n, d) float16, bfloat16 or float32, any strides; the last n of the N positions unless `offset` says
+            otherwise.
+        k, v: (B, Hkv, N, d), not repeated; query head h reads kv head h // (H // Hkv). Without `v` no output is
+            computed.
         block, step: queries pooled together, and blocks that share one selection.
         init, lookback: tokens always kept at the start and before each group; default `block`.
         scale: softmax scale, default d ** -0.5.
@@ -264,8 +277,8 @@ def anchor(
         precise: for measurements: `out` and `q_bar` in float32, weights not rounded to 16 bits.
 
     Returns:
-        AnchorState(out (B, H, n, d) in q.dtype or float32 if precise, (B, H, n, 0) without v; lse (B, H, n) float32 in nats;
-        q_bar (B, H, blocks, d) in the dtype of out; a_bar (B, H, blocks) float32 in nats).
+        AnchorState(out (B, H, n, d) in q.dtype or float32 if precise, (B, H, n, 0) without v; lse (B, H, n) float32 in
+        nats; q_bar (B, H, blocks, d) in the dtype of out; a_bar (B, H, blocks) float32 in nats).
 
     Raises:
         ValueError: shapes, dtypes, devices or parameters that do not fit.
@@ -277,7 +290,5 @@ def anchor(
     if not traced(q, k, v):
         return AnchorState(*_launch(q, k, v, p, precise))
     return AnchorState(
-        *anchor_op(
-            q, k, v, p.block, p.step, p.init, p.lookback, p.scale, p.window, p.cap or None, p.offset, precise
-        )
+        *anchor_op(q, k, v, p.block, p.step, p.init, p.lookback, p.scale, p.window, p.cap or None, p.offset, precise)
     )

@@ -1,12 +1,13 @@
 """Stage 1 for Hopper: the pass of anchor.py, warp-specialised, in Gluon.
 
-A persistent program per multiprocessor walks its share of query tiles. One producer warp brings Q, K and V tiles by the bulk copy
-engine; two consumer warpgroups own 64 queries each and share the key tiles. Each consumer starts the next tile's QK product
-before the softmax of the current one, and the PV product runs beneath that softmax, so that tensor cores and exponentials
-overlap within a warpgroup and between the two. Scheduling after Shah et al., FlashAttention-3 (NeurIPS 2024), section 3.
+A persistent program per multiprocessor walks its share of query tiles. One producer warp brings Q, K and V tiles by the
+bulk copy engine; two consumer warpgroups own 64 queries each and share the key tiles. Each consumer starts the next
+tile's QK product before the softmax of the current one, and the PV product runs beneath that softmax, so that tensor
+cores and exponentials overlap within a warpgroup and between the two. Scheduling after Shah et al., FlashAttention-3
+(NeurIPS 2024), section 3.
 
-Head dimensions 64, 128 and 256, 16-bit, no window, no soft-cap, groups that are a multiple of 128 queries and blocks that are a
-multiple of 64; everything else runs the portable kernel.
+Head dimensions 64, 128 and 256, 16-bit, no window, no soft-cap, groups that are a multiple of 128 queries and blocks
+that are a multiple of 64; everything else runs the portable kernel.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ LN2: gl.constexpr = gl.constexpr(0.6931471805599453)
 
 @gluon.jit
 def _plan(item, n, offset, init, lookback, group, tiles, batch_heads, BN: gl.constexpr):
-    """Head, rows and key tiles of a work item. The first `init_tiles` of `total` tiles start at 0, the others at `start`."""
+    """Head, rows and key tiles of a work item. Tiles from `init_tiles` on start at `start`, those before at 0."""
     bh = item % batch_heads
     order = item // batch_heads
     g = order // tiles
@@ -62,7 +63,7 @@ def _produce(
     count = 0
     turn = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        bh, row0, row_end, start, stop, init_end, init_tiles, total = _plan(
+        bh, row0, _end, start, _stop, _init, init_tiles, total = _plan(
             item, n, offset, init, lookback, group, tiles, batch_heads, BN
         )
         if total > 0:
@@ -76,7 +77,7 @@ def _produce(
             tma.async_copy_global_to_shared(q_desc, [y, x], q_full, q_s.index(0))
             tma.async_copy_global_to_shared(q_desc, [y + 64, x], q_full, q_s.index(1))
             turn += 1
-            for it in range(0, total):
+            for it in range(total):
                 j = gl.where(it < init_tiles, it * BN, start + (it - init_tiles) * BN)
                 slot = count % STAGES
                 phase = ((count // STAGES) & 1) ^ 1
@@ -201,16 +202,19 @@ def _consume(
             gl.store(o_at, o, mask=(my0 + o_rows < row_end)[:, None])
 
 
-@gluon.jit(do_not_specialize=["n", "offset", "init", "lookback", "heads", "repeats", "group", "tiles", "batch_heads", "items",
-                              "units", "qy_b", "qy_h", "qx_b", "qx_h", "ky_b", "ky_h", "kx_b", "kx_h", "vy_b", "vy_h",
-                              "vx_b", "vx_h"])  # fmt: skip
+@gluon.jit(
+    do_not_specialize=[
+        "n", "offset", "init", "lookback", "heads", "repeats", "group", "tiles", "batch_heads", "items", "units",
+        "qy_b", "qy_h", "qx_b", "qx_h", "ky_b", "ky_h", "kx_b", "kx_h", "vy_b", "vy_h", "vx_b", "vx_h",
+    ]
+)  # fmt: skip
 def anchor_hopper_kernel(
     q_desc, k_desc, v_desc, Out, Lse, QSum, ASum,
     n, offset, init, lookback, heads, repeats, group, tiles, batch_heads, items, units, scale_log2,
     qy_b, qy_h, qx_b, qx_h, ky_b, ky_h, kx_b, kx_h, vy_b, vy_h, vx_b, vx_h,
     D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, CONSUMER_REGS: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
-    """Grid: one program per multiprocessor, 4 + 4 + 1 warps. Out: (B, H, n, D) contiguous; units of 64 queries in QSum, ASum."""
+    """Grid: one program per multiprocessor, 4 + 4 + 1 warps. Out: (B, H, n, D); QSum, ASum: units of 64 queries."""
     dtype: gl.constexpr = k_desc.dtype
     q_s = gl.allocate_shared_memory(dtype, [2, 64, D], q_desc.layout)
     k_s = gl.allocate_shared_memory(dtype, [STAGES, BN, D], k_desc.layout)
@@ -236,11 +240,13 @@ def anchor_hopper_kernel(
         [
             (_consume, (
                 0, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns, Out, Lse, QSum, ASum,
-                n, offset, init, lookback, heads, group, tiles, batch_heads, items, units, scale_log2, D, BN, STAGES, TURNS,
+                n, offset, init, lookback, heads, group, tiles, batch_heads, items, units, scale_log2,
+                D, BN, STAGES, TURNS,
             )),
             (_consume, (
                 1, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns, Out, Lse, QSum, ASum,
-                n, offset, init, lookback, heads, group, tiles, batch_heads, items, units, scale_log2, D, BN, STAGES, TURNS,
+                n, offset, init, lookback, heads, group, tiles, batch_heads, items, units, scale_log2,
+                D, BN, STAGES, TURNS,
             )),
             (_produce, (
                 q_desc, k_desc, v_desc, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
@@ -347,7 +353,8 @@ def anchor_hopper(q: Tensor, k: Tensor, v: Tensor, p: Problem) -> tuple[Tensor, 
         programs = min(items, processors(q.device))
         anchor_hopper_kernel[(programs,)](
             *descriptors, out, lse, q_sum, a_sum,
-            p.queries, p.offset, p.init, p.lookback, p.heads, p.repeats, p.group, tiles, p.batch * p.heads, items, units,
+            p.queries, p.offset, p.init, p.lookback, p.heads, p.repeats, p.group, tiles, p.batch * p.heads,
+            items, units,
             p.scale * 1.4426950408889634, *steps,
             D=p.dim, BN=c["BN"], STAGES=c["STAGES"], CONSUMER_REGS=c["CONSUMER_REGS"], TURNS=bool(c["TURNS"]),
             num_warps=4, maxnreg=c["MAXNREG"],

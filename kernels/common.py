@@ -1,8 +1,8 @@
 """What the Triton kernels share: checked problem sizes, launch configurations, device helpers.
 
-Launch configurations come from `launch.json`, keyed by op, architecture, bytes per element and padded head dimension, so
-that results are bit-identical from run to run; nothing is tuned at run time (`python -m anchorscope.kernels.tune` updates
-the file).
+Launch configurations come from `launch.json`, keyed by op, architecture, bytes per element and padded head dimension,
+so that results are bit-identical from run to run; nothing is tuned at run time (`python -m anchorscope.kernels.tune`
+updates the file).
 """
 
 from __future__ import annotations
@@ -82,15 +82,11 @@ def check_tensors(**tensors: Tensor | None) -> None:
             continue
         first = t if first is None else first
         if t.ndim != 4 or 0 in t.shape:
-            raise ValueError(
-                f"{name} must be 4-d (batch, heads, tokens, head_dim) and not empty, not {tuple(t.shape)}"
-            )
+            raise ValueError(f"{name} must be 4-d (batch, heads, tokens, head_dim) and not empty, not {tuple(t.shape)}")
         if t.dtype not in DTYPES:
             raise ValueError(f"{name} must be float16, bfloat16 or float32, not {t.dtype}")
         if t.dtype != first.dtype or t.device != first.device:
-            raise ValueError(
-                f"{name} is {t.dtype} on {t.device}, but the first tensor {first.dtype} on {first.device}"
-            )
+            raise ValueError(f"{name} is {t.dtype} on {t.device}, but the first tensor {first.dtype} on {first.device}")
     if first is not None and first.device.type != "cuda" and not interpreting():
         raise ValueError(
             f"the Triton kernels need tensors on a GPU, not on {first.device}; use the torch back end, or set "
@@ -255,10 +251,11 @@ def capped(qk, scale, cap, SOFTCAP: tl.constexpr):
 @triton.jit
 def accumulate(acc, total, top, qk, v, scale, cap, SOFTCAP: tl.constexpr, MASKED: tl.constexpr, HAS_V: tl.constexpr,
                SPLIT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """One step of the online softmax: state (acc (M, D), total (M,), top (M,) in log2 units) joined by a tile of products.
+    """One step of the online softmax: state (acc (M, D), total (M,), top (M,) in log2 units) joined by a tile of
+    products.
 
-    `qk` (M, N) holds -inf where MASKED hides a key. SPLIT feeds the weights to the tensor cores as two halves, which makes the
-    product accurate to about 2^-17 whatever the 16-bit dtype.
+    `qk` (M, N) holds -inf where MASKED hides a key. SPLIT feeds the weights to the tensor cores as two halves, which
+    makes the product accurate to about 2^-17 whatever the 16-bit dtype.
     """
     if SOFTCAP:
         s = capped(qk, scale, cap, SOFTCAP) * LOG2E

@@ -1,8 +1,9 @@
 """Stage 2: which key columns are stripes of each group, from the pooled queries and anchors.
 
-`score_kernel` keeps a tile of keys on the chip and walks the groups that have it among their candidates: the pooled queries
-of several heads (of one kv head) and blocks, stacked, give one product per step, so keys are read once per kv head. Its
-result is a bit mask over (head, group, column). `count_kernel` and `list_kernel` turn the mask into ascending column lists.
+`score_kernel` keeps a tile of keys on the chip and walks the groups that have it among their candidates: the pooled
+queries of several heads (of one kv head) and blocks, stacked, give one product per step, so keys are read once per kv
+head. Its result is a bit mask over (head, group, column). `count_kernel` and `list_kernel` turn the mask into ascending
+column lists.
 Source: Zhang et al., AnchorAttention (EMNLP 2025), step 2, with the candidates of docs/method.md.
 """
 
@@ -307,16 +308,16 @@ def identify(
 ) -> Stripes:
     """Stripes of every group: candidate columns whose margin is at most theta.
 
-    The margin of column j is the smallest of a_bar(t) - score(q_bar(t), k_j) over the group's blocks t that see j. Pooled
-    queries are rounded to the dtype of `k` for the product (`margins` in profile.py does not round them).
+    The margin of column j is the smallest of a_bar(t) - score(q_bar(t), k_j) over the group's blocks t that see j.
+    Pooled queries are rounded to the dtype of `k` for the product (`margins` in profile.py does not round them).
 
     Args:
         state: what `anchor` returned, or (q_bar (B, H, blocks, d), a_bar (B, H, blocks) float32).
         k: (B, Hkv, N, d), as given to `anchor`.
         theta: nats, a number or a (B, H) tensor; -inf selects nothing, +inf every candidate that some query sees.
         queries: n, and the other parameters as given to `anchor`.
-        capacity: length of `columns`. Without it the total is read back from the GPU once, the only synchronisation. With
-            it nothing synchronises; `offsets[-1] > capacity` then tells that columns were left out.
+        capacity: length of `columns`. Without it the total is read back from the GPU once, the only synchronisation.
+            With it nothing synchronises; `offsets[-1] > capacity` then tells that columns were left out.
 
     Returns:
         Stripes(columns int32, offsets (B * H * groups + 1,) int64, counts (B, H, groups) int32).

@@ -9,8 +9,8 @@ How they fit together, for (B, H) as many heads as memory allows (one kv head at
     columns, bins = bin_columns(margin, thetas)
     result = sweep(q, k, v, state, lse, out, columns, bins, thetas=len(thetas), **params)
 
-Products of 16-bit inputs are exact in float32 and accumulate in float32; float32 inputs are multiplied in IEEE float32. Each
-function's memory is its result, so callers bound it by the number of heads they pass.
+Products of 16-bit inputs are exact in float32 and accumulate in float32; float32 inputs are multiplied in IEEE float32.
+Each function's memory is its result, so callers bound it by the number of heads they pass.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ class Sweep(NamedTuple):
 
     Attributes:
         lse: (B, H, T, n) float32, LSE in nats over the keys kept at each theta.
-        squares: (B, H, T) float64, sum over queries and head dimensions of (sparse - dense output) ** 2; empty without V.
+        squares: (B, H, T) float64, sum over queries and head dimensions of (sparse - dense output) ** 2; empty without
+            V.
         close_01: (B, H, T) int64, output elements with |sparse - dense| < 0.01; empty without V.
         close_005: the same below 0.005.
     """
@@ -189,8 +190,8 @@ def margin_kernel(
 ):  # fmt: skip
     """Grid as `score_kernel`'s. Margin: (B * H * groups, keys) float32, +inf already where nothing is written.
 
-    EXACT: keys are float32. Otherwise the float32 pooled query is cut into three parts in the dtype of the keys, each SHIFT
-    bits below the one before, whose products are exact.
+    EXACT: keys are float32. Otherwise the float32 pooled query is cut into three parts in the dtype of the keys, each
+    SHIFT bits below the one before, whose products are exact.
     """
     part = tl.program_id(0)
     c0 = tl.program_id(1) * BC
@@ -255,7 +256,9 @@ def margin_kernel(
         tl.store(Margin + (w_head * groups + wg)[None, :] * keys + cols[:, None], least, mask=ok)
 
 
-@triton.jit(do_not_specialize=["n", "offset", "window", "heads", "repeats", "group", "groups", "tiles", "batch_heads", "thetas"])
+@triton.jit(
+    do_not_specialize=["n", "offset", "window", "heads", "repeats", "group", "groups", "tiles", "batch_heads", "thetas"]
+)
 def sweep_kernel(
     Q, K, V, OutA, LseA, OutD, Columns, Bins, Lse, Sums,
     sqb, sqh, sqn, sqd, skb, skh, skn, skd, svb, svh, svn, svd,
@@ -414,8 +417,8 @@ def column_mass(
 ) -> Tensor:
     """Attention mass of every column in every group, (B, H, groups, N) float32.
 
-    Entry (g, j) is the sum over the group's queries i of exp(s(i, j) - lse(i)), for all visible pairs, anchor region included;
-    a head's entries sum to n. `lse` (B, H, n) float32 is that of `dense_lse`. Raises ValueError.
+    Entry (g, j) is the sum over the group's queries i of exp(s(i, j) - lse(i)), for all visible pairs, anchor region
+    included; a head's entries sum to n. `lse` (B, H, n) float32 is that of `dense_lse`. Raises ValueError.
     """
     p = problem(q, k, block=block, step=step, scale=scale, window=window, softcap=softcap, offset=offset)
     if lse.shape != q.shape[:3]:
@@ -425,8 +428,8 @@ def column_mass(
 
 @torch.library.custom_op("anchorscope::margins", mutates_args=())
 def margins_op(
-    q_bar: Tensor, a_bar: Tensor, k: Tensor, queries: int, block: int, step: int, init: int, lookback: int, scale: float,
-    window: int | None, softcap: float | None, offset: int,
+    q_bar: Tensor, a_bar: Tensor, k: Tensor, queries: int, block: int, step: int, init: int, lookback: int,
+    scale: float, window: int | None, softcap: float | None, offset: int,
 ) -> Tensor:  # fmt: skip
     """Launcher of `margin_kernel`; see `margins`."""
     p = pooled_problem(q_bar, k, queries, block, step, init, lookback, scale, window, softcap, offset)
@@ -469,10 +472,12 @@ def margins(
     softcap: float | None = None,
     offset: int | None = None,
 ) -> Tensor:
-    """Margin of every column in every group, (B, H, groups, N) float32 nats; +inf where it is no candidate or nobody sees it.
+    """Margin of every column in every group, (B, H, groups, N) float32 nats; +inf where it is no candidate or nobody
+    sees it.
 
-    `state` comes from `anchor(..., precise=True)`: float32 pooled queries, which are not rounded here. Column j is a stripe of
-    group g at theta when its margin is finite and at most theta. Parameters as in `identify`. Raises ValueError.
+    `state` comes from `anchor(..., precise=True)`: float32 pooled queries, which are not rounded here. Column j is a
+    stripe of group g at theta when its margin is finite and at most theta. Parameters as in `identify`. Raises
+    ValueError.
     """
     p = pooled_problem(state.q_bar, k, queries, block, step, init, lookback, scale, window, softcap, offset)
     return margins_op(
@@ -489,9 +494,9 @@ def bin_columns(margin: Tensor, thetas: Tensor) -> tuple[Tensor, Tensor]:
         thetas: (T,) ascending, nats; -inf and +inf legal.
 
     Returns:
-        columns (total,) int32 and bin_offsets (B * H * groups * T + 1,) int64: row (b, h, g) selects at thetas[t] the columns
-        from bin_offsets[r * T] to bin_offsets[r * T + t + 1], r = (b * H + h) * groups + g. Columns that no theta
-        selects are left out. Working memory is about 24 bytes per margin; the total is read from the GPU once.
+        columns (total,) int32 and bin_offsets (B * H * groups * T + 1,) int64: row (b, h, g) selects at thetas[t] the
+        columns from bin_offsets[r * T] to bin_offsets[r * T + t + 1], r = (b * H + h) * groups + g. Columns that no
+        theta selects are left out. Working memory is about 24 bytes per margin; the total is read from the GPU once.
     """
     keys = margin.shape[-1]
     rows = margin.reshape(-1, keys)
@@ -560,7 +565,8 @@ def sweep(
     softcap: float | None = None,
     offset: int | None = None,
 ) -> Sweep:
-    """LSE over the kept keys of every query at every theta, and each theta's output error sums, in one walk over the stripes.
+    """LSE over the kept keys of every query at every theta, and each theta's output error sums, in one walk over the
+    stripes.
 
     Args:
         q, k, v, and the parameters: as given to `anchor`; `v` may be None.
@@ -588,7 +594,8 @@ def sweep(
         raise ValueError("with v, the anchor state must come from anchor(..., precise=True)")
     lse, sums = sweep_op(
         q, k, v, state.out.contiguous(), state.lse.contiguous(),
-        state.lse if out_dense is None else out_dense.contiguous(), columns, bin_offsets, thetas, p.block, p.step, p.scale,
+        state.lse if out_dense is None else out_dense.contiguous(), columns, bin_offsets, thetas,
+        p.block, p.step, p.scale,
         p.window, p.cap or None, p.offset,
     )  # fmt: skip
     if v is None:

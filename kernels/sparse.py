@@ -1,7 +1,7 @@
 """Stage 3: the softmax state of stage 1 continued over the stripes of each group, gathered key by key.
 
-Each program owns a tile of queries of one head and walks its group's list of columns, loading that many scattered rows of
-K and V per step. Candidates lie before the group, so no causal mask is needed. Source: Zhang et al., AnchorAttention
+Each program owns a tile of queries of one head and walks its group's list of columns, loading that many scattered rows
+of K and V per step. Candidates lie before the group, so no causal mask is needed. Source: Zhang et al., AnchorAttention
 (EMNLP 2025), step 3.
 """
 
@@ -16,7 +16,20 @@ from .common import LN2, LOG2E, Problem, accumulate, architecture, launch, probl
 from .types import AnchorState, Stripes
 
 
-@triton.jit(do_not_specialize=["n", "offset", "window", "heads", "repeats", "group", "groups", "tiles", "batch_heads", "capacity"])
+@triton.jit(
+    do_not_specialize=[
+        "n",
+        "offset",
+        "window",
+        "heads",
+        "repeats",
+        "group",
+        "groups",
+        "tiles",
+        "batch_heads",
+        "capacity",
+    ]
+)
 def sparse_kernel(
     Q, K, V, Out, Lse, Columns, Offsets,
     sqb, sqh, sqn, sqd, skb, skh, skn, skd, svb, svh, svn, svd, sob, soh, son, sod,
@@ -24,7 +37,7 @@ def sparse_kernel(
     DIM: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (tiles per group * B * H * groups,). Late groups, which have most stripes, first; the tiles of a group together."""
+    """Grid: (tiles per group * B * H * groups,), in the order of late groups first, which have most stripes."""
     pid = tl.program_id(0)
     tile = pid % tiles
     bh = (pid // tiles) % batch_heads
@@ -89,11 +102,13 @@ def _launch(
     if architecture(q.device) == "sm90":
         try:
             from . import sparse_hopper
-        except ImportError:  # Gluon came with Triton 3.4
-            return portable(out, lse, q, k, v, columns, offsets, p)
-        if sparse_hopper.suits(out, lse, q, k, v, p):
-            return sparse_hopper.sparse_hopper(out, lse, q, k, v, columns, offsets, p)
-    return portable(out, lse, q, k, v, columns, offsets, p)
+        except ImportError:  # Gluon came with Triton 3.4, the portable kernel does the same
+            pass
+        else:
+            if sparse_hopper.suits(out, lse, q, k, v, p):
+                sparse_hopper.sparse_hopper(out, lse, q, k, v, columns, offsets, p)
+                return
+    portable(out, lse, q, k, v, columns, offsets, p)
 
 
 def portable(

@@ -1,8 +1,8 @@
 """Stage 3 for Hopper: the pass of sparse.py, warp-specialised, in Gluon.
 
-As anchor_hopper.py, but keys are gathered: a producer warpgroup copies the scattered rows of K and V that a group's list
-names into the tiles the tensor cores read, running ahead of the two consumer warpgroups across work items. A consumer
-starts from an empty softmax state and joins that of stage 1 at the end, so that nothing waits for it.
+As anchor_hopper.py, but keys are gathered: a producer warpgroup copies the scattered rows of K and V that a group's
+list names into the tiles the tensor cores read, running ahead of the two consumer warpgroups across work items. A
+consumer starts from an empty softmax state and joins that of stage 1 at the end, so that nothing waits for it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .common import Problem, launch, processors
 
 @gluon.jit
 def _plan(item, Offsets, n, group, groups, tiles, batch_heads, capacity, BN: gl.constexpr):
-    """Head, rows and list of a work item. Late groups, which have most stripes, first; the tiles of a group together."""
+    """Head, rows and list of a work item. Late groups, which have most stripes, come first."""
     tile = item % tiles
     bh = (item // tiles) % batch_heads
     g = groups - 1 - item // (tiles * batch_heads)
@@ -53,9 +53,7 @@ def _produce(
     counter = 0
     turn = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        bh, row0, row_end, begin, count, total = _plan(
-            item, Offsets, n, group, groups, tiles, batch_heads, capacity, BN
-        )
+        bh, row0, _end, begin, count, total = _plan(item, Offsets, n, group, groups, tiles, batch_heads, capacity, BN)
         if total > 0:
             b = bh // heads
             h = bh % heads
@@ -71,7 +69,7 @@ def _produce(
             turn += 1
             k_base = K + b.to(gl.int64) * skb + hk * skh
             v_base = V + b.to(gl.int64) * svb + hk * svh
-            for it in range(0, total):
+            for it in range(total):
                 slot = counter % STAGES
                 phase = ((counter // STAGES) & 1) ^ 1
                 ahead = (it + 1) * BN + c
@@ -117,7 +115,7 @@ def _consume(
     turn = 0
     passed = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        bh, row0, row_end, begin, count, total_tiles = _plan(
+        bh, row0, row_end, _begin, count, total_tiles = _plan(
             item, Offsets, n, group, groups, tiles, batch_heads, capacity, BN
         )
         if total_tiles > 0:
@@ -206,7 +204,7 @@ def sparse_hopper_kernel(
     D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
     TURNS: gl.constexpr,
 ):  # fmt: skip
-    """Grid: one program per multiprocessor, 4 + 4 + 4 warps. Out (B, H, n, D) and Lse (B, H, n) contiguous, updated in place."""
+    """Grid: one program per multiprocessor, 4 + 4 + 4 warps. Updates Out (B, H, n, D), Lse (B, H, n)."""
     dtype: gl.constexpr = q_desc.dtype
     tile: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BN, D], dtype)
     q_s = gl.allocate_shared_memory(dtype, [2, 64, D], q_desc.layout)
@@ -278,7 +276,8 @@ def sparse_hopper(
     with torch.cuda.device_of(q):
         programs = min(items, processors(q.device))
         sparse_hopper_kernel[(programs,)](
-            TensorDescriptor(q, shape, strides, [HALF, p.dim], shared_layout(HALF, p.dim, q.dtype)), k, v, out, lse, columns, offsets,
+            TensorDescriptor(q, shape, strides, [HALF, p.dim], shared_layout(HALF, p.dim, q.dtype)),
+            k, v, out, lse, columns, offsets,
             *k.stride()[:3], *v.stride()[:3],
             p.queries, p.heads, p.repeats, p.group, p.groups, tiles, p.batch * p.heads, items, columns.numel(),
             p.scale * 1.4426950408889634, *steps,

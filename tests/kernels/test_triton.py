@@ -1,10 +1,11 @@
-"""The Triton kernels against the float64 specification, on a GPU or in Triton's CPU interpreter (test_interpreter.py)."""
+"""The Triton kernels against the float64 specification, on a GPU or in the interpreter (test_interpreter.py)."""
 
 from __future__ import annotations
 
 import itertools
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,36 +116,34 @@ SMALL = [
 ]
 
 
-def large() -> list[Case]:
+def large() -> Iterator[Case]:
     """The grid for a GPU: every dtype, head dimension, kind of grouping and length, sharing few specialisations."""
-    cases = []
     for dtype, dim in itertools.product((BF16, F16), (64, 80, 96, 128, 192, 256)):
         for heads, kv_heads in ((4, 4), (4, 1), (3, 1)):
             for n in (1, 127, 128, 129, 2047, 2048, 2049, 3001, 4096):
-                cases.append(Case(n, 0, heads, kv_heads, 1, dim, dtype, 128, 16, size=2.0))
+                yield Case(n, 0, heads, kv_heads, 1, dim, dtype, 128, 16, size=2.0)
     for block, step in ((32, 1), (32, 32), (64, 8), (128, 4), (64, 4), (128, 1)):
         for n, theta in itertools.product((31, 257, 1000, 2048, 3001), (-INF, None, 9.0, INF)):
-            cases.append(Case(n, 0, 4, 2, 1, 128, BF16, block, step, theta=theta, size=2.0))
+            yield Case(n, 0, 4, 2, 1, 128, BF16, block, step, theta=theta, size=2.0)
     for n, keys in ((1, 4096), (300, 2500), (512, 4096), (2048, 4096), (100, 4001)):
         for window, cap in ((None, None), (700, None), (None, 20.0), (700, 20.0)):
             for theta in (None, INF):
-                cases.append(Case(n, keys, 4, 2, 2, 128, BF16, 64, 4, window=window, softcap=cap, theta=theta, size=2.0))
+                yield Case(n, keys, 4, 2, 2, 128, BF16, 64, 4, window=window, softcap=cap, theta=theta, size=2.0)
     for init, lookback in ((0, 0), (1, 0), (4, 64), (700, 1), (128, 4000), (4000, 128)):
         for n, theta in itertools.product((1000, 3001), (None, INF)):
-            cases.append(Case(n, 0, 4, 2, 1, 128, BF16, 64, 4, init=init, lookback=lookback, theta=theta))
+            yield Case(n, 0, 4, 2, 1, 128, BF16, 64, 4, init=init, lookback=lookback, theta=theta)
     for dim, n, theta in itertools.product((64, 128, 256), (97, 1000, 2049), (None, INF)):
-        cases.append(Case(n, 0, 4, 2, 1, dim, F32, 128, 4, theta=theta))
+        yield Case(n, 0, 4, 2, 1, dim, F32, 128, 4, theta=theta)
     for size in (50.0, 2000.0):
         for dtype in (BF16, F16):
-            cases.append(Case(3001, 0, 4, 2, 1, 128, dtype, 64, 4, size=size))
+            yield Case(3001, 0, 4, 2, 1, 128, dtype, 64, 4, size=size)
     for transposed_n in (100, 1999, 4096):
-        cases.append(Case(transposed_n, 0, 8, 2, 2, 128, BF16, 64, 4, transposed=True))
-    return cases
+        yield Case(transposed_n, 0, 8, 2, 2, 128, BF16, 64, 4, transposed=True)
 
 
 # A GPU run splits into processes: ANCHORSCOPE_SHARD=2/8 takes every eighth case from the third on.
 SHARD, SHARDS = (int(x) for x in os.environ.get("ANCHORSCOPE_SHARD", "0/1").split("/"))
-CASES = (SMALL if INTERPRET else SMALL + large())[SHARD::SHARDS]
+CASES = (SMALL if INTERPRET else [*SMALL, *large()])[SHARD::SHARDS]
 
 
 def keep_of(stripes, geo: reference.Geometry, q: torch.Tensor) -> torch.Tensor:
@@ -188,6 +187,8 @@ def _poison(monkeypatch: pytest.MonkeyPatch):
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+    if GPU:  # several processes share the GPU's memory
+        torch.cuda.empty_cache()
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -284,7 +285,12 @@ def test_profile(case: Case) -> None:
                 assert result.squares.numel() == 0
                 continue
             gap = o - exact_out
-            close(result.squares[..., t].sqrt(), gap.square().sum((-1, -2)).sqrt(), 0.01 + 50 * near, f"squares at {theta}")
+            close(
+                result.squares[..., t].sqrt(),
+                gap.square().sum((-1, -2)).sqrt(),
+                0.01 + 50 * near,
+                f"squares at {theta}",
+            )
             for got, tol in ((result.close_01, 0.01), (result.close_005, 0.005)):
                 edge = 50 * near * (1 + o.abs())
                 low = (gap.abs() < tol - edge).sum((-1, -2))
@@ -295,7 +301,9 @@ def test_profile(case: Case) -> None:
 @pytest.mark.parametrize("dtype", [F32, F16] if INTERPRET else [F32, F16, BF16])
 def test_infinite_theta_is_dense(dtype: torch.dtype) -> None:
     """At theta = +inf the error is at most twice that of PyTorch's attention in the same dtype."""
-    case = Case(n=140 if INTERPRET else 3001, heads=4, kv_heads=2, dim=32 if INTERPRET else 128, dtype=dtype, block=32, step=2)
+    case = Case(
+        n=140 if INTERPRET else 3001, heads=4, kv_heads=2, dim=32 if INTERPRET else 128, dtype=dtype, block=32, step=2
+    )
     q, k, v = case.tensors()
     q = q * 0.5
     geo = reference.geometry(q, k)
@@ -369,7 +377,8 @@ def test_capacity_and_overflow() -> None:
     chosen = free.stripes.columns[:total]
     roomy = anchor_attention(q, k, v, theta=4.0, capacity=total + 9, **case.params)
     assert torch.equal(roomy.out, free.out)
-    assert roomy.overflow is not None and not roomy.overflow
+    assert roomy.overflow is not None
+    assert not roomy.overflow
     assert total > 10
     tight = anchor_attention(q, k, v, theta=4.0, capacity=total - 5, **case.params)
     assert tight.overflow
@@ -465,7 +474,21 @@ def test_custom_ops() -> None:
     theta = torch.full((1, 4), 2.0, device=q.device)
     torch.library.opcheck(torch.ops.anchorscope.stripe_bits, (state.q_bar, state.a_bar, k, theta, 300, *a))
     stripes = identify(state, k, theta=4.0, queries=300, **case.params)
-    args = (state.out.clone(), state.lse.clone(), q, k, v, stripes.columns, stripes.offsets, 32, 2, 0.125, None, None, 0)
+    args = (
+        state.out.clone(),
+        state.lse.clone(),
+        q,
+        k,
+        v,
+        stripes.columns,
+        stripes.offsets,
+        32,
+        2,
+        0.125,
+        None,
+        None,
+        0,
+    )
     torch.library.opcheck(torch.ops.anchorscope.sparse_, args)
     lse = dense_lse(q, k, None)[1]
     torch.library.opcheck(torch.ops.anchorscope.dense_lse, (q, k, v, 0.125, None, None, 0))

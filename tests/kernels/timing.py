@@ -1,8 +1,9 @@
 """Times launch configurations of the kernels on planted input, on a GPU: `python tests/kernels/timing.py OP [OP ...]`.
 
-Each op is timed alone, medians of CUDA events; the Hopper kernels are compared with the portable ones on the way. `--write` puts
-the fastest configuration into kernels/launch.json. Without `--only` the whole pipeline and the profile follow, against
-dense attention. `--warm I/N` only compiles every N-th configuration, to fill Triton's cache from several processes.
+Each op is timed alone, medians of CUDA events; the Hopper kernels are compared with the portable ones on the way.
+`--write` puts the fastest configuration into kernels/launch.json. Without `--only` the whole pipeline and the profile
+follow, against dense attention. `--warm I/N` only compiles every N-th configuration, to fill Triton's cache from
+several processes.
 """
 
 from __future__ import annotations
@@ -23,41 +24,41 @@ from anchorscope.planted import planted
 
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "anchor_hopper": [
-        dict(BN=n, STAGES=s, CONSUMER_REGS=240, MAXNREG=168, TURNS=t)
+        {"BN": n, "STAGES": s, "CONSUMER_REGS": 240, "MAXNREG": 168, "TURNS": t}
         for n, s, t in ((128, 2, 0), (128, 2, 1), (64, 4, 1))
     ],
     "anchor": [
-        dict(BM=m, BN=n, num_warps=w, num_stages=s)
+        {"BM": m, "BN": n, "num_warps": w, "num_stages": s}
         for m, n, w, s in (
             (128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 8, 4), (128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 4, 2),
             (128, 32, 4, 3), (128, 32, 8, 3),
         )
     ],
     "sparse_hopper": [
-        dict(BN=n, STAGES=s, CONSUMER_REGS=r, PRODUCER_REGS=504 - 2 * r, MAXNREG=168, TURNS=t)
+        {"BN": n, "STAGES": s, "CONSUMER_REGS": r, "PRODUCER_REGS": 504 - 2 * r, "MAXNREG": 168, "TURNS": t}
         for n, s, r, t in ((64, 4, 208, 0), (64, 4, 208, 1), (128, 2, 200, 0), (128, 2, 200, 1))
     ],
     "sparse": [
-        dict(BM=m, BN=n, num_warps=w, num_stages=s)
+        {"BM": m, "BN": n, "num_warps": w, "num_stages": s}
         for m, n, w, s in (
             (128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 8, 4), (128, 128, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3),
             (128, 32, 8, 3), (128, 32, 8, 4), (128, 64, 4, 2), (256, 64, 8, 2), (256, 32, 8, 3),
         )
     ],
     "identify": [
-        dict(BC=c, ROWS=r, num_warps=w, num_stages=s)
+        {"BC": c, "ROWS": r, "num_warps": w, "num_stages": s}
         for c, r, w, s in ((128, 128, 4, 2), (128, 128, 4, 1), (64, 128, 4, 2), (128, 64, 4, 1))
     ],
     "margins": [
-        dict(BC=c, ROWS=r, num_warps=w, num_stages=s)
+        {"BC": c, "ROWS": r, "num_warps": w, "num_stages": s}
         for c, r, w, s in ((128, 64, 8, 1), (128, 64, 4, 1), (64, 64, 4, 1), (128, 128, 8, 1), (64, 128, 4, 1))
     ],
     "column_mass": [
-        dict(BC=c, BQ=q, num_warps=w, num_stages=s)
+        {"BC": c, "BQ": q, "num_warps": w, "num_stages": s}
         for c, q, w, s in ((128, 64, 4, 3), (128, 64, 4, 2), (128, 32, 4, 4), (64, 64, 4, 3), (256, 32, 8, 3))
     ],
     "dense_lse": [
-        dict(BM=m, BN=n, num_warps=w, num_stages=s)
+        {"BM": m, "BN": n, "num_warps": w, "num_stages": s}
         for m, n, w, s in ((256, 64, 8, 3), (256, 64, 8, 2), (128, 64, 4, 2), (128, 32, 4, 3), (64, 64, 4, 3))
     ],
 }  # fmt: skip
@@ -115,7 +116,9 @@ def write(best: dict[str, dict[str, Any]], dim: int, like: torch.Tensor) -> None
     for op, config in best.items():
         table[op][common.architecture(like.device)]["2"][str(dim)] = config
     text = json.dumps(table, indent=2)
-    path.write_text(re.sub(r"\{\s*(\"(?:BM|BC|BN)\"[^{}]*?)\s*\}", lambda m: "{" + " ".join(m[1].split()) + "}", text) + "\n")
+    path.write_text(
+        re.sub(r"\{\s*(\"(?:BM|BC|BN)\"[^{}]*?)\s*\}", lambda m: "{" + " ".join(m[1].split()) + "}", text) + "\n"
+    )
 
 
 def main() -> None:
@@ -144,7 +147,8 @@ def main() -> None:
     room = stripes.columns.numel()
     out, final = (x.clone() for x in (state.out, state.lse))
     scale = args.dim**-0.5
-    bits_args = (state.q_bar, state.a_bar, k, torch.full(q.shape[:2], args.theta, device="cuda"), n, args.block, args.step,
+    limit = torch.full(q.shape[:2], args.theta, device="cuda")
+    bits_args = (state.q_bar, state.a_bar, k, limit, n, args.block, args.step,
                  args.block, args.block, scale, None, None, 0)  # fmt: skip
     fine = anchor.anchor(q[:, :4], k[:, :1], None, precise=True, **grid)
     fit = common.problem(q, k, v, **grid)
@@ -179,9 +183,14 @@ def main() -> None:
             (a, b), (c, d) = ((state.out.clone(), state.lse.clone()) for _ in range(2))
             sparse_hopper.sparse_hopper(a, b, q, k, v, stripes.columns, stripes.offsets, fit)
             sparse.portable(c, d, q, k, v, stripes.columns, stripes.offsets, fit)
-            print(f"    from the portable kernel: out {(a - c).abs().max():.2g}, lse {(b - d).abs().max():.2g}", flush=True)
+            print(
+                f"    from the portable kernel: out {(a - c).abs().max():.2g}, lse {(b - d).abs().max():.2g}",
+                flush=True,
+            )
         if op == "anchor_hopper":
-            with_names = zip(("out", "lse", "q_bar", "a_bar"), calls[op](), anchor.portable(q, k, v, fit, False), strict=True)
+            with_names = zip(
+                ("out", "lse", "q_bar", "a_bar"), calls[op](), anchor.portable(q, k, v, fit, False), strict=True
+            )
             worst = {name: f"{(x.float() - y.float()).abs().max().item():.2g}" for name, x, y in with_names}
             print("    largest differences from the portable kernel:", worst, flush=True)
     if args.warm:
@@ -244,7 +253,8 @@ def report(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, theta: float, g
     }
     parts = ", ".join(f"{name} {ms:.3f}" for name, ms in times.items())
     print(
-        f"n {n} heads {q.shape[1]}/{k.shape[1]} d {q.shape[3]} {grid['block']}x{grid['step']} theta {theta}: {total:.3f} ms "
+        f"n {n} heads {q.shape[1]}/{k.shape[1]} d {q.shape[3]} {grid['block']}x{grid['step']} theta {theta}: "
+        f"{total:.3f} ms "
         f"({parts}; host {host:.2f}), dense {base:.3f}, {base / total:.2f}x, density {density:.4f}, "
         f"efficiency {base / total * density:.3f}, stripes {kept}, extra {memory:.2f} GiB",
         flush=True,
