@@ -30,6 +30,9 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .common import Problem, launch, processors
 
+# Triton 3.9 knows only the new name, 3.6 only the old one.
+tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+
 HALF = 64  # queries of one consumer warpgroup
 BM = 2 * HALF
 LOG2E: gl.constexpr = gl.constexpr(1.4426950408889634)
@@ -74,8 +77,8 @@ def _produce(
             mbarrier.expect(q_full, 2 * q_desc.block_type.nbytes)
             y = b * qy_b + h * qy_h + row0
             x = b * qx_b + h * qx_h
-            tma.async_copy_global_to_shared(q_desc, [y, x], q_full, q_s.index(0))
-            tma.async_copy_global_to_shared(q_desc, [y + 64, x], q_full, q_s.index(1))
+            tma_load(q_desc, [y, x], q_full, q_s.index(0))
+            tma_load(q_desc, [y + 64, x], q_full, q_s.index(1))
             turn += 1
             for it in range(total):
                 j = gl.where(it < init_tiles, it * BN, start + (it - init_tiles) * BN)
@@ -83,12 +86,12 @@ def _produce(
                 phase = ((count // STAGES) & 1) ^ 1
                 mbarrier.wait(k_empty.index(slot), phase)
                 mbarrier.expect(k_full.index(slot), k_desc.block_type.nbytes)
-                tma.async_copy_global_to_shared(
+                tma_load(
                     k_desc, [b * ky_b + hk * ky_h + j, b * kx_b + hk * kx_h], k_full.index(slot), k_s.index(slot)
                 )
                 mbarrier.wait(v_empty.index(slot), phase)
                 mbarrier.expect(v_full.index(slot), v_desc.block_type.nbytes)
-                tma.async_copy_global_to_shared(
+                tma_load(
                     v_desc, [b * vy_b + hk * vy_h + j, b * vx_b + hk * vx_h], v_full.index(slot), v_s.index(slot)
                 )
                 count += 1

@@ -15,14 +15,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     async_copy,
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .anchor_hopper import BM, HALF, LN2, LOG2E, shared_layout, walk
+from .anchor_hopper import BM, HALF, LN2, LOG2E, shared_layout, tma_load, walk
 from .common import Problem, launch, processors
+
+# Triton 3.9 knows only the new name, 3.6 only the old one.
+gather = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
 
 
 @gluon.jit
@@ -64,8 +66,8 @@ def _produce(
             mbarrier.expect(q_full, 2 * q_desc.block_type.nbytes)
             y = b * qy_b + h * qy_h + row0
             x = b * qx_b + h * qx_h
-            tma.async_copy_global_to_shared(q_desc, [y, x], q_full, q_s.index(0))
-            tma.async_copy_global_to_shared(q_desc, [y + 64, x], q_full, q_s.index(1))
+            tma_load(q_desc, [y, x], q_full, q_s.index(0))
+            tma_load(q_desc, [y + 64, x], q_full, q_s.index(1))
             turn += 1
             k_base = K + b.to(gl.int64) * skb + hk * skh
             v_base = V + b.to(gl.int64) * svb + hk * svh
@@ -75,12 +77,12 @@ def _produce(
                 ahead = (it + 1) * BN + c
                 later = gl.load(listed + ahead, mask=ahead < count, other=0)
                 mbarrier.wait(k_empty.index(slot), phase)
-                async_copy.async_copy_global_to_shared(
+                gather(
                     k_s.index(slot), k_base + ((cols.to(gl.int64) * skn)[:, None] + d)
                 )
                 async_copy.mbarrier_arrive(k_full.index(slot), increment_count=False)
                 mbarrier.wait(v_empty.index(slot), phase)
-                async_copy.async_copy_global_to_shared(
+                gather(
                     v_s.index(slot), v_base + ((cols.to(gl.int64) * svn)[:, None] + d)
                 )
                 async_copy.mbarrier_arrive(v_full.index(slot), increment_count=False)

@@ -1,0 +1,144 @@
+"""Compiles the kernels for GPUs that are not here, with the committed launch table.
+
+`python tests/kernels/compile_ahead.py [OP-ARCH-DIM ...]` (all without arguments) exits 1 when a tile does not fit the
+target's shared memory or a kernel spills more than spills.json allows: bytes of stack per thread (CUDA) or spilled
+registers (AMD), for the Triton named there; the budget may shrink, not grow. `--budget` prints a new one.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from anchorscope.kernels import anchor, common, identify, profile, sparse
+
+TARGETS = {
+    "sm80": (GPUTarget("cuda", 80, 32), 166912),
+    "sm89": (GPUTarget("cuda", 89, 32), 101376),
+    "sm90": (GPUTarget("cuda", 90, 32), 232448),
+    "sm100": (GPUTarget("cuda", 100, 32), 232448),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), 65536),
+}
+DIMS = (64, 128, 256)
+BUDGET = Path(__file__).with_name("spills.json")
+PLAIN = {"WINDOW": False, "SOFTCAP": False, "PRECISION": "ieee"}
+POINTERS = {
+    "Lse": "*fp32", "Tops": "*fp32", "ABar": "*fp32", "Theta": "*fp32", "Mass": "*fp32", "Margin": "*fp32",
+    "QSum": "*fp32", "ASum": "*fp32", "Bits": "*i16", "Columns": "*i32", "Offsets": "*i64",
+}  # fmt: skip
+# op of the launch table -> kernel, further constants; None stands for a tile size of the table
+KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "anchor": (anchor.anchor_kernel, {"BLOCK": 64, "HAS_V": True, "SPLIT": False, "POOL": True, **PLAIN}),
+    "anchor_precise": (anchor.anchor_kernel, {"BLOCK": 64, "HAS_V": True, "SPLIT": True, "POOL": True, **PLAIN}),
+    "sparse": (sparse.sparse_kernel, PLAIN),
+    "identify": (identify.score_kernel, {"RC": 4, "SP": 16, "SUB": False, **PLAIN}),
+    "margins": (
+        profile.margin_kernel,
+        {"RC": 2, "SP": 16, "SUB": False, "WINDOW": False, "SOFTCAP": False, "EXACT": False, "SHIFT": 8},
+    ),
+    "dense_lse": (profile.dense_kernel, {"HAS_V": False, "SPLIT": False, **PLAIN}),
+    "column_mass": (profile.mass_kernel, PLAIN),
+}
+HOPPER = ("anchor_hopper", "anchor_hopper_short", "sparse_hopper")
+
+
+def signature(kernel: Any, constants: dict[str, Any], own: dict[str, str]) -> tuple[dict, dict, dict]:
+    """Types, constants and alignments of a kernel's arguments: bf16 tensors with aligned strides."""
+    types: dict[str, str] = {}
+    values: dict[tuple[int], Any] = {}
+    attributes: dict[tuple[int], Any] = {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in constants or re.fullmatch("s[qkvo]d", name):
+            types[name] = "constexpr"
+            values[(i,)] = constants.get(name, 1)
+            continue
+        types[name] = own.get(name) or POINTERS.get(name) or ("*bf16" if name[0].isupper() else "i32")
+        if name.startswith(("scale", "cap")) and name != "capacity":
+            types[name] = "fp32"
+        if types[name].startswith("*") or re.fullmatch("s[qkvo][bhn]", name):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    return types, values, attributes
+
+
+def build(op: str, arch: str, dim: int) -> tuple[int, int]:
+    """Compile one specialisation; its bytes of shared memory, and of stack (or spilled registers)."""
+    target, _ = TARGETS[arch]
+    config = common.launch_for(op, arch, 2, dim)
+    options = {name: config.pop(name) for name in ("num_warps", "num_stages") if name in config}
+    own: dict[str, str] = {}
+    if op in HOPPER:
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        from anchorscope.kernels import anchor_hopper, sparse_hopper
+
+        kernel = sparse_hopper.sparse_hopper_kernel if op == "sparse_hopper" else anchor_hopper.anchor_hopper_kernel
+        options = {"num_warps": 4, "maxnreg": config.pop("MAXNREG")}
+        constants = {"D": dim, **config, "TURNS": bool(config["TURNS"])}
+        for name, rows in (("q_desc", 64), ("k_desc", config["BN"]), ("v_desc", config["BN"])):
+            layout = anchor_hopper.shared_layout(rows, dim, anchor_hopper.torch.bfloat16)
+            own[name] = f"tensordesc<bf16[{rows}, {dim}],{layout!r}>"
+        source: Any = GluonASTSource(kernel, *signature(kernel, constants, own))
+    else:
+        kernel, extra = KERNELS[op]
+        rows = config.pop("ROWS", None)
+        constants = {"DIM": dim, "D": dim, **config, **extra}
+        if rows is not None:
+            constants["TG"] = rows // (extra["RC"] * extra["SP"])
+        if op in ("anchor_precise", "dense_lse"):
+            own["Out"] = "*fp32"
+        source = ASTSource(kernel, *signature(kernel, constants, own))
+    done = triton.compile(source, target=target, options=options)
+    if target.backend == "hip":
+        found = re.search(r"\.vgpr_spill_count:\s*(\d+)", done.asm["amdgcn"])
+        assert found is not None, "no spill count in the assembly"
+        return done.metadata.shared, int(found[1])
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(done.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    found = re.search(r"STACK:(\d+)", usage.stdout)
+    assert found is not None, f"no stack size in {usage.stdout!r}"
+    return done.metadata.shared, int(found[1])
+
+
+ALL = [(op, arch, dim) for op in KERNELS for arch in TARGETS for dim in DIMS] + [
+    (op, "sm90", dim) for op in HOPPER for dim in DIMS
+]
+
+
+def main(arguments: list[str]) -> int:
+    """Entry point; see the module."""
+    budget = json.loads(BUDGET.read_text())
+    wanted = [a for a in arguments if not a.startswith("-")]
+    cases = [tuple(w.split("-")) for w in wanted] or ALL
+    spills: dict[str, int] = {}
+    failures = 0
+    for op, arch, dim in cases:
+        name = f"{op}-{arch}-{dim}"
+        shared, spilled = build(op, arch, int(dim))
+        if spilled:
+            spills[name] = spilled
+        problems = [f"shared memory {shared} > {TARGETS[arch][1]}"] if shared > TARGETS[arch][1] else []
+        allowed = budget["spills"].get(name, 0)
+        if budget["triton"] == triton.__version__ and spilled > allowed and "--budget" not in arguments:
+            problems.append(f"spills {spilled} > {allowed}")
+        failures += bool(problems)
+        print(name, f"shared {shared}, spills {spilled}", *problems, flush=True)
+    if "--budget" in arguments:
+        print(json.dumps({"triton": triton.__version__, "spills": spills}, indent=2))
+    print(f"compiled {len(cases)}, failed {failures}")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
