@@ -375,6 +375,8 @@ def _begin(path: Path, plan: Plan, overwrite: bool) -> dict[str, Any]:
             f"{path} has {free / 1e9:.2f} GB free and the analysis may need {plan.disk / 1e9:.2f} GB;"
             " free some space or name another --out"
         )
+    for stray in path.rglob(".*.tmp"):  # what a killed run was writing; nobody else writes here while we hold the lock
+        stray.unlink(missing_ok=True)
     state = {**identity, "started": started}
     write_atomic(path / STATE, json_bytes(state))
     (path / PROFILES).mkdir(exist_ok=True)

@@ -82,6 +82,17 @@ class Entry:
     sha256: str | None = None
 
 
+def printable(text: str, limit: int = 600) -> str:
+    """Text from a file, fit for one line of a terminal: no control characters, the middle of long ones left out."""
+    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return text if len(text) <= limit else f"{text[: limit * 2 // 3]} ... {text[-limit // 4 :]}"
+
+
+def damaged(message: str) -> DumpError:
+    """The error for a dump that cannot be used; what it quotes comes from an untrusted file."""
+    return DumpError(printable(message))
+
+
 def canonical_sha256(manifest: dict[str, Any]) -> str:
     """SHA-256 (hex) of a manifest without its own `sha256` key: sorted keys, no spaces, UTF-8."""
     body = {key: value for key, value in manifest.items() if key != "sha256"}
@@ -128,9 +139,9 @@ def plain_file(folder: Path, name: object) -> Path | None:
     try:
         return path if stat.S_ISREG(os.lstat(path).st_mode) else None
     except FileNotFoundError:
-        raise DumpError(f"{path} is missing: the manifest lists it; capture this dump again") from None
+        raise damaged(f"{path} is missing: the manifest lists it; capture this dump again") from None
     except OSError as error:
-        raise DumpError(f"{path} cannot be read: {error.strerror}") from None
+        raise damaged(f"{path} cannot be read: {error.strerror}") from None
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -142,49 +153,49 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not folder.is_dir():
         what = "is a file, not a dump folder" if folder.exists() else "does not exist"
-        raise DumpError(f"{folder} {what}: give the folder that `anchorscope capture` wrote")
+        raise damaged(f"{folder} {what}: give the folder that `anchorscope capture` wrote")
     try:
         info = os.lstat(path)
         if not stat.S_ISREG(info.st_mode):
-            raise DumpError(f"{path} must be a regular file, not a link, folder or device")
+            raise damaged(f"{path} must be a regular file, not a link, folder or device")
         if info.st_size > MAX_MANIFEST_BYTES:
-            raise DumpError(f"{path} is {info.st_size} bytes long; more than {MAX_MANIFEST_BYTES} is not a manifest")
+            raise damaged(f"{path} is {info.st_size} bytes long; more than {MAX_MANIFEST_BYTES} is not a manifest")
         raw = path.read_bytes()
     except FileNotFoundError:
-        raise DumpError(f"{folder} is not a dump: it holds no {MANIFEST}") from None
+        raise damaged(f"{folder} is not a dump: it holds no {MANIFEST}") from None
     except OSError as error:
-        raise DumpError(f"{path} cannot be read: {error.strerror}") from None
+        raise damaged(f"{path} cannot be read: {error.strerror}") from None
     try:
         manifest = json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
         if not isinstance(manifest, dict):
             raise ValueError("it holds no JSON object")
         checksum = canonical_sha256(manifest)
     except RecursionError:
-        raise DumpError(f"{path} is nested too deeply to be a manifest") from None
+        raise damaged(f"{path} is nested too deeply to be a manifest") from None
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-        raise DumpError(f"{path} is truncated or not JSON ({error}); capture this dump again") from None
+        raise damaged(f"{path} is truncated or not JSON ({error}); capture this dump again") from None
 
     version: Any = manifest.get("version")
     if manifest.get("format") != FORMAT:
-        raise DumpError(f"{path} is not an AnchorScope manifest: its format is not {FORMAT!r}")
+        raise damaged(f"{path} is not an AnchorScope manifest: its format is not {FORMAT!r}")
     if is_int(version, 1) and version > VERSION:
-        raise DumpError(f"{path} has format version {version}, this AnchorScope reads {VERSION}: upgrade anchorscope")
+        raise damaged(f"{path} has format version {version}, this AnchorScope reads {VERSION}: upgrade anchorscope")
     if not is_int(version, 1):
-        raise DumpError(f"{path} has no valid format version ({version!r}); it should be {VERSION}")
+        raise damaged(f"{path} has no valid format version ({version!r}); it should be {VERSION}")
     if "sha256" in manifest and manifest["sha256"] != checksum:
-        raise DumpError(
+        raise damaged(
             f"{path} does not match its own checksum: it is damaged or was edited"
             " (delete its key sha256 to use it as unverified)"
         )
     complete = manifest.get("complete", True)
     if not isinstance(complete, bool):
-        raise DumpError(f"{path}: complete must be true or false, not {complete!r}")
+        raise damaged(f"{path}: complete must be true or false, not {complete!r}")
     for key in ("model", "tokenizer"):
         if not isinstance(manifest.get(key), (dict, type(None))):
-            raise DumpError(f"{path}: {key} must be an object or null")
+            raise damaged(f"{path}: {key} must be an object or null")
     for key in ("prompts", "entries"):
         if not isinstance(manifest.get(key), list) or not (manifest[key] or not complete):
-            raise DumpError(f"{path}: {key} must be a list with at least one element")
+            raise damaged(f"{path}: {key} must be a list with at least one element")
     return manifest
 
 
@@ -198,20 +209,20 @@ def parse_prompts(manifest: dict[str, Any], folder: Path) -> list[Prompt]:
     for index, item in enumerate(manifest["prompts"]):
         where = f"{folder / MANIFEST}: prompt {index}"
         if not isinstance(item, dict) or not is_name(item.get("name")):
-            raise DumpError(f"{where} needs a name of 1 to 200 printable characters")
+            raise damaged(f"{where} needs a name of 1 to 200 printable characters")
         name, tokens, ids = item["name"], item.get("tokens"), item.get("token_ids")
         if any(name == other.name for other in prompts):
-            raise DumpError(f"{where}: the name {name!r} is used twice")
+            raise damaged(f"{where}: the name {name!r} is used twice")
         if tokens is not None and not is_int(tokens, 1):
-            raise DumpError(f"{where} ({name}): tokens must be a whole number of at least 1, not {tokens!r}")
+            raise damaged(f"{where} ({name}): tokens must be a whole number of at least 1, not {tokens!r}")
         if ids is not None:
             if not isinstance(ids, list) or not all(is_int(i) for i in ids) or len(ids) != (tokens or len(ids)):
-                raise DumpError(f"{where} ({name}): token_ids must be {tokens or 'a list of'} whole numbers")
+                raise damaged(f"{where} ({name}): token_ids must be {tokens or 'a list of'} whole numbers")
             if item.get("sha256", token_sha256(ids)) != token_sha256(ids):
-                raise DumpError(f"{where} ({name}): token_ids do not match their sha256")
+                raise damaged(f"{where} ({name}): token_ids do not match their sha256")
         for key in ("text", "sha256"):
             if not isinstance(item.get(key), (str, type(None))):
-                raise DumpError(f"{where} ({name}): {key} must be text")
+                raise damaged(f"{where} ({name}): {key} must be text")
         prompts.append(Prompt(name, tokens or 0, ids, item.get("text"), item.get("sha256")))
     return prompts
 
@@ -224,50 +235,50 @@ def parse_entry(item: object, index: int, folder: Path, prompts: dict[str, Promp
     """
     where = f"{folder / MANIFEST}: entry {index}"
     if not isinstance(item, dict):
-        raise DumpError(f"{where} is not an object")
+        raise damaged(f"{where} is not an object")
     prompt: Any = item.get("prompt")
     layer: Any = item.get("layer")
     if not isinstance(prompt, str) or prompt not in prompts:
-        raise DumpError(f"{where}: no prompt is named {prompt!r}")
+        raise damaged(f"{where}: no prompt is named {prompt!r}")
     if not is_int(layer):
-        raise DumpError(f"{where}: layer must be a whole number, not {layer!r}")
+        raise damaged(f"{where}: layer must be a whole number, not {layer!r}")
     where = f"{where} (prompt {prompt}, layer {layer})"
     if not is_positive(item.get("scale")):
-        raise DumpError(f"{where}: scale must be a positive finite number, not {item.get('scale')!r}")
+        raise damaged(f"{where}: scale must be a positive finite number, not {item.get('scale')!r}")
     window, softcap, sha256, size = (item.get(key) for key in ("window", "softcap", "sha256", "bytes"))
     if window is not None and not is_int(window, 1):
-        raise DumpError(f"{where}: window must be null or a whole number of at least 1, not {window!r}")
+        raise damaged(f"{where}: window must be null or a whole number of at least 1, not {window!r}")
     if softcap is not None and not is_positive(softcap):
-        raise DumpError(f"{where}: softcap must be null or a positive finite number, not {softcap!r}")
+        raise damaged(f"{where}: softcap must be null or a positive finite number, not {softcap!r}")
     if sha256 is not None and not (isinstance(sha256, str) and len(sha256) == 64):
-        raise DumpError(f"{where}: sha256 must be null or 64 hexadecimal digits")
+        raise damaged(f"{where}: sha256 must be null or 64 hexadecimal digits")
     path = plain_file(folder, item.get("file"))
     if path is None:
-        raise DumpError(
+        raise damaged(
             f"{where}: file must be the plain name of a .safetensors file inside the dump's folder"
             f" (no path, no link), not {item.get('file')!r}"
         )
     actual = path.stat().st_size
     if size is not None and size != actual:
-        raise DumpError(f"{path} is {actual} bytes long where the manifest says {size}: truncated or damaged")
+        raise damaged(f"{path} is {actual} bytes long where the manifest says {size}: truncated or damaged")
     shapes, dtype = read_header(path)
     heads, tokens, head_dim = shapes["q"]
     kv = shapes["k"][0]
     if (shape := item.get("shape")) is not None and shape != {"q": list(shapes["q"]), "k": list(shapes["k"])}:
-        raise DumpError(f"{path}: tensor shapes {shapes} differ from the manifest's {shape}")
+        raise damaged(f"{path}: tensor shapes {shapes} differ from the manifest's {shape}")
     if (declared := item.get("dtype")) is not None and declared != dtype:
-        raise DumpError(f"{path} holds {dtype} where the manifest says {declared!r}")
+        raise damaged(f"{path} holds {dtype} where the manifest says {declared!r}")
     if (values := item.get("values")) is not None and values is not ("v" in shapes):
-        raise DumpError(f"{path}: the manifest says values: {values!r}, the file disagrees")
+        raise damaged(f"{path}: the manifest says values: {values!r}, the file disagrees")
     if (expected := prompts[prompt].tokens) and expected != tokens:
-        raise DumpError(f"{path} holds {tokens} tokens where the prompt has {expected}")
+        raise damaged(f"{path} holds {tokens} tokens where the prompt has {expected}")
     rows: list[tuple[int, ...]] = []
     for key, count in (("query_heads", heads), ("kv_heads", kv)):
         indices = item.get(key, list(range(count)))
         if not isinstance(indices, list) or not all(is_int(i) for i in indices) or len(indices) != count:
-            raise DumpError(f"{where}: {key} must list the {count} original head indices of {path.name}")
+            raise damaged(f"{where}: {key} must list the {count} original head indices of {path.name}")
         if indices != sorted(set(indices)):
-            raise DumpError(f"{where}: {key} must be ascending without repetition, not {indices}")
+            raise damaged(f"{where}: {key} must be ascending without repetition, not {indices}")
         rows.append(tuple(indices))
     return Entry(
         prompt=prompt,
@@ -300,26 +311,26 @@ def read_header(path: Path) -> tuple[dict[str, tuple[int, int, int]], str]:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
             found = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
     except (SafetensorError, OSError, ValueError) as error:
-        raise DumpError(f"{path} is truncated or not a safetensors file ({error}); capture it again") from None
+        raise damaged(f"{path} is truncated or not a safetensors file ({error}); capture it again") from None
     if not {"q", "k"} <= found.keys() <= {"q", "k", "v"}:
-        raise DumpError(
+        raise damaged(
             f"{path} must hold the tensors q, k and optionally v; it holds {', '.join(sorted(found)) or 'none'}"
         )
     for name, (shape, dtype) in found.items():
         if len(shape) != 3 or 0 in shape:
-            raise DumpError(f"{path}: {name} must be (heads, tokens, head_dim) with none of them zero, not {shape}")
+            raise damaged(f"{path}: {name} must be (heads, tokens, head_dim) with none of them zero, not {shape}")
         if dtype not in DTYPES:
-            raise DumpError(f"{path}: {name} is {dtype}; dumps hold fp32, fp16 or bf16")
+            raise damaged(f"{path}: {name} is {dtype}; dumps hold fp32, fp16 or bf16")
     (heads, tokens, head_dim), dtype = found["q"]
     kv = found["k"][0][0]
     for name in found.keys() - {"q"}:
         if found[name] != ((kv, tokens, head_dim), dtype):
-            raise DumpError(
+            raise damaged(
                 f"{path}: {name} is {found[name][0]} {DTYPES[found[name][1]]}"
                 f" where q {found['q'][0]} {DTYPES[dtype]} needs {(kv, tokens, head_dim)} {DTYPES[dtype]}"
             )
     if heads % kv:
-        raise DumpError(f"{path}: {heads} query heads cannot share {kv} kv heads evenly")
+        raise damaged(f"{path}: {heads} query heads cannot share {kv} kv heads evenly")
     return {name: (shape[0], shape[1], shape[2]) for name, (shape, _) in found.items()}, DTYPES[dtype]
 
 

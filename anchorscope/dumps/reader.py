@@ -13,6 +13,7 @@ from anchorscope.dumps.format import (
     Entry,
     Prompt,
     canonical_sha256,
+    damaged,
     parse_entry,
     parse_prompts,
     read_manifest,
@@ -128,7 +129,7 @@ class Dump:
         path = self.path / entry.file
         if entry.sha256 is not None and entry.file not in self._hashed:
             if file_sha256(path) != entry.sha256:
-                raise DumpError(f"{path} does not match its checksum: it is damaged; capture this dump again")
+                raise damaged(f"{path} does not match its checksum: it is damaged; capture this dump again")
             self._hashed.add(entry.file)
         tensors = _read_tensors(path, entry, wanted)
         group = len(entry.query_heads) // len(entry.kv_heads)
@@ -141,7 +142,7 @@ class Dump:
         ):
             if x is not None and (row := nonfinite_row(x)) is not None:
                 kind = "query head" if name == "q" else "kv head"
-                raise DumpError(
+                raise damaged(
                     f"{path}: {name} of layer {entry.layer}, {kind} {labels[row]} holds NaN or infinity;"
                     " capture it again, with --model-dtype fp32 if it overflowed"
                 )
@@ -162,7 +163,7 @@ def open_dump(path: str | os.PathLike[str], *, allow_incomplete: bool = False) -
     manifest = read_manifest(folder)
     prompts = parse_prompts(manifest, folder)
     if not manifest.get("complete", True) and not allow_incomplete:
-        raise DumpError(
+        raise damaged(
             f"{folder} is an unfinished capture ({len(manifest['entries'])} layers so far):"
             " run the same capture with --resume, or start again with --overwrite"
         )
@@ -178,10 +179,10 @@ def _assemble(folder: Path, manifest: dict[str, Any], prompts: list[Prompt], ent
         for key in ((entry.prompt, entry.layer), entry.file):
             if key in seen:
                 what = f"layer {entry.layer} of prompt {entry.prompt}" if isinstance(key, tuple) else f"the file {key}"
-                raise DumpError(f"{folder / MANIFEST} lists {what} twice")
+                raise damaged(f"{folder / MANIFEST} lists {what} twice")
             seen[key] = None
         if lengths.setdefault(entry.prompt, entry.tokens) != entry.tokens:
-            raise DumpError(f"{folder}: the layers of prompt {entry.prompt} differ in length")
+            raise damaged(f"{folder}: the layers of prompt {entry.prompt} differ in length")
     filled = tuple(
         p if p.tokens else Prompt(p.name, lengths.get(p.name, 0), p.token_ids, p.text, p.sha256) for p in prompts
     )
@@ -272,7 +273,7 @@ def file_sha256(path: Path) -> str:
             while chunk := file.read(HASH_CHUNK):
                 digest.update(chunk)
     except OSError as error:
-        raise DumpError(f"{path} cannot be read: {error.strerror}") from None
+        raise damaged(f"{path} cannot be read: {error.strerror}") from None
     return digest.hexdigest()
 
 
@@ -303,7 +304,7 @@ def _read_tensors(path: Path, entry: Entry, heads: Sequence[int]) -> dict[str, T
             for name, picked in rows.items():
                 part = file.get_slice(name)
                 if tuple(part.get_shape()[1:]) != expected:
-                    raise DumpError(f"{path} changed while it was open")
+                    raise damaged(f"{path} changed while it was open")
                 if picked == list(range(picked[0], picked[0] + len(picked))):
                     result[name] = part[picked[0] : picked[-1] + 1]
                 else:
@@ -312,7 +313,7 @@ def _read_tensors(path: Path, entry: Entry, heads: Sequence[int]) -> dict[str, T
     except (SafetensorError, OSError, ValueError) as error:
         if isinstance(error, DumpError):
             raise
-        raise DumpError(f"{path} cannot be read ({error}); capture this dump again") from None
+        raise damaged(f"{path} cannot be read ({error}); capture this dump again") from None
 
 
 def _listing(values: Sequence[int]) -> str:

@@ -517,3 +517,13 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path: Path, monkeypa
     with pytest.raises(RunFailure, match="disk is full"):
         write_dump(tmp_path / "d", [entry(layer=0), entry(layer=1, tokens=40)])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_messages_stay_one_short_line_whatever_the_file_says(dump: Dump) -> None:
+    edit(dump, lambda m: m["entries"][0].update(prompt="\x1b[31m\n" + "x" * 10_000))
+    with pytest.raises(DumpError) as caught:
+        open_dump(dump.path)
+    message = str(caught.value)
+    assert message.isprintable()
+    assert len(message) < 700
+    assert "no prompt is named" in message
