@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from anchorscope.capture.hook import AttentionCall, intercept
-from anchorscope.capture.prompts import PromptInput, prompt_from_file
+from anchorscope.capture.prompts import PromptInput, prompt_from_file, token_ids_from_file
 from anchorscope.capture.run import CaptureProgress, capture_model, prefill
 
 __all__ = [
@@ -14,4 +14,5 @@ __all__ = [
     "intercept",
     "prefill",
     "prompt_from_file",
+    "token_ids_from_file",
 ]

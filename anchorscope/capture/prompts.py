@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anchorscope.errors import InputError
+from anchorscope.errors import InputError, MissingBackendError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,15 +46,43 @@ def prompt_from_file(path: str | os.PathLike[str]) -> PromptInput:
         InputError: missing, a folder, unreadable, empty, or not text.
     """
     path = Path(path)
+    return PromptInput(path.stem, decode(_read(path), f"prompt {path}"))
+
+
+def token_ids_from_file(path: str | os.PathLike[str]) -> PromptInput:
+    """Read token ids from a file (see `parse_token_ids`); the prompt is named after the file's stem.
+
+    Raises:
+        InputError: missing, a folder, unreadable, empty, or not token ids.
+    """
+    path = Path(path)
+    return PromptInput(path.stem, token_ids=parse_token_ids(_read(path), f"token ids {path}"))
+
+
+def _read(path: Path) -> bytes:
     try:
-        raw = path.read_bytes()
+        return path.read_bytes()
     except FileNotFoundError:
         raise InputError(f"prompt {path} does not exist") from None
     except IsADirectoryError:
-        raise InputError(f"prompt {path} is a folder: give a text file") from None
+        raise InputError(f"prompt {path} is a folder: give a file") from None
     except OSError as error:
         raise InputError(f"prompt {path} cannot be read: {error.strerror}") from None
-    return PromptInput(path.stem, decode(raw, f"prompt {path}"))
+
+
+def parse_token_ids(raw: bytes, where: str) -> tuple[int, ...]:
+    """Token ids written as a JSON list, or as decimal numbers with spaces, line ends or commas between them.
+
+    Raises:
+        InputError: empty, or anything else.
+    """
+    words = re.split(r"[\s,]+", decode(raw, where).strip().removeprefix("[").removesuffix("]").strip())
+    for word in words:
+        if re.fullmatch(r"\d{1,9}", word, re.ASCII) is None:
+            raise InputError(
+                f"{where} must hold whole numbers, as a JSON list or with spaces between; not {word[:40]!r}"
+            )
+    return tuple(map(int, words))
 
 
 def decode(raw: bytes, where: str) -> str:
@@ -95,9 +124,11 @@ def tokenize(
     tokens: int | None,
     positions: int | None,
     vocabulary: int | None,
+    chat: bool = False,
+    special_tokens: bool = True,
     notify: Callable[[str], None],
 ) -> TokenizedPrompt:
-    """Token ids of a prompt, cut to `tokens`.
+    """Token ids of a prompt, cut to the first `tokens`.
 
     Args:
         prompt: text or ids.
@@ -105,27 +136,36 @@ def tokenize(
         tokens: N; None means the whole prompt.
         positions: the model's number of positions, or None if unlimited.
         vocabulary: number of embeddings, or None if unknown.
-        notify: told when the prompt is shorter than `tokens`.
+        chat: make the text a user's message in the tokenizer's chat template, up to where the answer would begin.
+        special_tokens: let the tokenizer add its special tokens (a template brings its own).
+        notify: told when the prompt is cut, or shorter than `tokens`.
 
     Raises:
-        InputError: fewer than 2 tokens, more than the model's positions, an id outside the vocabulary, no tokenizer.
+        InputError: fewer than 2 tokens, more than the model's positions, an id outside the vocabulary, no tokenizer, no
+            chat template.
+        MissingBackendError: the template needs jinja2, which is missing.
     """
+    text = prompt.text
     offsets: list[tuple[int, int]] | None = None
     if prompt.token_ids is not None:
         ids = list(prompt.token_ids)
-    elif prompt.text is None:
+    elif text is None:
         raise InputError(f"prompt {prompt.name} has neither text nor token ids")
     elif tokenizer is None:
         raise InputError(f"prompt {prompt.name}: the model brings no tokenizer, so give token ids")
     else:
         options: dict[str, Any] = {"return_offsets_mapping": True} if tokenizer.is_fast else {}
+        if chat:
+            text, special_tokens = _in_template(prompt.name, text, tokenizer), False
         # `verbose` off: a text longer than the model is the normal case, it is cut below
-        encoded = tokenizer(prompt.text, verbose=False, **options)
+        encoded = tokenizer(text, verbose=False, add_special_tokens=special_tokens, **options)
         ids, offsets = list(encoded["input_ids"]), encoded.get("offset_mapping")
     whole = len(ids)
     if tokens is not None:
         if whole < tokens:
             notify(f"prompt {prompt.name} has {whole} tokens, fewer than the {tokens} asked for: it is used whole")
+        elif whole > tokens:
+            notify(f"prompt {prompt.name} has {whole} tokens and is cut to the first {tokens}")
         ids = ids[:tokens]
     if len(ids) < 2:
         raise InputError(f"prompt {prompt.name} has {len(ids)} tokens: at least 2 are needed")
@@ -136,7 +176,6 @@ def tokenize(
     bad = next((i for i in ids if not 0 <= i < (vocabulary or i + 1)), None)
     if bad is not None:
         raise InputError(f"prompt {prompt.name}: token id {bad} is outside the model's vocabulary of {vocabulary}")
-    text = prompt.text
     if text is not None and len(ids) < whole:
         assert tokenizer is not None
         if offsets is not None:
@@ -144,3 +183,16 @@ def tokenize(
         else:
             text = str(tokenizer.decode(ids))
     return TokenizedPrompt(prompt.name, tuple(ids), text)
+
+
+def _in_template(name: str, text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text as a user's message in the model's chat template."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise InputError(f"prompt {name}: the tokenizer has no chat template; capture it without --chat")
+    try:
+        message = [{"role": "user", "content": text}]
+        return str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
+    except ImportError as error:
+        raise MissingBackendError(f"the chat template needs a package that is missing: {error}") from None
+    except Exception as error:  # a template is a program that came with the model; it may fail in any way
+        raise InputError(f"prompt {name}: the model's chat template failed: {error}") from None

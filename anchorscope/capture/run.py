@@ -70,6 +70,8 @@ def capture_model(
     device: str = "auto",
     values: bool = True,
     chunk: int | None = None,
+    chat: bool = False,
+    special_tokens: bool = True,
     overwrite: bool = False,
     resume: bool = False,
     revision: str | None = None,
@@ -97,6 +99,8 @@ def capture_model(
         device: "auto", "cpu", "cuda" or "cuda:i" (ignored for a loaded model).
         values: whether to keep V (needed for output errors).
         chunk: prefill in chunks of this many tokens with a KV cache, for prompts that do not fit otherwise.
+        chat: make each text a user's message in the tokenizer's chat template.
+        special_tokens: let the tokenizer add its special tokens to texts, like one that begins a sequence.
         overwrite: replace a dump that is there.
         resume: continue an unfinished dump made with the same settings.
         revision: of a Hugging Face id.
@@ -120,6 +124,8 @@ def capture_model(
         if name is not None:
             torch_dtype(name)
     check_output(folder, overwrite=overwrite, resume=resume)
+    if chat and not special_tokens:
+        raise InputError("a chat template writes its own special tokens: drop --no-special-tokens or --chat")
     if not prompts:
         raise InputError("give at least one prompt")
     inputs = unique_names([p if isinstance(p, PromptInput) else prompt_from_file(p) for p in prompts])
@@ -145,10 +151,13 @@ def capture_model(
                 tokens=tokens,
                 positions=max_positions(net),
                 vocabulary=getattr(net.get_input_embeddings(), "num_embeddings", None),
+                chat=chat,
+                special_tokens=special_tokens,
                 notify=tell,
             )
             for prompt in inputs
         ]
+        _notice_twins(ready, tell)
         shapes = probe(net, ready[0].token_ids[:PROBE_TOKENS], layers)
         wanted = _pick_layers(net, shapes, layers, tell)
         longest = max(ready, key=lambda p: len(p.token_ids)).token_ids
@@ -161,6 +170,7 @@ def capture_model(
         check_disk(folder, needed)
 
         header = _header(loaded, ready, shapes, wanted, picked, dtype, values, chunk)
+        header["capture"].update(chat=chat, special_tokens=special_tokens)
         total = len(ready) * len(wanted)
         with DumpWriter(folder, header, overwrite=overwrite, resume=resume) as writer:
             for prompt in ready:
@@ -305,6 +315,14 @@ def _pick_layers(
         if layer not in shapes:
             raise InputError(f"layer {layer} uses no softmax attention; layers {sorted(shapes)} do")
     return sorted(set(layers))
+
+
+def _notice_twins(ready: Sequence[TokenizedPrompt], tell: Callable[[str], None]) -> None:
+    seen: dict[tuple[int, ...], str] = {}
+    for prompt in ready:
+        first = seen.setdefault(prompt.token_ids, prompt.name)
+        if first != prompt.name:
+            tell(f"prompts {first} and {prompt.name} are the same tokens")
 
 
 def _check_numbers(

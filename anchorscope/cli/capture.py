@@ -43,6 +43,18 @@ def capture(
         list[str] | None,
         typer.Option("--text", help="A prompt given as is; repeat it for several.", metavar="TEXT"),
     ] = None,
+    token_ids: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--token-ids",
+            help="File of token ids, a JSON list or numbers, or - for standard input; repeat it for several.",
+            metavar="FILE",
+        ),
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Put each text into the model's chat template.")] = False,
+    no_special_tokens: Annotated[
+        bool, typer.Option("--no-special-tokens", help="Let the tokenizer add none, like a begin-of-sequence.")
+    ] = False,
     tokens: Annotated[
         int | None, typer.Option(help="Prompt length N; longer prompts are cut.  [default: whole prompts]")
     ] = None,
@@ -80,15 +92,23 @@ def capture(
     for option, value in (("--dtype", dtype), ("--model-dtype", model_dtype)):
         if value not in (None, "bf16", "fp16", "fp32"):
             raise InputError(f"{option} must be bf16, fp16 or fp32, not {value!r}")
-    if not prompt and not text:
-        raise InputError("give at least one prompt with --prompt FILE or --text TEXT")
+    if not prompt and not text and not token_ids:
+        raise InputError("give at least one prompt with --prompt FILE, --text TEXT or --token-ids FILE")
+    if [*(prompt or ()), *(token_ids or ())].count(STDIN) > 1:
+        raise InputError("standard input can be read once only: give - to one option")
 
     if not sys.stderr.isatty() or model == "smollm2" or model.endswith(".gguf"):
         # conversion bars of a GGUF are noise, those of a long download are not; tqdm reads this when imported
         os.environ.setdefault("TQDM_DISABLE", "1")
 
     from anchorscope.capture.models import require_transformers
-    from anchorscope.capture.prompts import PromptInput, decode, prompt_from_file
+    from anchorscope.capture.prompts import (
+        PromptInput,
+        decode,
+        parse_token_ids,
+        prompt_from_file,
+        token_ids_from_file,
+    )
 
     inputs: list[PromptInput] = []
     for name in prompt or ():
@@ -96,7 +116,13 @@ def capture(
             inputs.append(PromptInput("stdin", decode(sys.stdin.buffer.read(), "standard input")))
         else:
             inputs.append(prompt_from_file(name))
-    inputs += [PromptInput("text", item) for item in text or ()]
+    inputs += [PromptInput("text", decode(item.encode("utf-8", "surrogateescape"), "--text")) for item in text or ()]
+    for name in token_ids or ():
+        if name == STDIN:
+            ids = parse_token_ids(sys.stdin.buffer.read(), "standard input")
+            inputs.append(PromptInput("stdin", token_ids=ids))
+        else:
+            inputs.append(token_ids_from_file(name))
 
     require_transformers()
     from transformers.utils import logging as transformers_logging
@@ -120,6 +146,8 @@ def capture(
             device=device,
             values=not no_values,
             chunk=chunk,
+            chat=chat,
+            special_tokens=not no_special_tokens,
             overwrite=overwrite,
             resume=resume,
             revision=revision,
