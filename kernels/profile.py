@@ -112,16 +112,16 @@ def dense_kernel(
         tl.store(to, acc / total[:, None], mask=live[:, None] & inner[None, :])
 
 
-@triton.jit(do_not_specialize=["n", "offset", "window", "heads", "repeats", "group", "groups", "keys"])
+@triton.jit(do_not_specialize=["n", "offset", "window", "heads", "repeats", "group", "groups", "keys", "tiles"])
 def mass_kernel(
     Q, K, Lse, Mass, sqb, sqh, sqn, sqd, skb, skh, skn, skd,
-    n, offset, window, heads, repeats, group, groups, keys, scale, cap,
+    n, offset, window, heads, repeats, group, groups, keys, tiles, scale, cap,
     DIM: tl.constexpr, D: tl.constexpr, BC: tl.constexpr, BQ: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (key tiles, groups * B * H). A tile of keys stays on the chip; the group's queries stream past."""
-    c0 = tl.program_id(0) * BC
-    row = tl.program_id(1)
+    """Grid: (key tiles * groups * B * H,). A tile of keys stays on the chip; the group's queries stream past."""
+    c0 = tl.program_id(0) % tiles * BC
+    row = tl.program_id(0) // tiles
     g = groups - 1 - row % groups
     bh = row // groups
     b = (bh // heads).to(tl.int64)
@@ -386,10 +386,12 @@ def mass_op(
     p = problem(q, k, block=block, step=step, scale=scale, window=window, softcap=softcap, offset=offset)
     mass = q.new_empty(p.batch, p.heads, p.groups, p.keys, dtype=torch.float32)
     c = launch("column_mass", q.device, q.element_size(), p.dim_pad)
+    tiles = triton.cdiv(p.keys, c["BC"])
     with torch.cuda.device_of(q):
-        mass_kernel[(triton.cdiv(p.keys, c["BC"]), p.groups * p.batch * p.heads)](
+        mass_kernel[(tiles * p.groups * p.batch * p.heads,)](
             q, k, lse, mass, *q.stride(), *k.stride(),
-            p.queries, p.offset, p.window or 0, p.heads, p.repeats, p.group, p.groups, p.keys, p.scale, p.cap,
+            p.queries, p.offset, p.window or 0, p.heads, p.repeats, p.group, p.groups, p.keys, tiles, p.scale,
+            p.cap,
             DIM=p.dim, D=p.dim_pad, BC=c["BC"], BQ=c["BQ"], WINDOW=p.window is not None, SOFTCAP=p.cap > 0,
             PRECISION="ieee", num_warps=c["num_warps"], num_stages=c["num_stages"],
         )  # fmt: skip
