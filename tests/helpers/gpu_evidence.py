@@ -25,9 +25,9 @@ import triton
 ROOT = Path(__file__).parents[2]
 
 
-def run_tests(processes: int) -> dict[str, object]:
+def run_tests(folders: list[str], processes: int) -> dict[str, object]:
     """Run the tests marked `gpu` and keep pytest's own closing line."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *folders]
     command += ["-n", str(processes)] if processes > 1 else []
     start = time.time()
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -90,6 +90,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--analyze-tokens", type=int, default=131072)
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--tests", nargs="+", default=["tests"], help="folders of tests")
     args = parser.parse_args()
     evidence = {
         "gpu": torch.cuda.get_device_name(),
@@ -97,7 +98,7 @@ def main() -> None:
         "triton": triton.__version__,
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
-        "tests": run_tests(args.processes),
+        "tests": run_tests(args.tests, args.processes),
         "analyze": run_analyze(args.analyze_tokens),
     }
     args.out.mkdir(parents=True, exist_ok=True)
