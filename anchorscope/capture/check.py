@@ -15,7 +15,7 @@ from torch import Tensor
 from anchorscope.capture.hook import AttentionCall
 from anchorscope.errors import InputError
 
-MASK_ROWS = 256  # rows of a mask compared at a time: bounds the extra memory
+MASK_ROWS = 64  # rows of a mask compared at a time: bounds the extra memory
 CHECKED_ROWS = 8  # query positions whose output is recomputed
 EPSILON = {torch.float32: 2.0**-20, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 REASONS = {
@@ -103,11 +103,11 @@ def _mask_window(call: AttentionCall, mask: Tensor, total: int, hint: int | None
     last = _visible(call, mask[0, 0, -1:])
     seen = int(last.sum())
     window = seen if seen < total else hint if hint is not None and hint >= total else None
-    j = torch.arange(first_key, total, device=mask.device)
+    j = torch.arange(first_key, total, device=mask.device, dtype=torch.int32)
     for head in range(mask.shape[1]):
         for begin in range(0, n, MASK_ROWS):
             part = _visible(call, mask[0, head, begin : begin + MASK_ROWS])
-            i = torch.arange(begin, begin + part.shape[0], device=mask.device)[:, None] + total - n
+            i = torch.arange(begin, begin + part.shape[0], device=mask.device, dtype=torch.int32)[:, None] + total - n
             expected = j <= i
             if window is not None:
                 expected &= i - j < window

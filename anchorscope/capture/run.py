@@ -6,7 +6,7 @@ import inspect
 import logging
 import platform
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from anchorscope.capture.hook import AttentionCall, intercept
+from anchorscope.capture.memory import Curve, free_bytes, prefill_curve, weight_bytes
 from anchorscope.capture.models import (
     LoadedModel,
     check_config,
@@ -117,6 +118,7 @@ def capture_model(
         RunFailure: full disk or out of memory.
     """
     tell = notify or logger.warning
+    outlook: Outlook | None = None
     folder = Path(out)
     require_transformers()
     _check_numbers(tokens, chunk, layers, kv_heads)
@@ -168,6 +170,7 @@ def capture_model(
         needed = sum(shapes[layer].bytes(len(p.token_ids), picked, dtype, values) for p in ready for layer in wanted)
         tell(f"{len(ready)} x {len(wanted)} layers need {human_bytes(needed)} in {folder}")
         check_disk(folder, needed)
+        outlook = _outlook(net, longest, chunk, tell)
 
         header = _header(loaded, ready, shapes, wanted, picked, dtype, values, chunk)
         header["capture"].update(chat=chat, special_tokens=special_tokens)
@@ -212,7 +215,7 @@ def capture_model(
         raise
     except Exception as error:
         if _out_of_memory(error):
-            raise RunFailure(_memory_advice(error, chunk)) from None
+            raise RunFailure(_memory_advice(error, outlook)) from None
         if _is_foreign(error):
             what = next(iter(str(error).splitlines()), "")
             raise RunFailure(f"the model failed in its own code: {type(error).__name__}: {what}"[:400]) from error
@@ -406,7 +409,58 @@ def _is_foreign(error: BaseException) -> bool:
     return bool(frames) and Path(__file__).parents[1] not in Path(frames[-1].filename).parents
 
 
-def _memory_advice(error: BaseException, chunk: int | None) -> str:
-    what = "GPU memory" if isinstance(error, torch.OutOfMemoryError) else "memory"
-    advice = "a smaller --chunk" if chunk else "--chunk 2048 (the prompt in pieces)"
-    return f"out of {what}: try {advice}, fewer --tokens, or --model-dtype bf16"
+@dataclass(frozen=True)
+class Outlook:
+    """What a capture will take of its device's memory, known before it starts."""
+
+    curve: Curve
+    weights: int
+    free: int | None
+    chunk: int | None
+
+    @property
+    def needed(self) -> int:
+        """Bytes of the longest prompt's prefill, beyond the weights."""
+        return self.curve.bytes(self.curve.tokens)
+
+    def sentences(self) -> Iterator[str]:
+        """What to tell before the run."""
+        yield (
+            f"memory: {human_bytes(self.weights)} of weights and about {human_bytes(self.needed)} for the prefill of"
+            f" {self.curve.tokens} tokens"
+        )
+        if self.free is not None and self.needed > self.free:
+            yield f"warning: only {human_bytes(self.free)} of memory are free: {self.advice()}"
+
+    def advice(self) -> str:
+        """What would fit, by the same estimate."""
+        fits = 0 if self.free is None else self.curve.fitting(0.9 * self.free)
+        how = f"in chunks of {self.chunk}" if self.chunk else "in one piece"
+        smaller = f"a --chunk below {self.chunk}" if self.chunk else "--chunk 2048 (the prompt in pieces)"
+        if fits >= self.curve.tokens or fits < 2:
+            return f"try {smaller}, fewer --tokens, or --model-dtype bf16"
+        return f"about {fits} tokens fit {how}; try {smaller}, --tokens {fits}, or --model-dtype bf16"
+
+
+def _outlook(
+    model: PreTrainedModel, token_ids: Sequence[int], chunk: int | None, tell: Callable[[str], None]
+) -> Outlook | None:
+    free = free_bytes(model.device)
+    try:
+        curve = prefill_curve(model, token_ids, len(token_ids), chunk, prefill)
+    except Exception as error:
+        if isinstance(error, AnchorScopeError) or _out_of_memory(error):
+            raise
+        tell(f"memory: unknown, the model's operations could not be watched ({type(error).__name__})")
+        return None
+    outlook = Outlook(curve, weight_bytes(model), free, chunk)
+    for sentence in outlook.sentences():
+        tell(sentence)
+    return outlook
+
+
+def _memory_advice(error: BaseException, outlook: Outlook | None) -> str:
+    what = "out of GPU memory" if isinstance(error, torch.OutOfMemoryError) else "out of memory"
+    if outlook is None:
+        return f"{what} before the prefill began: use --model-dtype bf16, a smaller --chunk or a smaller model"
+    return f"{what}: the prefill needs about {human_bytes(outlook.needed)} beyond the weights; {outlook.advice()}"

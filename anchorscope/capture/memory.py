@@ -1,0 +1,167 @@
+"""How much memory a prefill will take, before it is run.
+
+Small runs are watched operation by operation: the bytes of live tensors after each one. Every operation allocates a
+polynomial of the prompt's length (quadratic at most: masks, eager scores), and runs of different lengths make the same
+operations in the same order; so each operation's line is extended to the real length on its own, and the largest is the
+answer. Extending the peak alone would miss that another operation may be the largest there.
+"""
+
+from __future__ import annotations
+
+import bisect
+import os
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain, pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from transformers import PreTrainedModel
+
+LENGTHS = (64, 128, 256)  # tokens in a piece of the small runs
+
+
+class LiveBytes(TorchDispatchMode):
+    """Watches the tensors made inside the context.
+
+    Attributes:
+        events: bytes alive after each operation that made something.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.events: list[int] = []
+        self._now = 0
+        self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with self:  # an operation made of others is watched at those
+            parts = func.decompose(*args, **(kwargs or {}))
+        if parts is not NotImplemented:
+            return parts
+        # what goes in was there before: weights and inputs are not this run's
+        before = {id(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        result = func(*args, **(kwargs or {}))
+        made = False
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor):
+                storage = x.untyped_storage()
+                if id(storage) not in before and storage not in self._known:
+                    self._known.add(storage)
+                    size = storage.nbytes()
+                    self._now += size
+                    weakref.finalize(storage, self._free, size)
+                    made = True
+        if made:
+            self.events.append(self._now)
+        return result
+
+    def _free(self, size: int) -> None:
+        self._now -= size
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Peak bytes of a prefill against its length.
+
+    Attributes:
+        lengths: (r,) lengths that were run, in the unit the operations are polynomials of.
+        points: (r, e) bytes alive after each operation of those runs.
+        unit: that length for one token of the prompt.
+        tokens: the length that the curve was made for.
+    """
+
+    lengths: np.ndarray
+    points: np.ndarray
+    unit: float
+    tokens: int
+
+    def bytes(self, tokens: int) -> int:
+        """Peak bytes beyond the weights, KV cache included, at a length up to the one it was made for."""
+        x = tokens * self.unit
+        value = np.zeros(self.points.shape[1])
+        for i in range(len(self.lengths)):  # the polynomial through each operation's points, in Lagrange's form
+            others = np.delete(self.lengths, i)
+            value += self.points[i] * float(np.prod((x - others) / (self.lengths[i] - others)))
+        return max(0, int(value.max()))
+
+    def fitting(self, budget: float) -> int:
+        """The most tokens, up to the length it was made for, that take at most `budget` bytes."""
+        return bisect.bisect_right(range(1, self.tokens + 1), budget, key=self.bytes)
+
+
+def prefill_curve(
+    model: PreTrainedModel, token_ids: Sequence[int], tokens: int, chunk: int | None, run: Callable[..., Any]
+) -> Curve:
+    """Learn how much memory a prefill of up to `tokens` tokens allocates, from runs of a few hundred.
+
+    Args:
+        model: the model.
+        token_ids: some ids to run; repeated where more are needed.
+        tokens: N.
+        chunk: as for the prefill. With more than three pieces, three of the real size are run.
+        run: the prefill, called as run(model, token_ids, chunk=...).
+    """
+
+    def watch(count: int, piece: int | None) -> list[list[int]]:
+        ids = [token_ids[i % len(token_ids)] for i in range(count)]
+        return _watch_pieces(model, lambda: run(model, ids, chunk=piece))
+
+    if chunk is not None and 3 * chunk < tokens:
+        # only the cache behind a piece grows, and everything else linearly with it
+        return _curve([2 * chunk, 3 * chunk], watch(3 * chunk, chunk)[1:], 1.0, tokens)
+    size = tokens if chunk is None else min(chunk, tokens)
+    if size <= LENGTHS[-1]:
+        return _curve([size], [list(chain(*watch(tokens, chunk)))], size / tokens, tokens)
+    # the same number of pieces, all of them smaller by the same factor
+    runs = [list(chain(*watch(max(small, round(small * tokens / size)), small))) for small in LENGTHS]
+    return _curve(LENGTHS, runs, size / tokens, tokens)
+
+
+def _curve(lengths: Sequence[int], runs: Sequence[Sequence[int]], unit: float, tokens: int) -> Curve:
+    """Line the runs' operations up; where experts make their number differ, only the peaks."""
+    same = len({len(run) for run in runs}) == 1
+    points = [list(run) if same else [max(run)] for run in runs]
+    return Curve(np.array(lengths, dtype=float), np.array(points, dtype=float), unit, tokens)
+
+
+def _watch_pieces(model: PreTrainedModel, run: Callable[[], Any]) -> list[list[int]]:
+    """The events of each piece of a prefill."""
+    starts: list[int] = []
+    with LiveBytes() as live:
+        hook = model.base_model.register_forward_pre_hook(lambda *_: starts.append(len(live.events)))
+        try:
+            run()
+        finally:
+            hook.remove()
+    bounds = [0, *starts[1:], len(live.events)]
+    return [live.events[a:b] for a, b in pairwise(bounds)]
+
+
+def weight_bytes(model: PreTrainedModel) -> int:
+    """Bytes of a model's parameters and buffers, shared ones once."""
+    storages = {id(s): s.nbytes() for s in (x.untyped_storage() for x in [*model.parameters(), *model.buffers()])}
+    return sum(storages.values())
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that is free on a device now, or None where the system does not say."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, AttributeError):
+        return None
