@@ -163,9 +163,11 @@ def tokenize(
     whole = len(ids)
     if tokens is not None:
         if whole < tokens:
-            notify(f"prompt {prompt.name} has {whole} tokens, fewer than the {tokens} asked for: it is used whole")
+            notify(
+                f"warning: prompt {prompt.name} has {whole} tokens, fewer than the {tokens} asked for: it is used whole"
+            )
         elif whole > tokens:
-            notify(f"prompt {prompt.name} has {whole} tokens and is cut to the first {tokens}")
+            notify(f"warning: prompt {prompt.name} has {whole} tokens and is cut to the first {tokens}")
         ids = ids[:tokens]
     if len(ids) < 2:
         raise InputError(f"prompt {prompt.name} has {len(ids)} tokens: at least 2 are needed")

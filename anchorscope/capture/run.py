@@ -325,7 +325,7 @@ def _notice_twins(ready: Sequence[TokenizedPrompt], tell: Callable[[str], None])
     for prompt in ready:
         first = seen.setdefault(prompt.token_ids, prompt.name)
         if first != prompt.name:
-            tell(f"prompts {first} and {prompt.name} are the same tokens")
+            tell(f"warning: prompts {first} and {prompt.name} are the same tokens")
 
 
 def _check_numbers(

@@ -77,7 +77,7 @@ def test_chat_faults(template: str | None, message: str) -> None:
 def test_cuts_are_said() -> None:
     said: list[str] = []
     assert ids(tokens=2, said=said).token_ids == (1, 3)
-    assert said == ["prompt p has 4 tokens and is cut to the first 2"]
+    assert said == ["warning: prompt p has 4 tokens and is cut to the first 2"]
     assert ids(tokens=4, said=said).token_ids == (1, 3, 4, 5)
     assert len(said) == 1
 
@@ -101,7 +101,7 @@ def test_the_same_prompt_twice(tmp_path: Path) -> None:
     said: list[str] = []
     dump = capture_model(tiny(), [prompt(30), prompt(30), prompt(30, seed=1)], tmp_path / "d", notify=said.append)
     assert [p.name for p in dump.prompts] == ["p", "p-2", "p-3"]
-    assert [line for line in said if "same tokens" in line] == ["prompts p and p-2 are the same tokens"]
+    assert [line for line in said if "same tokens" in line] == ["warning: prompts p and p-2 are the same tokens"]
     one, two = (dump.load(dump.entry(name, 1)) for name in ("p", "p-2"))
     assert one.q.equal(two.q)
 
