@@ -5,12 +5,14 @@ from __future__ import annotations
 from anchorscope.capture.hook import AttentionCall, intercept
 from anchorscope.capture.prompts import PromptInput, prompt_from_file, token_ids_from_file
 from anchorscope.capture.run import CaptureProgress, capture_model, prefill
+from anchorscope.capture.sdpa import capture_sdpa
 
 __all__ = [
     "AttentionCall",
     "CaptureProgress",
     "PromptInput",
     "capture_model",
+    "capture_sdpa",
     "intercept",
     "prefill",
     "prompt_from_file",

@@ -45,6 +45,14 @@ def require_transformers() -> None:
         )
 
 
+def quiet_transformers() -> None:
+    """Keep transformers' own remarks and progress bars off the terminal: for programs with their own, not libraries."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
 def load_model(
     source: str,
     *,

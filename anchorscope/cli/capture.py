@@ -101,7 +101,7 @@ def capture(
         # conversion bars of a GGUF are noise, those of a long download are not; tqdm reads this when imported
         os.environ.setdefault("TQDM_DISABLE", "1")
 
-    from anchorscope.capture.models import require_transformers
+    from anchorscope.capture.models import quiet_transformers, require_transformers
     from anchorscope.capture.prompts import (
         PromptInput,
         decode,
@@ -125,12 +125,9 @@ def capture(
             inputs.append(token_ids_from_file(name))
 
     require_transformers()
-    from transformers.utils import logging as transformers_logging
-
     from anchorscope.capture import capture_model
 
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    quiet_transformers()
     note(f"loading {model}")
     started = time.monotonic()
     with _progress() as update:
