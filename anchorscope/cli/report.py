@@ -1,0 +1,86 @@
+"""`anchorscope report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from anchorscope.cli.common import human_bytes, note, stderr_console
+from anchorscope.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from anchorscope.report.html import Sources
+
+
+def report(
+    outs: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Folders written by `analyze`; those of `compare` and `heads` add to them.", metavar="OUT..."
+        ),
+    ],
+    html: Annotated[
+        Path | None, typer.Option("--html", help="The file to write.  (default: report.html in the first analysis)")
+    ] = None,
+    dump: Annotated[
+        list[Path] | None, typer.Option(help="Dump the analyses came from, for its tokens; may be repeated.")
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="tokenizer.json, its folder or a GGUF file: shows tokens as text, not ids.")
+    ] = None,
+    open_page: Annotated[bool, typer.Option("--open", help="Show the page in the browser.")] = False,
+) -> None:
+    """Make one self-contained HTML page from finished analyses: every head, every theta, side by side.
+
+    The page works without a network and holds no link to the folders it came from.
+    """
+    from anchorscope.report.html import open_sources, write_report
+
+    sources = open_sources(outs)
+    if tokenizer is not None and not dump:
+        raise InputError("--tokenizer needs the token ids: add --dump, the dump that was analyzed")
+    tokens = _tokens(sources, dump or [], tokenizer)
+    target = sources.runs[0].path / "report.html" if html is None else html
+    if target.is_dir():
+        raise InputError(f"--html {target} is a folder; name a file")
+
+    from rich.progress import Progress
+
+    console = stderr_console()
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("heads", total=None)
+        write_report(
+            sources, target, tokens=tokens, progress=lambda done, total: bar.update(task, completed=done, total=total)
+        )
+    note(f"{sum(len(r.profiles) for r in sources.runs)} heads, {human_bytes(target.stat().st_size)}")
+    print(target)
+    if open_page:
+        import webbrowser
+
+        if not webbrowser.open(target.resolve().as_uri()):
+            note(f"no browser could be started; open {target} yourself")
+
+
+def _tokens(sources: Sources, dumps: Sequence[Path], tokenizer: Path | None) -> dict[tuple[str, str], list[str]]:
+    """Token texts by (dump identity, prompt) of the dumps given."""
+    if not dumps:
+        return {}
+    from anchorscope.dumps import open_dump
+    from anchorscope.report.tokens import load_pieces, token_texts
+
+    pieces = None if tokenizer is None else load_pieces(tokenizer)
+    found: dict[tuple[str, str], list[str]] = {}
+    for path in dumps:
+        source = open_dump(path)
+        if source.identity not in {r.identity for r in sources.runs}:
+            raise InputError(f"--dump {path} is not the dump of any analysis given; name the one that was analyzed")
+        for prompt in source.prompts:
+            if prompt.token_ids is not None:
+                found[source.identity, prompt.name] = token_texts(prompt.token_ids, pieces)
+        if not any(identity == source.identity for identity, _ in found):
+            note(f"{path} records no token ids: the page shows positions only")
+    return found
