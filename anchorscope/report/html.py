@@ -5,7 +5,7 @@ that a model of 1,024 heads stays under 15 MB:
 
 - curves of all heads of a prompt: float32 on one theta grid, thinned where nothing happens, which holds every theta
   asked for with its exact values;
-- heat maps: attention mass (63 steps over six decades) and smallest margin, as coarse as `HEAT_BYTES` demands;
+- heat maps: attention mass (63 steps over six decades) and smallest margin, as coarse as `PAGE_BYTES` demands;
 - other methods (`compare`) and diagnostics (`heads`) where such folders are given.
 
 The page interpolates on the theta grid; it computes nothing else that the CSV files hold. Text that comes from prompts
@@ -31,8 +31,13 @@ from anchorscope._version import __version__
 from anchorscope.errors import DumpError, InputError, MissingBackendError
 from anchorscope.profiles import HeadProfile, write_atomic
 
-HEAT_BYTES = 6_000_000  # base64, all heat maps of a page together
-HEAT_SIZES = ((128, 512), (64, 256), (48, 192), (40, 128), (32, 96), (24, 64), (16, 48), (12, 24), (8, 16))
+PAGE_BYTES = 14_500_000  # what heat maps are fitted to
+PLOTLY_BYTES = 5_000_000
+LEAST_HEAT = 1_500_000  # what they get however large the rest is
+HEAT_SIZES = (
+    *((128, 512), (96, 384), (64, 256), (56, 224), (48, 192), (40, 160), (40, 128), (32, 96), (24, 64), (16, 48)),
+    *((12, 24), (8, 16)),
+)
 GRID_POINTS = 96  # thetas of the shared grid, those asked for not counted
 ORACLE_POINTS = 48
 POSITION_BINS = 32
@@ -224,9 +229,10 @@ def build_data(
             tick()
     thetas = [theta_grid(profiles) for profiles in brief]
     margins = (min(low for _, low, _ in thetas), max(high for _, _, high in thetas))
-    shape = _heat_shape([p for r in sources.runs for p in r.profiles], margins)
 
-    runs, sets = [], []
+    runs: list[dict[str, Any]] = []
+    sets: list[dict[str, Any]] = []
+    files: list[list[Path]] = []
     words: dict[str, str] = {}
     for index, (run, profiles, (grid, low, high)) in enumerate(zip(sources.runs, brief, thetas, strict=True)):
         asked, kept = profiles[0].thetas, min(MAX_ASKED, len(profiles[0].thetas))
@@ -244,10 +250,7 @@ def build_data(
         )
         for prompt in dict.fromkeys(p.prompt for p in profiles):
             mine = [(path, p) for path, p in zip(run.profiles, profiles, strict=True) if p.prompt == prompt]
-            heat = []
-            for path, _ in mine:
-                heat.append(_pack_heat(HeadProfile.load(path), shape, margins))
-                tick()
+            files.append([path for path, _ in mine])
             key = f"{run.identity}/{prompt}"
             if tokens is not None and (run.identity, prompt) in tokens:
                 words[key] = _pack(json.dumps(list(tokens[run.identity, prompt])).encode())
@@ -258,11 +261,17 @@ def build_data(
                     "tokens": mine[0][1].tokens,
                     "text": key if key in words else None,
                     **_pack_curves([p for _, p in mine], grid, run.report["settings"]["target_recall"], kept),
-                    "heat": heat,
                     "methods": _methods(sources.methods, run, prompt),
                     "diagnostics": _diagnostics(sources.diagnostics, run, prompt),
                 }
             )
+    rest = len(json.dumps([runs, sets, words]))
+    shape = _heat_shape([p for mine in files for p in mine], margins, max(LEAST_HEAT, PAGE_BYTES - PLOTLY_BYTES - rest))
+    for one, paths in zip(sets, files, strict=True):
+        one["heat"] = []
+        for path in paths:
+            one["heat"].append(_pack_heat(HeadProfile.load(path), shape, margins))
+            tick()
     return {
         "format": "anchorscope-page",
         "anchorscope": __version__,
@@ -502,12 +511,12 @@ def _pack_heat(profile: HeadProfile, shape: tuple[int, int], margins: tuple[floa
     }
 
 
-def _heat_shape(paths: Sequence[Path], margins: tuple[float, float]) -> tuple[int, int]:
-    """The finest size whose maps fit into `HEAT_BYTES`, judged on a sample of heads."""
+def _heat_shape(paths: Sequence[Path], margins: tuple[float, float], budget: int) -> tuple[int, int]:
+    """The finest size whose maps fit into `budget` bytes, judged on a sample of heads."""
     sample = [HeadProfile.load(paths[i]) for i in np.unique(np.linspace(0, len(paths) - 1, 24).astype(int))]
     for shape in HEAT_SIZES:
         each = np.mean([len(json.dumps(_pack_heat(p, shape, margins))) for p in sample])
-        if each * len(paths) <= 0.95 * HEAT_BYTES:
+        if each * len(paths) <= 0.95 * budget:
             return shape
     return HEAT_SIZES[-1]
 

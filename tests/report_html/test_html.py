@@ -216,8 +216,9 @@ def test_heat_bytes_are_within_half_a_step(run, profiles):
 
 def test_heat_maps_become_coarser_until_they_fit(run, monkeypatch):
     sizes = []
+    monkeypatch.setattr(html, "PAGE_BYTES", 0)
     for budget in (10_000_000, 30_000, 6_000):
-        monkeypatch.setattr(html, "HEAT_BYTES", budget)
+        monkeypatch.setattr(html, "LEAST_HEAT", budget)
         heat = build_data(open_sources([run]))["sets"][0]["heat"]
         assert len(json.dumps(heat)) <= budget
         sizes.append(len(heat[0]["columns"]))
