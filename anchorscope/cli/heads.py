@@ -1,0 +1,192 @@
+"""`anchorscope heads`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from anchorscope.cli.common import human_bytes, note, progress_bar, stdout_console, warn
+from anchorscope.errors import InputError
+
+if TYPE_CHECKING:
+    from anchorscope.heads import Diagnosis
+
+MOST_ROWS = 24  # heads listed one by one; more are summed up by layer
+
+
+def heads(
+    dump: Annotated[Path, typer.Argument(help="Dump folder written by `capture` or `write_dump`.", metavar="DIR")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the results; new, or an unfinished run to continue.")],
+    theta: Annotated[str, typer.Option(help="Threshold of the stripes whose overlap is measured, nats.")] = "12",
+    block: Annotated[int, typer.Option(help="Queries pooled together.")] = 128,
+    step: Annotated[int, typer.Option(help="Query blocks that share one selection.")] = 4,
+    layers: Annotated[str, typer.Option(help="Layers, like 0,5,10-15.")] = "all",
+    heads: Annotated[str, typer.Option(help="Query heads, like 0,2-4.")] = "all",
+    prompts: Annotated[str, typer.Option(help="Prompt names, separated by commas.")] = "all",
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(
+            help="tokenizer.json, its folder, or a GGUF model: shows tokens as text, not as ids.", metavar="PATH"
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
+    no_figures: Annotated[bool, typer.Option("--no-figures", help="Write tables only.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in OUT.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print heads.json, and nothing else.")] = False,
+) -> None:
+    """What kind of head is this? Sinks, locality, distance, concentration, streaming or retrieval, stripe overlap.
+
+    Writes diagnostics.csv, heads.json and figures/ into OUT. Interrupted runs continue when the same command is given
+    again.
+    """
+    # Before anything heavy or slow: a misspelt option should not wait for it.
+    from anchorscope.params import AnchorParams
+    from anchorscope.selection import parse_indices, parse_thetas
+
+    thetas = parse_thetas(theta)
+    if len(thetas) != 1:
+        raise InputError(f"--theta {theta!r} lists {len(thetas)} thetas; heads takes one")
+    params = AnchorParams(block, step)
+    pieces = None
+    if tokenizer is not None:
+        from anchorscope.report.tokens import load_pieces
+
+        pieces = load_pieces(tokenizer)
+
+    from anchorscope.dumps import open_dump
+    from anchorscope.heads import diagnose, plan_heads
+
+    source = open_dump(dump)
+    plan = plan_heads(
+        source,
+        params=params,
+        theta=thetas[0],
+        layers=None if layers == "all" else parse_indices(layers, "--layers", [e.layer for e in source.entries]),
+        heads=None
+        if heads == "all"
+        else parse_indices(heads, "--heads", [h for e in source.entries for h in e.query_heads]),
+        prompts=None if prompts == "all" else [p.strip() for p in prompts.split(",")],
+        device=device,
+    )
+    note(
+        f"{plan.heads} heads; needs about {human_bytes(plan.memory)} of memory and at most {human_bytes(plan.disk)}"
+        " of disk"
+    )
+    for sentence in plan.warnings:
+        warn(sentence)
+    with progress_bar() as bar:
+        result = diagnose(
+            source, out, pieces=pieces, figures=not no_figures, overwrite=overwrite, progress=bar, plan=plan
+        )
+    if as_json:
+        sys.stdout.write((result.path / "heads.json").read_text(encoding="utf-8"))
+        return
+    print_summary(result)
+
+
+def print_summary(result: Diagnosis) -> None:
+    """The tables a run ends with, at most 80 columns wide."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    console = stdout_console()
+    report = result.report
+    prompts = [p["name"] for p in report["prompts"]]
+    for prompt in prompts:
+        rows = [h for h in report["heads"] if h["prompt"] == prompt]
+        single = len(rows) <= MOST_ROWS
+        counts = {k: sum(h["class"] == k for h in rows) for k in ("streaming", "mixed", "retrieval")}
+        table = Table(
+            title=Text(f"{_short(prompt)}: " + ", ".join(f"{n} {k}" for k, n in counts.items())),
+            title_justify="left",
+            box=box.SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
+        )
+        for name in ("layer", "head", "class") if single else ("layer", "S/M/R"):
+            table.add_column(name, no_wrap=True, justify="left" if name == "class" else "right")
+        for name in ("sink", "hid-\nden", "last\n128", "win-\ndow", "keys"):
+            table.add_column(name, justify="right")
+        if not single:
+            table.add_column("dist.", justify="right")
+        for name in ("next\ngroup", "same\nkv", "prev.\nlayer"):
+            table.add_column(name, justify="right")
+        groups = [[h] for h in rows] if single else _by_layer(rows)
+        for group in groups:
+            kinds = "/".join(str(sum(h["class"] == k for h in group)) for k in counts)
+            first = group[0]
+            key = [str(first["layer"])]
+            key += [str(first["head"]), first["class"] or "-"] if single else [kinds]
+            shares = [_mean(group, m) for m in ("sink_4", "hidden_sink_mass", "local_128", "window_recall")]
+            overlaps = [_mean(group, m) for m in ("overlap_groups", "overlap_heads", "overlap_layer")]
+            table.add_row(
+                *key,
+                *map(_share, shares),
+                _whole(_mean(group, "effective_keys_median")),
+                *([] if single else [_whole(_mean(group, "distance"))]),
+                *map(_share, overlaps),
+            )
+        console.print(table)
+        _print_tokens(rows)
+    console.print(
+        "sink: mass on the first 4 tokens; hidden: on sinks further in; last 128: on the\n"
+        "last 128 keys; window: recall of the first 64 and last 256 keys; keys: effective\n"
+        "number, median. next group, same kv, prev. layer: Jaccard overlap of stripes\n"
+        "with the next group, the kv head's other heads, the previous captured layer.",
+        soft_wrap=True,
+    )
+    console.print(f"Tables: {result.path}", soft_wrap=True, highlight=False)
+    if result.figures:
+        console.print(f"Figures: {result.path / 'figures'}", soft_wrap=True, highlight=False)
+
+
+def _print_tokens(rows: list[dict[str, Any]]) -> None:
+    """The stripes that later queries attend to most, a line for each of the three heads that need most beyond the
+    window.
+    """
+    ranked = sorted((h for h in rows if h["window_recall"] is not None), key=lambda h: h["window_recall"])
+    for h in ranked[:3]:
+        line = f"layer {h['layer']}, head {h['head']} keeps"
+        for token in h["stripe_tokens"]:
+            more = f"{line}  {_token(token)}"
+            if len(more) > 80:
+                break
+            line = more
+        if h["stripe_tokens"]:
+            print(line)
+    if ranked:
+        print()
+
+
+def _token(token: dict[str, Any]) -> str:
+    """`26 '\\n'` with a vocabulary, `26 #198` with ids, `26` without."""
+    text = token.get("token")
+    if text is not None:
+        return f"{token['position']} {text[:16]!r}"
+    return f"{token['position']} #{token['token_id']}" if "token_id" in token else str(token["position"])
+
+
+def _by_layer(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    layers = sorted({h["layer"] for h in rows})
+    return [[h for h in rows if h["layer"] == layer] for layer in layers]
+
+
+def _mean(rows: list[dict[str, Any]], metric: str) -> float | None:
+    known = [h[metric] for h in rows if h[metric] is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _whole(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.0f}"
+
+
+def _short(name: str) -> str:
+    clean = "".join(c if c.isprintable() else "?" for c in name)
+    return clean if len(clean) <= 36 else f"{clean[:17]}...{clean[-16:]}"

@@ -1,0 +1,22 @@
+"""What kind of head is this? Exact diagnostics of every head of a dump (docs/heads.md)."""
+
+from __future__ import annotations
+
+from anchorscope.heads.diagnostics import HeadDiagnostics, classify, diagnose_head
+from anchorscope.heads.run import Diagnosis, diagnose, load_diagnosis, plan_heads
+from anchorscope.heads.stripes import Stripes, head_stripes, overlap
+from anchorscope.heads.tables import HeadRow
+
+__all__ = [
+    "Diagnosis",
+    "HeadDiagnostics",
+    "HeadRow",
+    "Stripes",
+    "classify",
+    "diagnose",
+    "diagnose_head",
+    "head_stripes",
+    "load_diagnosis",
+    "overlap",
+    "plan_heads",
+]

@@ -1,0 +1,258 @@
+"""Layer x head maps of the diagnostics: functions take rows and return a `Figure`; `draw_all` saves them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LogNorm, Normalize, to_rgba
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from anchorscope.errors import InputError
+from anchorscope.heads.diagnostics import CLASSES
+from anchorscope.heads.tables import HeadRow
+from anchorscope.report.style import (
+    BLUE,
+    FAINT,
+    GREEN,
+    INK,
+    MUTED,
+    ORANGE,
+    PAPER,
+    SMALL,
+    TEXT,
+    label,
+    new_figure,
+    share,
+    short_name,
+)
+from anchorscope.report.write import save_figure
+
+CLASS_COLORS = dict(zip(CLASSES, (BLUE, GREEN, ORANGE), strict=True))
+NUMBERS = (10, 32)  # most heads and layers with a number or letter in each cell
+
+
+class Panel(NamedTuple):
+    """One map: the metric, its title, colours and scale."""
+
+    metric: str
+    title: str
+    cmap: str
+    scale: str  # "share": 0 to 1; "tokens": 0 to the largest; "log": smallest to largest
+
+
+WHERE = (
+    Panel("sink_4", "mass on the first 4 tokens", "cividis", "share"),
+    Panel("hidden_sink_mass", "mass on hidden sinks", "cividis", "share"),
+    Panel("local_128", "mass on the last 128 keys", "cividis", "share"),
+    Panel("window_recall", "recall of 64 first + 256 last keys", "cividis", "share"),
+    Panel("distance_1024", "mean distance, clipped at 1,024 (tokens)", "viridis", "tokens"),
+    Panel("effective_keys_median", "effective number of keys, median", "viridis", "log"),
+)
+SHAPES = (
+    Panel("vertical_mass", "mass on the heaviest 1/64 of columns", "cividis", "share"),
+    Panel("slash_mass", "mass on the heaviest 1/64 of diagonals", "cividis", "share"),
+    Panel("block_mass", "mass on the heaviest 1/64 of 64x64 blocks", "cividis", "share"),
+)
+PERSISTENCE = (
+    Panel("overlap_groups", "with the neighbouring group", "cividis", "share"),
+    Panel("overlap_heads", "with query heads of the same kv head", "cividis", "share"),
+    Panel("overlap_layer", "with the previous captured layer", "cividis", "share"),
+)
+
+
+def class_map(rows: Sequence[HeadRow]) -> Figure:
+    """Which heads stream, which retrieve, which are mixed: one layer x head map.
+
+    Args:
+        rows: heads of one prompt; heads that are missing are left grey.
+
+    Raises:
+        InputError: no rows, or rows of several prompts.
+    """
+    grid = _Grid(rows)
+    count = {kind: sum(r.kind == kind for r in rows) for kind in CLASSES}
+    height = max(grid.height * len(grid.layers), 1.2) + 2.2
+    figure = new_figure(
+        max(0.34 * len(grid.heads) + 1.4, 7.6),
+        height,
+        f"What kind of head: {short_name(grid.prompt)}",
+        "by the attention that the first 64 and the last 256 keys keep",
+    )
+    axes = figure.subplots()
+    image = np.empty((len(grid.layers), len(grid.heads), 4))
+    image[:] = to_rgba(PAPER)
+    for r in rows:
+        if r.kind:
+            image[grid.cell(r)] = to_rgba(CLASS_COLORS[r.kind])
+    axes.imshow(image, aspect="auto", interpolation="nearest")
+    if len(grid.heads) <= 2 * NUMBERS[0] and len(grid.layers) <= NUMBERS[1]:
+        for r in rows:
+            if r.kind:
+                row, column = grid.cell(r)
+                axes.text(
+                    column, row, r.kind[0].upper(), size=SMALL, ha="center", va="center", color="white", weight="bold"
+                )
+    grid.ticks(axes)
+    legend = {"streaming": "0.95 and more", "mixed": "between", "retrieval": "below 0.80"}
+    handles = [Patch(facecolor=CLASS_COLORS[k], label=f"{k} ({count[k]}): {legend[k]}") for k in CLASSES]
+    if (image == to_rgba(PAPER)).all(-1).any():
+        handles.append(Patch(facecolor=PAPER, edgecolor=MUTED, label="not measured"))
+    _legend(figure, handles)
+    return figure
+
+
+def metric_maps(rows: Sequence[HeadRow], panels: Sequence[Panel], title: str, subtitle: str) -> Figure:
+    """Layer x head maps of several metrics.
+
+    Args:
+        rows: heads of one prompt; heads that are missing, or to which a metric does not apply, are left grey.
+        panels: what to draw, three in a row.
+        title, subtitle: above the maps; the prompt's name is added to the title.
+
+    Raises:
+        InputError: no rows or panels, or rows of several prompts.
+    """
+    grid = _Grid(rows)
+    if not panels:
+        raise InputError("no metrics to draw")
+    across = min(3, len(panels))
+    down = math.ceil(len(panels) / across)
+    width = min(max(0.46 * len(grid.heads), 3.4), 4.8)
+    each = max(grid.height * len(grid.layers), 1.1) + 1.15
+    figure = new_figure(across * width + 1.4, down * each + 1.25, f"{title}: {short_name(grid.prompt)}", subtitle)
+    grey = False
+    for axes, panel in zip(figure.subplots(down, across, squeeze=False).ravel(), panels, strict=False):
+        values = grid.values(rows, panel.metric)
+        grey |= bool(np.isnan(values).any())
+        _map(axes, values, panel)
+        grid.ticks(axes)
+    if grey:
+        _legend(figure, [Patch(facecolor=PAPER, edgecolor=MUTED, label="not measured, or does not apply")])
+    return figure
+
+
+def draw_all(rows: Sequence[HeadRow], out: Path | str) -> list[Path]:
+    """Draw and save every figure: three per prompt.
+
+    Raises:
+        RunFailure: a file cannot be written.
+    """
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for i, prompt in enumerate(dict.fromkeys(r.prompt for r in rows)):
+        mine = [r for r in rows if r.prompt == prompt]
+        density = [r.stripe_density for r in mine if not math.isnan(r.stripe_density)]
+        stripes = f"stripes are {share(float(np.mean(density)))} of the candidates on average" if density else "none"
+        figures = {
+            "classes": class_map(mine),
+            "attention": metric_maps(mine, WHERE, "Where attention goes", "means over the queries of a head"),
+            "shapes": metric_maps(mine, SHAPES, "Columns, diagonals or blocks", "equal numbers of lines, exact masses"),
+            "persistence": metric_maps(
+                mine, PERSISTENCE, "Do stripes persist", f"Jaccard overlap, 1 = the same stripes; {stripes}"
+            ),
+        }
+        for name, figure in figures.items():
+            path = folder / f"prompt{i:02d}-{name}.png"
+            save_figure(figure, path)
+            written.append(path)
+    return written
+
+
+class _Grid:
+    """Rows and columns of a map: the layers and heads of one prompt."""
+
+    def __init__(self, rows: Sequence[HeadRow]) -> None:
+        if len({r.prompt for r in rows}) != 1:
+            raise InputError("a map shows the heads of one prompt")
+        self.prompt = rows[0].prompt
+        self.layers = sorted({r.layer for r in rows})
+        self.heads = sorted({r.head for r in rows})
+        owner = {r.head: r.kv_head for r in rows}
+        several = 1 < len(set(owner.values())) < len(owner)
+        self.breaks = [
+            i - 0.5 for i in range(1, len(self.heads)) if several and owner[self.heads[i]] != owner[self.heads[i - 1]]
+        ]
+        # Inches per layer: numbers must fit into few layers, and many must fit on a page.
+        self.height = 0.42 if len(self.layers) <= 8 else max(0.15, min(0.42, 5.2 / len(self.layers)))
+
+    def cell(self, row: HeadRow) -> tuple[int, int]:
+        return self.layers.index(row.layer), self.heads.index(row.head)
+
+    def values(self, rows: Sequence[HeadRow], metric: str) -> np.ndarray:
+        grid = np.full((len(self.layers), len(self.heads)), math.nan)
+        for r in rows:
+            grid[self.cell(r)] = getattr(r, metric)
+        return grid
+
+    def ticks(self, axes: Axes) -> None:
+        """Layer and head numbers, thinned where they would touch; kv heads apart."""
+        for axis, numbers, most in ((axes.yaxis, self.layers, 16), (axes.xaxis, self.heads, 16)):
+            stride = math.ceil(len(numbers) / most)
+            stride = stride if stride <= 2 else 4 * math.ceil(stride / 4)
+            axis.set_ticks(range(0, len(numbers), stride), [str(x) for x in numbers[::stride]])
+        axes.tick_params(labelsize=SMALL, length=0, colors=INK)
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+        for at in self.breaks:
+            axes.axvline(at, color="white", linewidth=2.0 if len(self.heads) <= 16 else 1.0)
+        label(axes, "query head", "layer")
+
+
+def _map(axes: Axes, values: np.ndarray, panel: Panel) -> None:
+    """One map under its title with its own colour bar; numbers in the cells where they fit."""
+    known = values[~np.isnan(values)]
+    top = float(known.max()) if known.size else 1.0
+    norm: Normalize = Normalize(0.0, 1.0)
+    if panel.scale == "tokens":
+        norm = Normalize(0.0, max(top, 1.0))
+    elif panel.scale == "log":
+        low = max(float(known.min()) if known.size else 1.0, 1e-9)
+        norm = LogNorm(low, max(top, low * 1.01))
+    colours = matplotlib.colormaps[panel.cmap]
+    image = colours(norm(np.where(np.isnan(values), 1.0, values)))
+    image[np.isnan(values)] = to_rgba(PAPER)
+    axes.imshow(image, aspect="auto", interpolation="nearest")
+    axes.set_title(panel.title, size=TEXT, color=INK, loc="left", pad=6)
+    if values.shape[1] <= NUMBERS[0] and values.shape[0] <= NUMBERS[1]:
+        for (row, column), value in np.ndenumerate(values):
+            if not math.isnan(value):
+                dark = float(np.dot(image[row, column, :3], (0.299, 0.587, 0.114))) < 0.55
+                text = (
+                    f"{value:.2f}" if panel.scale == "share" else f"{value:,.0f}" if value >= 9.95 else f"{value:.1f}"
+                )
+                axes.text(column, row, text, size=7.5, ha="center", va="center", color="white" if dark else INK)
+    bar = axes.figure.colorbar(
+        ScalarMappable(norm, colours), ax=axes, orientation="horizontal", fraction=0.06, pad=0.03, aspect=34
+    )
+    bar.ax.tick_params(labelsize=SMALL, length=3)
+    if panel.scale == "log":
+        # Powers of ten alone may all lie outside a narrow range.
+        marks = np.geomspace(*_norm_range(norm), 4)
+        bar.set_ticks(list(marks), labels=[_amount(m) for m in marks])
+        bar.minorticks_off()
+    bar.outline.set_visible(False)
+
+
+def _amount(value: float) -> str:
+    """Two digits where one would say little: 4.7, 10, 1,024."""
+    return f"{value:,.0f}" if value >= 9.95 else f"{value:.1f}"
+
+
+def _norm_range(norm: Normalize) -> tuple[float, float]:
+    """Low and high end of a scale."""
+    return float(norm.vmin or 0.0), float(norm.vmax or 1.0)
+
+
+def _legend(figure: Figure, handles: Sequence[Patch]) -> None:
+    figure.legend(
+        handles=list(handles), loc="outside lower left", fontsize=SMALL, edgecolor=FAINT, ncols=4, borderaxespad=0.4
+    )

@@ -1,0 +1,586 @@
+"""`heads`: a dump in, one table of diagnostics and its figures out; resumable, one layer of one prompt at a time.
+
+A layer is saved under parts/ once all its heads are measured; table, report and figures are made from those files
+alone, so an interrupted run continues where it stopped and ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from anchorscope._version import __version__
+from anchorscope.analysis.backends import resolve_device
+from anchorscope.analysis.engine import Cancelled
+from anchorscope.analysis.jobs import Job, Progress, ProgressCallback, choose_jobs, json_bytes, make_folder, run_jobs
+from anchorscope.analysis.run import versions
+from anchorscope.analysis.tables import csv_text, jsonable
+from anchorscope.dumps import Dump, Entry, LayerTensors, open_dump
+from anchorscope.errors import DumpError, InputError, RunFailure
+from anchorscope.heads import diagnostics
+from anchorscope.heads.diagnostics import HeadDiagnostics, diagnose_head
+from anchorscope.heads.stripes import Stripes, head_stripes, overlap
+from anchorscope.heads.tables import (
+    COLUMNS,
+    HeadRow,
+    TokenText,
+    report_row,
+    row_from_json,
+    row_json,
+    summarise,
+    table_row,
+)
+from anchorscope.locks import folder_lock
+from anchorscope.methods import Head
+from anchorscope.methods.head import chunk_rows
+from anchorscope.params import AnchorParams
+from anchorscope.profiles import write_atomic
+
+STATE = "run.json"
+REPORT = "heads.json"
+TABLE = "diagnostics.csv"
+PARTS = "parts"
+FIGURES = "figures"
+VERSION = 1
+BLOCK, STEP, THETA = 128, 4, 12.0  # groups of 512: short prompts then have neighbouring groups to compare
+STRIPE_TOKENS = 12
+
+# Everything a reader needs to know about the definitions, as heads.json states it.
+DEFINITIONS: dict[str, Any] = {
+    "streaming_window": {"sinks": diagnostics.STREAM_SINKS, "recent": diagnostics.STREAM_RECENT},
+    "classes": {"streaming_from": diagnostics.STREAMING, "retrieval_below": diagnostics.RETRIEVAL},
+    "hidden_sink": {
+        "from_position": diagnostics.HIDDEN_FROM,
+        "mass": diagnostics.HIDDEN_MASS,
+        "queries": f"N/{diagnostics.HIDDEN_QUERIES}, at least {diagnostics.STREAM_RECENT}",
+    },
+    "influence": {"distances": list(diagnostics.HORIZON), "tokens": diagnostics.INFLUENTIAL},
+    "heaviest": f"1/{diagnostics.TOP_SHARE} of columns, diagonals, blocks of {diagnostics.TILE}",
+}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer of one prompt, and what its diagnosis needs.
+
+    Attributes:
+        prompt_index: index of the prompt in the dump.
+        entry: the layer.
+        heads: heads to report.
+        siblings: further query heads of the same kv heads, whose stripes are compared.
+        previous: the captured layer before it, or None.
+    """
+
+    prompt_index: int
+    entry: Entry
+    heads: tuple[int, ...]
+    siblings: tuple[int, ...]
+    previous: Entry | None
+
+    @property
+    def name(self) -> str:
+        """File name of its results."""
+        return f"prompt{self.prompt_index:02d}-layer{self.entry.layer:03d}.json"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything decided before the first head is measured.
+
+    Attributes:
+        layers: layers to diagnose, in order.
+        workers: heads measured at the same time.
+        memory: bytes of working memory, besides the libraries themselves.
+        disk: bytes the output folder will need at most.
+        warnings: sentences for the user.
+    """
+
+    dump: Dump
+    settings: dict[str, Any]
+    params: AnchorParams
+    theta: float
+    device: torch.device
+    layers: tuple[Layer, ...]
+    workers: int
+    memory: int
+    disk: int
+    warnings: tuple[str, ...]
+
+    @property
+    def heads(self) -> int:
+        """Heads to report."""
+        return sum(len(x.heads) for x in self.layers)
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """A finished run.
+
+    Attributes:
+        path: the output folder.
+        report: what heads.json holds.
+        rows: every head, in the order of diagnostics.csv.
+        figures: the pictures written.
+    """
+
+    path: Path
+    report: dict[str, Any]
+    rows: tuple[HeadRow, ...] = field(repr=False)
+    figures: tuple[Path, ...] = ()
+
+
+def plan_heads(
+    dump: Dump | Path | str,
+    *,
+    params: AnchorParams | None = None,
+    theta: float = THETA,
+    layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+    prompts: Sequence[str] | None = None,
+    device: str = "auto",
+) -> Plan:
+    """Check a request and say what it will cost. Arguments as in `diagnose`.
+
+    Raises:
+        InputError: an unknown layer, head or prompt, a theta that is NaN.
+        DumpError: the dump is missing or damaged.
+        MissingBackendError: the device is absent.
+    """
+    if math.isnan(theta):
+        raise InputError("theta must be a number of nats (inf and -inf are legal), not NaN")
+    params = params or AnchorParams(BLOCK, STEP)
+    source = dump if isinstance(dump, Dump) else open_dump(dump)
+    where = resolve_device(device)
+    jobs = choose_jobs(source, prompts, layers, heads)
+    chosen = _layers(source, jobs)
+    settings: dict[str, Any] = {
+        "block": params.block,
+        "step": params.step,
+        "init": params.init_tokens,
+        "lookback": params.lookback_tokens,
+        "theta": jsonable(float(theta)),
+        "prompts": list(dict.fromkeys(x.entry.prompt for x in chosen)),
+        "layers": sorted({x.entry.layer for x in chosen}),
+        "heads": sorted({h for x in chosen for h in x.heads}),
+        "device": where.type,
+    }
+    largest = max(jobs, key=lambda j: j.entry.tokens * j.entry.head_dim).entry
+    each = _workspace_bytes(largest.tokens, largest.head_dim, params, chunk_rows(where, largest.tokens))
+    selections = max(len(x.heads) + len(x.siblings) for x in chosen)
+    kept = 2 * selections * params.groups(largest.tokens) * (largest.tokens // 8 + 16)
+    workers = 1
+    if where.type == "cpu":
+        workers = max(1, min(torch.get_num_threads(), selections, int(8 * 2**30 // each)))
+    return Plan(
+        dump=source,
+        settings=settings,
+        params=params,
+        theta=float(theta),
+        device=where,
+        layers=chosen,
+        workers=workers,
+        memory=workers * each + kept + 2 * max(x.entry.bytes for x in chosen),
+        disk=len(jobs) * 12_000 + 10_000_000,
+        warnings=tuple(_warnings(chosen, params)),
+    )
+
+
+def diagnose(
+    dump: Dump | Path | str,
+    out: Path | str,
+    *,
+    params: AnchorParams | None = None,
+    theta: float = THETA,
+    layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+    prompts: Sequence[str] | None = None,
+    device: str = "auto",
+    pieces: Sequence[str] | None = None,
+    figures: bool = True,
+    overwrite: bool = False,
+    progress: ProgressCallback | None = None,
+    plan: Plan | None = None,
+) -> Diagnosis:
+    """Diagnose every chosen head of a dump.
+
+    Args:
+        dump: a dump folder, or an open dump.
+        out: the output folder; new, empty, or holding an unfinished run of the same request, which then continues.
+        params: groups and anchor region of the stripes whose overlap is measured; 128 x 4 by default.
+        theta: threshold of those stripes, nats.
+        layers, heads: original indices; None means all in the dump.
+        prompts: prompt names; None means all.
+        device: "auto", "cpu", "cuda" or "cuda:i".
+        pieces: text of every token id (see `anchorscope.report.tokens`), so that heads.json can show tokens as text.
+        figures: draw the figures.
+        overwrite: replace an earlier run in `out`.
+        progress: called as work proceeds.
+        plan: a plan made from the same arguments, to save making it twice.
+
+    Returns:
+        The finished run. `out` then holds diagnostics.csv, heads.json, parts/ and figures/.
+
+    Raises:
+        InputError, DumpError, MissingBackendError: see `plan_heads`; also an `out` that is in use.
+        RunFailure: disk full, out of memory.
+    """
+    if plan is None:
+        plan = plan_heads(dump, params=params, theta=theta, layers=layers, heads=heads, prompts=prompts, device=device)
+    report = progress or (lambda _: None)
+    path = make_folder(Path(out))
+    with folder_lock(path):
+        state = _begin(path, plan, overwrite)
+        _measure(path, plan, report)
+        rows = tuple(row for layer in plan.layers for row in _load(path, plan, layer) or ())
+        write_atomic(path / TABLE, csv_text(COLUMNS, map(table_row, rows)).encode())
+        result = _summary(plan, state, rows, pieces)
+        drawn: list[Path] = []
+        if figures:
+            from anchorscope.heads.figures import draw_all
+
+            report(Progress("figures", 0, 1))
+            drawn = draw_all(rows, path / FIGURES)
+            report(Progress("figures", 1, 1))
+        # Last of all: a folder without its report is an unfinished run.
+        write_atomic(path / REPORT, json_bytes(result))
+        return Diagnosis(path, result, rows, tuple(drawn))
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# planning
+
+
+def _layers(source: Dump, jobs: Sequence[Job]) -> tuple[Layer, ...]:
+    """The chosen jobs by layer. What a head is compared with does not depend on what else was chosen."""
+    layers = []
+    for entry in dict.fromkeys(j.entry for j in jobs):
+        mine = [j for j in jobs if j.entry == entry]
+        heads = tuple(j.head for j in mine)
+        owners = {_kv_head(entry, h) for h in heads}
+        siblings = tuple(h for h in entry.query_heads if h not in heads and _kv_head(entry, h) in owners)
+        before = [e for e in source.entries if e.prompt == entry.prompt and e.layer < entry.layer]
+        previous = max(before, key=lambda e: e.layer, default=None)
+        layers.append(Layer(mine[0].prompt_index, entry, heads, siblings, previous))
+    return tuple(layers)
+
+
+def _kv_head(entry: Entry, head: int) -> int:
+    """Original index of the kv head that a query head reads."""
+    return entry.kv_heads[entry.query_heads.index(head) // (len(entry.query_heads) // len(entry.kv_heads))]
+
+
+def _workspace_bytes(tokens: int, head_dim: int, params: AnchorParams, run: int) -> int:
+    """Working memory of one head, bytes: inputs, weights of a run of queries, block sums, margins."""
+    tensors = 6 * tokens * head_dim * 4
+    chunk = 5 * run * (tokens + 2 * run) * 4 + 20 * tokens * 8
+    tiles = 3 * (tokens // diagnostics.TILE + 1) ** 2 * 4
+    margins = params.groups(tokens) * tokens * 7
+    return tensors + chunk + tiles + margins
+
+
+def _warnings(layers: Sequence[Layer], params: AnchorParams) -> list[str]:
+    shortest = min(x.entry.tokens for x in layers)
+    found = []
+    least = diagnostics.STREAM_SINKS + diagnostics.STREAM_RECENT
+    if shortest <= least:
+        found.append(f"{shortest:,} tokens are too short to class heads; it takes more than {least}")
+    # Group 0 has no candidates, so the first pair of neighbours with stripes is 1 and 2.
+    if params.groups(shortest) < 3:
+        found.append(
+            f"{shortest:,} tokens make {params.groups(shortest)} groups of {params.group:,}, too few to compare"
+            " neighbours; lower --block or --step"
+        )
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# folder
+
+
+def _begin(path: Path, plan: Plan, overwrite: bool) -> dict[str, Any]:
+    """Start or continue: settle what the folder holds, and write down what this run is."""
+    identity = {
+        "format": "anchorscope-heads-run",
+        "version": VERSION,
+        "anchorscope": __version__,
+        "dump": plan.dump.identity,
+        "settings": plan.settings,
+        "parts": [x.name for x in plan.layers],
+    }
+    started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    if any(not x.name.startswith(".") for x in path.iterdir()):
+        state = _state(path)
+        if state is None:
+            raise InputError(f"--out {path} exists and holds no head diagnostics; name a new folder")
+        same = {k: v for k, v in state.items() if k != "started"} == identity
+        finished = (path / REPORT).exists()
+        if finished or not same:
+            if not overwrite:
+                what = "finished head diagnostics" if finished else "an unfinished run with other settings"
+                raise InputError(f"--out {path} holds {what}; add --overwrite to replace it, or name a new folder")
+            _clear(path)
+        else:
+            started = state["started"]
+    free = shutil.disk_usage(path).free
+    if free < plan.disk:
+        raise RunFailure(
+            f"{path} has {free / 1e9:.2f} GB free and the diagnostics may need {plan.disk / 1e9:.2f} GB;"
+            " free some space or name another --out"
+        )
+    state = {**identity, "started": started}
+    write_atomic(path / STATE, json_bytes(state))
+    make_folder(path / PARTS)
+    return state
+
+
+def _state(path: Path) -> dict[str, Any] | None:
+    try:
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    good = isinstance(state, dict) and state.get("format") == "anchorscope-heads-run" and "started" in state
+    return state if good else None
+
+
+def _clear(path: Path) -> None:
+    """Remove what an earlier run wrote, its report first, and nothing else."""
+    for name in (REPORT, STATE, TABLE):
+        (path / name).unlink(missing_ok=True)
+    for folder, pattern in ((PARTS, "prompt*-layer*.json"), (FIGURES, "*.png")):
+        for file in (path / folder).glob(pattern):
+            file.unlink()
+
+
+def _load(path: Path, plan: Plan, layer: Layer) -> list[HeadRow] | None:
+    """The saved rows of a layer, or None if they are not there or not whole."""
+    rows = _read_rows(path / PARTS / layer.name, plan.dump.identity)
+    return rows if rows is not None and [r.head for r in rows] == list(layer.heads) else None
+
+
+def _read_rows(file: Path, identity: str) -> list[HeadRow] | None:
+    try:
+        saved = json.loads(file.read_text(encoding="utf-8"))
+        if saved["format"] != "anchorscope-heads-part" or saved["dump"] != identity:
+            return None
+        return [row_from_json(x) for x in saved["heads"]]
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        return None
+
+
+def load_diagnosis(out: Path | str) -> Diagnosis:
+    """A finished run, read again from its folder.
+
+    Raises:
+        DumpError: the folder holds none, or one that is damaged.
+    """
+    path = Path(out)
+    try:
+        report = json.loads((path / REPORT).read_text(encoding="utf-8"))
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        if report["format"] != "anchorscope-heads":
+            raise ValueError
+        names = [Path(str(name)).name for name in state["parts"]]
+        identity = str(report["dump"]["identity"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise DumpError(f"{out} holds no finished head diagnostics: run `anchorscope heads` first") from None
+    rows: list[HeadRow] = []
+    for name in names:
+        found = _read_rows(path / PARTS / name, identity)
+        if found is None:
+            raise DumpError(f"{path / PARTS / name} is missing or damaged: run `anchorscope heads` again")
+        rows.extend(found)
+    return Diagnosis(path, report, tuple(rows), tuple(sorted((path / FIGURES).glob("*.png"))))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# measuring
+
+
+@dataclass(frozen=True)
+class _Task:
+    """Heads of one entry to go through: diagnosed and selected (`heads`), or only selected (`others`)."""
+
+    prompt_index: int
+    entry: Entry
+    heads: tuple[int, ...]
+    others: tuple[int, ...]
+
+    @property
+    def jobs(self) -> list[Job]:
+        return [Job(self.prompt_index, self.entry, h) for h in self.entry.query_heads if h in self.heads + self.others]
+
+    @property
+    def work(self) -> int:
+        return sum(j.work for j in self.jobs)
+
+
+def _schedule(plan: Plan, missing: Sequence[Layer]) -> list[tuple[_Task | None, _Task, Layer]]:
+    """For each layer that is missing: stripes of the previous layer unless they are at hand, then the layer itself."""
+    steps: list[tuple[_Task | None, _Task, Layer]] = []
+    at_hand: tuple[Entry, set[int]] | None = None
+    for layer in missing:
+        before = None
+        if layer.previous is not None:
+            wanted = tuple(h for h in layer.heads if h in layer.previous.query_heads)
+            if wanted and not (at_hand is not None and at_hand[0] == layer.previous and set(wanted) <= at_hand[1]):
+                before = _Task(layer.prompt_index, layer.previous, (), wanted)
+        steps.append((before, _Task(layer.prompt_index, layer.entry, layer.heads, layer.siblings), layer))
+        at_hand = layer.entry, {*layer.heads, *layer.siblings}
+    return steps
+
+
+def _measure(path: Path, plan: Plan, report: ProgressCallback) -> None:
+    """Diagnose the layers whose rows are not there yet."""
+    steps = _schedule(plan, [x for x in plan.layers if _load(path, plan, x) is None])
+    total = sum(j.work for before, task, _ in steps for j in (before.jobs if before else []) + task.jobs)
+    done = 0
+    report(Progress("heads", 0, total))
+    selections: dict[int, Stripes] = {}
+    at_hand: Entry | None = None
+    for before, task, layer in steps:
+        if before is not None:
+            _, selections = _run(plan, before, report, done, total)
+            at_hand = before.entry
+            done += before.work
+        previous = selections if at_hand == layer.previous else {}
+        found, selections = _run(plan, task, report, done, total)
+        at_hand = task.entry
+        done += task.work
+        rows = [_row(layer, h, found[h], selections, previous) for h in layer.heads]
+        saved = {
+            "format": "anchorscope-heads-part",
+            "version": VERSION,
+            "dump": plan.dump.identity,
+            "heads": [row_json(r) for r in rows],
+        }
+        write_atomic(path / PARTS / layer.name, (json.dumps(saved, allow_nan=False) + "\n").encode())
+
+
+def _run(
+    plan: Plan, task: _Task, report: ProgressCallback, done: int, total: int
+) -> tuple[dict[int, HeadDiagnostics], dict[int, Stripes]]:
+    """Diagnostics and stripes by head."""
+    found: dict[int, HeadDiagnostics] = {}
+    selections: dict[int, Stripes] = {}
+
+    def measure(job: Job, tensors: LayerTensors, stop: threading.Event) -> None:
+        if stop.is_set():
+            raise Cancelled
+        entry = job.entry
+        q = tensors.q[tensors.query_heads.index(job.head)].to(plan.device)
+        k = tensors.k[tensors.kv_index(job.head)].to(plan.device)
+        head = Head(q, k, scale=entry.scale, window=entry.window, softcap=entry.softcap)
+        if job.head in task.heads:
+            found[job.head] = diagnose_head(head, cancelled=stop.is_set)
+        selections[job.head] = head_stripes(head, plan.params, plan.theta)
+
+    run_jobs(
+        plan.dump,
+        task.jobs,
+        measure,
+        workers=plan.workers,
+        report=report,
+        work_before=done,
+        work_total=total,
+        memory_advice=lambda: _memory_advice(plan),
+    )
+    return found, selections
+
+
+def _row(
+    layer: Layer,
+    head: int,
+    found: HeadDiagnostics,
+    selections: dict[int, Stripes],
+    previous: dict[int, Stripes],
+) -> HeadRow:
+    entry, mine = layer.entry, selections[head]
+    owner = _kv_head(entry, head)
+    others = [s for h, s in sorted(selections.items()) if h != head and _kv_head(entry, h) == owner]
+    shared = [x for x in (overlap(mine, s) for s in others) if not math.isnan(x)]
+    before = previous.get(head)
+    return HeadRow(
+        prompt=entry.prompt,
+        layer=entry.layer,
+        head=head,
+        kv_head=owner,
+        kind=found.kind,
+        window_recall=found.window_recall,
+        sink_1=found.sink_1,
+        sink_4=found.sink_4,
+        hidden_sinks=tuple(zip(found.hidden_sinks, found.hidden_sink_masses, strict=True)),
+        hidden_sink_mass=found.hidden_sink_mass,
+        local_128=found.local_128,
+        local_1024=found.local_1024,
+        distance=found.distance,
+        distance_1024=found.distance_1024,
+        effective_keys_mean=found.effective_keys_mean,
+        effective_keys_median=found.effective_keys_median,
+        influence=found.influence,
+        influential=tuple(zip(found.influential, found.influences, strict=True)),
+        vertical_mass=found.vertical_mass,
+        slash_mass=found.slash_mass,
+        block_mass=found.block_mass,
+        stripe_density=mine.density,
+        stripe_tokens=_stripe_tokens(mine, found.far_mass),
+        overlap_groups=overlap(mine, mine, shift=1),
+        overlap_heads=math.fsum(shared) / len(shared) if shared else math.nan,
+        overlap_layer=math.nan if before is None else overlap(mine, before),
+        previous_layer=None if before is None or layer.previous is None else layer.previous.layer,
+    )
+
+
+def _stripe_tokens(stripes: Stripes, far_mass: np.ndarray) -> tuple[tuple[int, float, int, int], ...]:
+    """The stripes that later queries attend to most, see `HeadRow.stripe_tokens`."""
+    selected, candidate = stripes.chosen()
+    columns = np.flatnonzero((selected > 0) & (far_mass > 0))
+    top = columns[np.argsort(-far_mass[columns], kind="stable")[:STRIPE_TOKENS]]
+    return tuple((int(j), float(far_mass[j] / stripes.tokens), int(selected[j]), int(candidate[j])) for j in top)
+
+
+def _memory_advice(plan: Plan) -> str:
+    longest = max(x.entry.tokens for x in plan.layers)
+    return (
+        f"out of memory on {plan.device}: a head of {longest:,} tokens needs about"
+        f" {plan.memory / plan.workers / 2**30:.1f} GiB; use --device cpu, a larger --step or a shorter capture"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# finishing
+
+
+def _summary(
+    plan: Plan, state: dict[str, Any], rows: Sequence[HeadRow], pieces: Sequence[str] | None
+) -> dict[str, Any]:
+    """What heads.json holds."""
+    prompts = [p for p in plan.dump.prompts if p.name in plan.settings["prompts"]]
+    texts = {p.name: TokenText(p.token_ids, pieces) for p in prompts}
+    device = torch.cuda.get_device_name(plan.device) if plan.device.type == "cuda" else None
+    return {
+        "format": "anchorscope-heads",
+        "version": VERSION,
+        "started": state["started"],
+        "dump": {"identity": plan.dump.identity, "model": plan.dump.model},
+        "prompts": [{"name": p.name, "tokens": p.tokens} for p in prompts],
+        "settings": plan.settings,
+        "definitions": DEFINITIONS,
+        "versions": versions(),
+        "hardware": device or f"CPU, {torch.get_num_threads()} threads",
+        "warnings": list(plan.warnings),
+        "summary": {
+            "all": summarise(rows),
+            "prompts": [{"prompt": p.name, **summarise([r for r in rows if r.prompt == p.name])} for p in prompts],
+        },
+        "heads": [report_row(r, texts[r.prompt]) for r in rows],
+    }

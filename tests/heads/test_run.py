@@ -1,0 +1,451 @@
+"""`heads` end to end: files, columns, resume, refusals, what a head is compared with, tokens as text, figures."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import math
+import re
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+from anchorscope.analysis.tables import number
+from anchorscope.cli.heads import heads as command
+from anchorscope.dumps import open_dump, write_dump
+from anchorscope.errors import AnchorScopeError, DumpError, InputError, RunFailure
+from anchorscope.heads import diagnose, diagnose_head, head_stripes, load_diagnosis, overlap, plan_heads
+from anchorscope.heads import run as run_module
+from anchorscope.heads.figures import class_map, draw_all, metric_maps
+from anchorscope.heads.tables import COLUMNS, METRICS, HeadRow, TokenText
+from anchorscope.methods import Head
+from anchorscope.params import AnchorParams
+
+N, D = 360, 8
+PARAMS = AnchorParams(16, 2)
+THETA = 3.0
+SAMPLE = Path(__file__).parents[2] / "samples" / "smollm2-4k"
+
+
+def write(path):
+    g = torch.Generator().manual_seed(1)
+    entries = []
+    for prompt in ("story", "code"):
+        for layer in (2, 7, 9):
+            q, k = (torch.randn(h, N, D, generator=g) for h in (4, 2))
+            k[:, :3] += 1
+            k[:, 40::31] += 1
+            q += 0.5
+            entries.append({"prompt": prompt, "layer": layer, "q": q, "k": k, "scale": 0.6, "window": None})
+    entries[1]["window"] = 200
+    ids = {"token_ids": [i % 7 for i in range(N)]}
+    write_dump(path, entries, prompts={"story": ids})
+
+
+@pytest.fixture(scope="module")
+def dump(tmp_path_factory):
+    path = tmp_path_factory.mktemp("dump") / "d"
+    write(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(dump, tmp_path_factory):
+    return diagnose(dump, tmp_path_factory.mktemp("out") / "o", params=PARAMS, theta=THETA)
+
+
+def files(path):
+    found = sorted(p for p in Path(path).rglob("*") if p.is_file() and p.name[0] != ".")
+    return {str(p.relative_to(path)): p.read_bytes() for p in found}
+
+
+def read_table(path):
+    with (path / "diagnostics.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_table_holds_every_head_and_metric(dump, finished):
+    rows = read_table(finished.path)
+    assert tuple(rows[0]) == COLUMNS
+    wanted = [(p, layer, h) for p in ("story", "code") for layer in (2, 7, 9) for h in range(4)]
+    assert [(r["prompt"], int(r["layer"]), int(r["head"])) for r in rows] == wanted
+    source = open_dump(dump)
+    row = next(r for r in rows if (r["prompt"], r["layer"], r["head"]) == ("story", "7", "3"))
+    entry = source.entry("story", 7)
+    tensors = source.load(entry)
+    made = [
+        Head(tensors.q[h], tensors.k[h // 2], scale=entry.scale, window=entry.window, softcap=entry.softcap)
+        for h in range(4)
+    ]
+    want = diagnose_head(made[3])
+    assert row["kv_head"] == "1"
+    assert row["class"] == want.kind
+    assert int(row["hidden_sinks"]) == len(want.hidden_sinks)
+    for name in METRICS:
+        if hasattr(want, name):
+            assert row[name] == number(getattr(want, name)), name
+    mine, sibling = (head_stripes(made[h], PARAMS, THETA) for h in (3, 2))
+    first = source.load(source.entry("story", 2))
+    before = head_stripes(Head(first.q[3], first.k[1], scale=0.6), PARAMS, THETA)
+    assert 0 < mine.density < 1
+    assert row["stripe_density"] == number(mine.density)
+    assert row["overlap_groups"] == number(overlap(mine, mine, shift=1))
+    assert row["overlap_heads"] == number(overlap(mine, sibling))
+    assert row["overlap_layer"] == number(overlap(mine, before))
+    assert row["previous_layer"] == "2"
+    assert {r["overlap_layer"] for r in rows if r["layer"] == "2"} == {""}
+
+
+def test_stripe_tokens_are_the_stripes_with_most_far_mass(dump, finished):
+    source = open_dump(dump)
+    tensors = source.load(source.entry("code", 9))
+    head = Head(tensors.q[1], tensors.k[0], scale=0.6)
+    stripes, far = head_stripes(head, PARAMS, THETA), diagnose_head(head).far_mass
+    selected, candidate = stripes.chosen()
+    want = sorted((j for j in range(N) if selected[j] and far[j] > 0), key=lambda j: (-far[j], j))[:12]
+    row = next(r for r in finished.rows if (r.prompt, r.layer, r.head) == ("code", 9, 1))
+    assert [t[0] for t in row.stripe_tokens] == want
+    assert len(want) > 5
+    for j, mass, groups, of in row.stripe_tokens:
+        assert (groups, of) == (selected[j], candidate[j])
+        assert mass == pytest.approx(far[j] / N)
+
+
+def test_report_says_what_it_is(dump, finished):
+    report = json.loads((finished.path / "heads.json").read_text(encoding="utf-8"))
+    assert report == finished.report
+    assert report["dump"]["identity"] == open_dump(dump).identity
+    assert report["settings"]["block"] == 16
+    assert report["settings"]["theta"] == THETA
+    assert {"anchorscope", "torch", "python"} <= set(report["versions"])
+    every = report["summary"]["all"]
+    assert every["heads"] == 24 == sum(every["classes"].values())
+    story = next(p for p in report["summary"]["prompts"] if p["prompt"] == "story")
+    mine = [r.sink_4 for r in finished.rows if r.prompt == "story"]
+    assert story["means"]["sink_4"] == pytest.approx(sum(mine) / len(mine))
+    # Ids where the dump has them, positions alone where not.
+    tokens = {h["prompt"]: h["influential"] + h["stripe_tokens"] for h in report["heads"]}
+    assert all(t["token_id"] == t["position"] % 7 for t in tokens["story"])
+    assert not any("token_id" in t or "token" in t for t in tokens["code"])
+    assert tokens["code"]
+
+
+def test_tokens_as_text(dump, tmp_path):
+    pieces = list("abcdef")  # id 6 is beyond the vocabulary
+    out = diagnose(dump, tmp_path / "o", params=PARAMS, theta=THETA, layers=[2], pieces=pieces, figures=False)
+    names = [*pieces, "#6"]
+    found = [t for h in out.report["heads"] if h["prompt"] == "story" for t in h["stripe_tokens"]]
+    assert found
+    for t in found:
+        j = t["position"]
+        assert t["token"] == names[j % 7]
+        before = "".join(names[i % 7] for i in range(j))[-24:]
+        after = "".join(names[i % 7] for i in range(j + 1, N))[:24]
+        assert t["context"] == [before, after]
+
+
+def test_token_text_at_the_edges():
+    text = TokenText([0, 1, 2], ["x", "", "z"])
+    assert text.at(0) == {"token_id": 0, "token": "x", "context": ["", "#1z"]}
+    assert text.at(2) == {"token_id": 2, "token": "z", "context": ["x#1", ""]}
+    assert text.at(3) == {}
+    assert TokenText().at(0) == {}
+
+
+def test_what_a_head_is_compared_with_does_not_depend_on_the_choice(dump, finished, tmp_path):
+    """One head of one layer: its sibling and the previous layer are fetched for it."""
+    part = diagnose(
+        dump, tmp_path / "o", params=PARAMS, theta=THETA, layers=[9], heads=[2], prompts=["code"], figures=False
+    )
+    (row,) = part.rows
+    want = next(r for r in finished.rows if (r.prompt, r.layer, r.head) == ("code", 9, 2))
+    assert row == want
+    assert not math.isnan(row.overlap_layer)
+    assert not math.isnan(row.overlap_heads)
+
+
+def test_layers_with_other_heads(tmp_path):
+    """A head that the previous captured layer lacks, and kv heads with one query head each."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 80, 4, generator=g)
+    same = {"prompt": "p", "k": x, "q": x, "scale": 1.0}
+    write_dump(
+        tmp_path / "d",
+        [
+            {**same, "layer": 1, "query_heads": [0, 1], "kv_heads": [0, 1]},
+            {**same, "layer": 2, "query_heads": [4, 5], "kv_heads": [4, 5]},
+            {**same, "layer": 5, "query_heads": [1, 4], "kv_heads": [1, 4]},
+        ],
+    )
+    out = diagnose(tmp_path / "d", tmp_path / "o", params=AnchorParams(4, 2), theta=2.0)
+    assert [r.previous_layer for r in out.rows] == [None, None, None, None, None, 2]
+    assert out.rows[5].overlap_layer >= 0
+    assert all(math.isnan(r.overlap_heads) for r in out.rows)
+    assert all(math.isnan(r.overlap_layer) for r in out.rows[:5])
+    assert {r.kind for r in out.rows} == {""}
+    assert out.report["summary"]["all"]["unclassified"] == 6
+    assert len(out.figures) == 4
+
+
+@pytest.mark.parametrize("after", [0, 1, 5])
+def test_interrupted_run_continues_to_the_same_bytes(dump, finished, tmp_path, monkeypatch, after):
+    out, done = tmp_path / "o", []
+    real = run_module._row
+
+    def stops(layer, *rest):
+        if len(done) == after * 4:
+            raise KeyboardInterrupt
+        done.append(layer)
+        return real(layer, *rest)
+
+    monkeypatch.setattr(run_module, "_row", stops)
+    with pytest.raises(KeyboardInterrupt):
+        diagnose(dump, out, params=PARAMS, theta=THETA)
+    assert len(list((out / "parts").iterdir())) == after
+    assert not (out / "heads.json").exists()
+    again = []
+    monkeypatch.setattr(run_module, "_row", lambda *x: again.append(1) or real(*x))
+    state = json.loads((out / "run.json").read_text(encoding="utf-8"))
+    diagnose(dump, out, params=PARAMS, theta=THETA, figures=after == 1)
+    assert len(again) == 24 - after * 4
+    got = files(out)
+    want = {k: v for k, v in files(finished.path).items() if after == 1 or not k.startswith("figures")}
+    for name in ("heads.json", "run.json"):  # they hold when the run began
+        assert json.loads(got[name])["started"] == state["started"]
+        got[name] = re.sub(rb'"started": "[^"]*"', b"", got[name])
+        want[name] = re.sub(rb'"started": "[^"]*"', b"", want[name])
+    assert got == want
+
+
+@pytest.mark.parametrize("damage", [b"", b"{}", b"[1]", b'{"format": "anchorscope-heads-part", "dump": 1}', None])
+def test_damaged_parts_are_measured_again(dump, tmp_path, damage):
+    out = tmp_path / "o"
+    first = diagnose(dump, out, params=PARAMS, theta=THETA, prompts=["code"], figures=False)
+    want = files(out)
+    (out / "heads.json").unlink()
+    part = sorted((out / "parts").iterdir())[1]
+    if damage is None:
+        saved = json.loads(part.read_text(encoding="utf-8"))
+        saved["heads"][0]["sink_4"] = "much"
+        damage = json.dumps(saved).encode()
+    part.write_bytes(damage)
+    again = diagnose(dump, out, params=PARAMS, theta=THETA, prompts=["code"], figures=False)
+    assert files(out) == want
+    assert [r.sink_4 for r in again.rows] == [r.sink_4 for r in first.rows]
+
+
+def test_workers_change_nothing(dump, finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module.torch, "get_num_threads", lambda: 3)
+    before = threading.active_count()
+    out = diagnose(dump, tmp_path / "o", params=PARAMS, theta=THETA, figures=False)
+    assert threading.active_count() == before
+    assert (out.path / "diagnostics.csv").read_bytes() == (finished.path / "diagnostics.csv").read_bytes()
+
+
+def test_progress_ends_at_its_total(dump, tmp_path):
+    seen = []
+    diagnose(dump, tmp_path / "o", params=PARAMS, theta=THETA, layers=[7], heads=[0], progress=seen.append)
+    work = [e.work for e in seen if e.stage == "heads"]
+    assert work == sorted(work)
+    assert work[-1] == seen[0].total > 0
+    assert {e.stage for e in seen} == {"heads", "figures"}
+
+
+def test_load_again(finished, tmp_path):
+    again = load_diagnosis(finished.path)
+    assert again.report == finished.report
+    assert [vars(r) for r in again.rows if r.layer == 9] == [vars(r) for r in finished.rows if r.layer == 9]
+    assert again.figures == tuple(sorted(finished.figures))
+    with pytest.raises(DumpError, match="no finished head diagnostics"):
+        load_diagnosis(tmp_path)
+
+
+def test_refusals(dump, finished, tmp_path):
+    how = {"params": PARAMS, "theta": THETA}
+    with pytest.raises(InputError, match="holds finished head diagnostics; add --overwrite"):
+        diagnose(dump, finished.path, **how)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(InputError, match="holds no head diagnostics"):
+            diagnose(dump, tmp_path / "other", overwrite=overwrite, **how)
+    assert (tmp_path / "other" / "notes.txt").read_text() == "mine"
+    with pytest.raises(InputError, match="is a file or lies below one"):
+        diagnose(dump, tmp_path / "other" / "notes.txt", **how)
+    with pytest.raises(InputError, match="no layer 3"):
+        plan_heads(dump, layers=[3])
+    with pytest.raises(InputError, match="NaN"):
+        plan_heads(dump, theta=math.nan)
+    with pytest.raises(DumpError):
+        plan_heads(tmp_path / "other")
+
+
+def test_overwrite_replaces_and_leaves_strangers(dump, tmp_path):
+    out = tmp_path / "o"
+    diagnose(dump, out, params=PARAMS, theta=THETA, layers=[2])
+    (out / "figures" / "mine.txt").write_text("mine")
+    second = diagnose(dump, out, params=PARAMS, theta=1.0, layers=[7], figures=False, overwrite=True)
+    assert {r.layer for r in second.rows} == {7}
+    assert sorted(p.name for p in (out / "parts").iterdir()) == ["prompt00-layer007.json", "prompt01-layer007.json"]
+    assert [p.name for p in (out / "figures").iterdir()] == ["mine.txt"]
+
+
+def test_unfinished_run_with_other_settings(dump, tmp_path):
+    out = tmp_path / "o"
+    diagnose(dump, out, params=PARAMS, theta=THETA, figures=False)
+    (out / "heads.json").unlink()
+    with pytest.raises(InputError, match="an unfinished run with other settings"):
+        diagnose(dump, out, params=PARAMS, theta=2.5, figures=False)
+
+
+def test_full_disk_and_out_of_memory_are_one_sentence(dump, tmp_path, monkeypatch):
+    class Usage:
+        free = 10
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module.shutil, "disk_usage", lambda _: Usage)
+        with pytest.raises(RunFailure, match="free some space"):
+            diagnose(dump, tmp_path / "a")
+
+    def fails(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(run_module, "diagnose_head", fails)
+    with pytest.raises(RunFailure, match="out of memory on cpu: a head of 360 tokens"):
+        diagnose(dump, tmp_path / "b")
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# figures
+
+
+def synthetic(layers, heads, prompt="p", kind=None):
+    g = torch.Generator().manual_seed(5)
+    out = []
+    for layer in range(layers):
+        for head in range(heads):
+            values = dict(zip(METRICS, torch.rand(len(METRICS), generator=g).tolist(), strict=True))
+            values |= {"distance_1024": 1000 * values["distance"], "effective_keys_median": 1 + 99 * values["sink_1"]}
+            names = ("streaming", "mixed", "retrieval")
+            row = {
+                **values,
+                "prompt": prompt,
+                "layer": layer,
+                "head": head,
+                "kv_head": head // 4,
+                "kind": names[(layer + head) % 3] if kind is None else kind,
+                "hidden_sinks": (),
+                "influential": (),
+                "stripe_tokens": (),
+                "previous_layer": None,
+            }
+            if layer == 0:
+                row["overlap_layer"] = math.nan
+            out.append(HeadRow(**row))
+    return out
+
+
+@pytest.mark.parametrize(("layers", "heads"), [(1, 1), (3, 3), (32, 32)])
+def test_figures_of_any_size(tmp_path, layers, heads):
+    drawn = draw_all(synthetic(layers, heads, "$odd\n"), tmp_path / "f")
+    assert [p.name.split("-")[1] for p in drawn] == ["classes.png", "attention.png", "shapes.png", "persistence.png"]
+    assert all(p.stat().st_size > 5000 for p in drawn)
+
+
+def test_class_map_shows_the_classes():
+    rows = synthetic(3, 3)
+    figure = class_map(rows)
+    image = figure.axes[0].images[0].get_array()
+    colors = {tuple(image[r.layer, r.head]): r.kind for r in rows}
+    assert len(colors) == 3
+    assert all(colors[tuple(image[r.layer, r.head])] == r.kind for r in rows)
+    letters = {(round(t.get_position()[1]), round(t.get_position()[0])): t.get_text() for t in figure.axes[0].texts}
+    assert letters == {(r.layer, r.head): r.kind[0].upper() for r in rows}
+
+
+def test_maps_leave_what_does_not_apply_grey():
+    from anchorscope.heads.figures import PERSISTENCE
+
+    rows = [dataclasses.replace(r, kind="") for r in synthetic(2, 3)][:5]
+    image = metric_maps(rows, PERSISTENCE, "t", "s").axes[2].images[0].get_array()
+    assert (image[0] == image[0, 0]).all()
+    assert (image[1, 2] == image[0, 0]).all()  # a head that is missing
+    assert not (image[1, 0] == image[0, 0]).all()
+    with pytest.raises(InputError, match="one prompt"):
+        class_map([*rows, *synthetic(1, 1, "q")])
+    with pytest.raises(InputError, match="one prompt"):
+        class_map([])
+    with pytest.raises(InputError, match="no metrics"):
+        metric_maps(rows, (), "t", "s")
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# command line
+
+
+def invoke(*arguments):
+    app = typer.Typer()
+    app.command()(command)
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def test_command_on_a_layer_of_the_sample(tmp_path):
+    result = invoke(SAMPLE, "--out", tmp_path / "o", "--layers", "15", "--no-figures")
+    assert result.exit_code == 0, result.output
+    assert max(map(len, result.stdout.splitlines()[:20])) <= 80
+    assert "prose: 1 streaming, 1 mixed, 1 retrieval" in result.stdout
+    rows = read_table(tmp_path / "o")
+    assert [r["class"] for r in rows] == ["retrieval", "streaming", "mixed"]
+    # The first token is this layer's sink; no sink further in.
+    assert all(float(r["sink_1"]) > 0.4 for r in rows)
+    assert all(r["hidden_sinks"] == "0" for r in rows)
+    assert {r["previous_layer"] for r in rows} == {"5"}
+
+
+def test_json_and_many_heads(dump, tmp_path):
+    arguments = (dump, "--out", tmp_path / "o", "--block", "16", "--step", "2", "--theta", "3", "--no-figures")
+    result = invoke(*arguments, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["format"] == "anchorscope-heads"
+    result = invoke(*arguments)
+    assert isinstance(result.exception, InputError)
+    result = invoke(*arguments, "--overwrite", "--prompts", "story")
+    assert "story: " in result.stdout
+    assert re.search(r"#\d", result.stdout), "token ids"
+
+
+def test_more_heads_than_rows_are_summed_up_by_layer(tmp_path):
+    g = torch.Generator().manual_seed(0)
+    q, k = torch.randn(16, 330, 4, generator=g), torch.randn(4, 330, 4, generator=g)
+    write_dump(tmp_path / "d", [{"prompt": "p" * 60, "layer": x, "q": q, "k": k, "scale": 0.5} for x in (0, 1)])
+    result = invoke(tmp_path / "d", "--out", tmp_path / "o", "--no-figures")
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert max(map(len, lines[:16])) <= 80
+    assert any("16/0/0" in x for x in lines)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--theta", "6,8"), "lists 2 thetas"),
+        (("--theta", "many"), "not a number"),
+        (("--block", "0"), "block must be"),
+        (("--layers", "3"), "does not exist"),
+        (("--heads", "9"), "does not exist"),
+        (("--prompts", "poem"), "no prompt 'poem'"),
+        (("--device", "tpu"), "tpu"),
+        (("--tokenizer", "nowhere.json"), "nowhere.json"),
+    ],
+)
+def test_bad_options(dump, tmp_path, options, message):
+    result = invoke(dump, "--out", tmp_path / "o", *options)
+    assert isinstance(result.exception, AnchorScopeError), result.output
+    assert message in str(result.exception)
+    assert "\n" not in str(result.exception)
+    assert not (tmp_path / "o").exists()
