@@ -50,6 +50,7 @@ _CHUNK_ELEMENTS = 1 << 21  # scores held at a time: 8 MiB in float32, which stay
 _MAX_ROWS = 256
 _GPU_CHUNK_ELEMENTS = 1 << 26  # on a GPU launches, not caches, are what chunks must pay for
 _GPU_MAX_ROWS = 4096
+_OVERHEAD = 10_000_000  # bytes of allocator and library buffers per head at work, as measured
 _TINY = 1e-30  # below this share of a row's mass, float32 prefixes of the row are recomputed around their own maximum
 
 
@@ -314,10 +315,13 @@ def workspace_bytes(tokens: int, head_dim: int, thetas: int, params: AnchorParam
     rows and outputs of all thetas.
     """
     limit, elements = (_MAX_ROWS, _CHUNK_ELEMENTS) if device == "cpu" else (_GPU_MAX_ROWS, _GPU_CHUNK_ELEMENTS)
-    tensors = 8 * tokens * head_dim * 4
-    chunk = 4 * max(min(elements, tokens * tokens), 16 * tokens) * 4
-    rows = 3 * thetas * (tokens * 8 + min(limit, params.group) * head_dim * 4)
-    return tensors + chunk + rows + 40 * tokens * 8
+    rows = max(16, min(limit, params.group, elements // tokens))
+    tensors = 7 * tokens * head_dim  # q twice, k twice, v, and the reordered keys and values of the last groups
+    # Scores of the anchor region and of the candidates; the chunk before is still there while the next is computed.
+    chunk = (1.2 + (params.group > rows)) * max(min(elements, min(limit, params.group) * tokens), 16 * tokens)
+    outputs = 3 * (thetas + 1) * rows * head_dim
+    books = 5 * thetas * tokens + 40 * tokens
+    return int(4 * (tensors + chunk + outputs + books)) + _OVERHEAD
 
 
 @contextmanager

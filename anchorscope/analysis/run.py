@@ -64,7 +64,8 @@ class Plan:
     Attributes:
         jobs: heads to measure, entry by entry.
         workers: heads measured at the same time.
-        memory: bytes of working memory, besides the libraries themselves (host, or GPU with a CUDA device).
+        memory: bytes of working memory besides the libraries themselves; on a GPU its own memory, and the host then holds
+            one layer's tensors.
         disk: bytes the output folder will need at most.
         warnings: sentences for the user.
     """
@@ -162,7 +163,7 @@ def plan_analysis(
         backend=engine,
         jobs=jobs,
         workers=workers,
-        memory=workers * each + layer_bytes,
+        memory=workers * each + (layer_bytes if engine.device.type == "cpu" else 0),
         disk=len(jobs) * 2_000_000 + 10_000_000,
         warnings=tuple(_anchor_warnings(source, jobs, params)),
     )
@@ -183,6 +184,7 @@ def analyze(
     heatmaps: Sequence[tuple[int, int]] | str | None = None,
     figures: bool = True,
     overwrite: bool = False,
+    resume: bool = False,
     progress: ProgressCallback | None = None,
     plan: Plan | None = None,
 ) -> Analysis:
@@ -201,6 +203,7 @@ def analyze(
         heatmaps: (layer, head) pairs, "all", or None for the worst, the median and the best head.
         figures: draw the figures.
         overwrite: replace an earlier analysis in `out`.
+        resume: accept a finished analysis of the same request in `out` too, and leave it as it is.
         progress: called as work proceeds.
         plan: a plan made from the same arguments, to save making it twice.
 
@@ -227,7 +230,7 @@ def analyze(
     report = progress or (lambda _: None)
     path = make_folder(Path(out))
     with folder_lock(path):
-        state = _begin(path, plan, overwrite)
+        state = _begin(path, plan, overwrite, resume)
         _measure(path, plan, report)
         result = _finish(path, plan, state)
         drawn = redraw(path, heatmaps=heatmaps, progress=report) if figures else []
@@ -340,7 +343,7 @@ def _state(path: Path) -> dict[str, Any]:
     raise DumpError(f"{path} holds no analysis: run `anchorscope analyze DUMP --out {path}` first")
 
 
-def _begin(path: Path, plan: Plan, overwrite: bool) -> dict[str, Any]:
+def _begin(path: Path, plan: Plan, overwrite: bool, resume: bool) -> dict[str, Any]:
     """Start or continue: settle what the folder holds, and write down what this run is."""
     identity = {
         "format": "anchorscope-analysis",
@@ -360,11 +363,11 @@ def _begin(path: Path, plan: Plan, overwrite: bool) -> dict[str, Any]:
         if state is None:
             raise InputError(f"--out {path} exists and is not an analysis; name a new folder")
         same = {k: v for k, v in state.items() if k != "started"} == identity
-        if (path / REPORT).exists() or not same:
+        if ((path / REPORT).exists() and not resume) or not same:
             if not overwrite:
-                what = (
-                    "a finished analysis" if (path / REPORT).exists() else "an unfinished analysis with other settings"
-                )
+                what = "a finished analysis" if (path / REPORT).exists() else "an unfinished analysis"
+                if not same:
+                    what += " with other settings"
                 raise InputError(f"--out {path} holds {what}; add --overwrite to replace it, or name a new folder")
             _clear(path)
         else:

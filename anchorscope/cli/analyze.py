@@ -38,6 +38,9 @@ def analyze(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
     no_figures: Annotated[bool, typer.Option("--no-figures", help="Write tables and profiles only.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier analysis in OUT.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue in OUT; an interrupted run of the same settings does so anyway.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON, and nothing else.")] = False,
 ) -> None:
     """Measure recall against sparsity of every head in a dump, and draw what the heads attend to.
@@ -47,6 +50,8 @@ def analyze(
     """
     from anchorscope.selection import parse_indices, parse_thetas
 
+    if overwrite and resume:
+        raise InputError("--overwrite and --resume contradict each other: give one of them")
     thetas = parse_thetas(theta)
     pairs = _heatmaps(heatmap)
 
@@ -70,9 +75,10 @@ def analyze(
         backend=backend,
         device=device,
     )
+    kind = "memory" if plan.backend.device.type == "cpu" else "GPU memory"
     note(
         f"{len(plan.jobs)} heads, back end {plan.backend.name} on {plan.backend.hardware}; needs about "
-        f"{human_bytes(plan.memory)} of memory and at most {human_bytes(plan.disk)} of disk"
+        f"{human_bytes(plan.memory)} of {kind} and at most {human_bytes(plan.disk)} of disk"
     )
     for sentence in plan.warnings:
         warn(sentence)
@@ -83,6 +89,7 @@ def analyze(
             heatmaps=pairs,
             figures=not no_figures,
             overwrite=overwrite,
+            resume=resume,
             progress=bar,
             plan=plan,
         )

@@ -61,6 +61,23 @@ def test_growth_is_at_most_quadratic():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("n", "d", "thetas", "block", "step"), [(8192, 64, 3, 64, 4), (32768, 128, 41, 128, 16)])
+def test_memory_is_stated_beforehand(n, d, thetas, block, step):
+    """The plan's figure against the growth of the process, one head at a time."""
+    from anchorscope.analysis.engine import workspace_bytes
+    from anchorscope.params import AnchorParams
+
+    idle = measure(1024, d, 1, thetas, block, step)["peak_bytes"]
+    layer = 3 * n * d * 2
+    stated = workspace_bytes(n, d, thetas, AnchorParams(block, step)) + layer
+    small = workspace_bytes(1024, d, thetas, AnchorParams(block, step)) + 3 * 1024 * d * 2
+    # The inputs exist twice here, once as made and once as read from the dump; they are written through one copy.
+    used = measure(n, d, 1, thetas, block, step)["peak_bytes"] - idle + small - 3 * layer
+    print(f"stated {stated / 1e6:.1f} MB, used {used / 1e6:.1f} MB")
+    assert 0.7 * used <= stated <= 1.4 * used
+
+
+@pytest.mark.slow
 def test_memory_of_one_long_head():
     assert measure(32768, 64, 1, 3, 64, 4)["peak_bytes"] < 1.5 * 2**30
     assert measure(32768, 128, 1, 41, 128, 16)["peak_bytes"] < 1.5 * 2**30

@@ -207,6 +207,17 @@ def test_out_is_protected(dump, tmp_path):
         analyze(dump, tmp_path / "file", **settings)
 
 
+def test_resume_accepts_a_finished_run(dump, tmp_path):
+    settings = {"params": PARAMS, "figures": False, "heads": [0]}
+    analyze(dump, tmp_path, **settings)
+    before = files(tmp_path)
+    analyze(dump, tmp_path, resume=True, **settings)
+    assert files(tmp_path) == before
+    with pytest.raises(InputError, match="other settings"):
+        analyze(dump, tmp_path, resume=True, thetas=(4.0,), **settings)
+    assert files(tmp_path) == before
+
+
 def test_concurrent_run_is_refused(dump, tmp_path):
     from anchorscope.locks import folder_lock
 
