@@ -13,7 +13,7 @@ TOKENS ?= 4096
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test test-slow test-gpu lint format types package clean
+.PHONY: help demo test test-slow test-browser test-gpu lint format types package clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -36,10 +36,13 @@ demo: $(STAMP)  ## capture a small real model, analyze and bench it, draw the pi
 	@echo "Pictures: $(OUT)/analysis/figures/ and $(OUT)/bench/"
 
 test: $(STAMP)  ## run the tests that need no GPU and no network
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not gpu and not slow and not network"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not gpu and not slow and not network and not browser"
 
 test-slow: $(STAMP)  ## run the long tests, which fetch the small real model
 	$(BIN)/python -m pytest -m "(slow or network) and not gpu"
+
+test-browser: $(STAMP)  ## run the tests of the HTML report in headless Chromium (chromium and chromedriver must be there)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser
 
 test-gpu: $(STAMP)  ## run the kernel tests on a CUDA GPU
 	$(BIN)/python -m pytest -m gpu tests/kernels tests/analysis

@@ -64,8 +64,8 @@ class Plan:
     Attributes:
         jobs: heads to measure, entry by entry.
         workers: heads measured at the same time.
-        memory: bytes of working memory besides the libraries themselves; on a GPU its own memory, and the host then holds
-            one layer's tensors.
+        memory: bytes of working memory besides the libraries themselves; on a GPU its own memory, and the host then
+            holds one layer's tensors.
         disk: bytes the output folder will need at most.
         warnings: sentences for the user.
     """

@@ -16,7 +16,9 @@ from anchorscope.cli.analyze import analyze, figures
 from anchorscope.cli.bench import bench
 from anchorscope.cli.capture import capture
 from anchorscope.cli.compare import compare
+from anchorscope.cli.heads import heads
 from anchorscope.cli.info import info
+from anchorscope.cli.report import report
 from anchorscope.errors import AnchorScopeError
 
 app = typer.Typer(
@@ -35,6 +37,8 @@ app.command()(info)
 app.command()(analyze)
 app.command()(figures)
 app.command()(compare)
+app.command()(heads)
+app.command()(report)
 app.command()(bench)
 
 

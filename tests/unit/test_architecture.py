@@ -26,8 +26,9 @@ MAY_IMPORT = {
     "analysis": {"dumps", "kernels", "report"},
     "methods": {"kernels", "analysis"},
     "compare": {"dumps", "kernels", "methods", "analysis", "report"},
+    "heads": {"dumps", "kernels", "methods", "analysis", "report"},
     "bench": {"dumps", "kernels", "report"},
-    "cli": {"dumps", "capture", "analysis", "bench", "report", "methods", "compare"},
+    "cli": {"dumps", "capture", "analysis", "bench", "report", "methods", "compare", "heads"},
 }
 HEAVY = {"torch", "transformers", "matplotlib", "triton", "numpy", "safetensors"}
 
