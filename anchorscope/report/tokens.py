@@ -11,10 +11,10 @@ from anchorscope.errors import InputError, MissingBackendError
 
 
 def token_texts(ids: Sequence[int], pieces: Sequence[str] | None = None) -> list[str]:
-    """Text of each token id; `#id` without a vocabulary, or where it has no such id."""
+    """Text of each token id; `#id ` without a vocabulary, or where it has no such id."""
     if pieces is None:
-        return [f"#{i}" for i in ids]
-    return [pieces[i] if 0 <= i < len(pieces) and pieces[i] else f"#{i}" for i in ids]
+        return [f"#{i} " for i in ids]
+    return [pieces[i] if 0 <= i < len(pieces) and pieces[i] else f"#{i} " for i in ids]
 
 
 def load_pieces(path: Path | str) -> list[str]:

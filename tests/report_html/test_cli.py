@@ -79,8 +79,8 @@ def test_tokens_of_the_dump(tmp_path):
     folder = write_run(tmp_path / "run", profiles)
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"\u0120a": 0, "<b>": 1}}}))
     for options, expected in (
-        ([], ["#0", "#1", "#2"]),
-        (["--tokenizer", tmp_path], [" a", "<b>", "#2"]),
+        ([], ["#0 ", "#1 ", "#2 "]),
+        (["--tokenizer", tmp_path], [" a", "<b>", "#2 "]),
     ):
         done = invoke(folder, "--dump", tmp_path / "dump", *options)
         assert done.exit_code == 0, done.exception

@@ -39,8 +39,8 @@ def test_gguf_vocabulary(tmp_path):
 
 
 def test_texts_of_ids():
-    assert token_texts([1, 0, 7, -1], ["a", ""]) == ["#1", "a", "#7", "#-1"]
-    assert token_texts([3]) == ["#3"]
+    assert token_texts([1, 0, 7, -1], ["a", ""]) == ["#1 ", "a", "#7 ", "#-1 "]
+    assert token_texts([3]) == ["#3 "]
 
 
 @pytest.mark.parametrize(

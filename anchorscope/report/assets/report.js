@@ -27,7 +27,7 @@
   const fill = (id, ...children) => byId(id).replaceChildren(...children);
   const nats = (x) => (x === Infinity ? "inf" : x === -Infinity ? "-inf" : String(Math.round(x * 1e4) / 1e4));
   const fixed = (x, digits = 4) =>
-    x === null || x === undefined || Number.isNaN(x) ? "-" : Number.isFinite(x) ? x.toFixed(digits) : nats(x);
+    x === null || x === undefined || Number.isNaN(x) ? "-" : Number.isFinite(x) ? x.toFixed(digits).replace(/^-(0\.0+)$/, "$1") : nats(x);
   const whole = (x) => x.toLocaleString("en-US");
   /** Plotly reads its texts as markup. */
   const plain = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
@@ -168,8 +168,7 @@
       q[id] = { name, value: (s, r, t) => extra(s, r, id, t), scale, map: "cividis", only: onlyAsked };
     const withMethods = data.sets.find((s) => s.methods);
     if (withMethods) {
-      const words = [...new Set(data.sets.flatMap((s) => s.methods?.labels ?? []))];
-      q.best = { name: "best method", value: (s, r) => (s.methods ? bestMethod(s, r) : null), words };
+      q.best = { name: "best method", value: (s, r) => (s.methods ? bestMethod(s, r) : null), words: [] };
     }
     for (const set of data.sets)
       for (const [c, column] of (set.diagnostics?.columns ?? []).entries()) {
@@ -219,7 +218,7 @@
     const heads = [...new Set(sets.flatMap((s) => s.heads.map((h) => h[1])))].sort((a, b) => a - b);
     const kv = new Map(current().heads.map((h) => [h[1], h[2]]));
     const apart = (i) => i > 0 && kv.get(heads[i]) !== kv.get(heads[i - 1]);
-    byId("grid").style.setProperty("--cell", heads.length > 20 ? "26px" : "46px");
+    state.columns = heads.length;
     cells = new Map();
     const top = make("div", { role: "row" }, make("div", { class: "top", role: "columnheader" }, "layer"));
     heads.forEach((h, i) => top.append(make("div", { class: apart(i) ? "name kv" : "name", role: "columnheader" }, String(h))));
@@ -262,7 +261,8 @@
     const span = difference && !q.words ? Math.max(1e-4, ...numbers.map(Math.abs)) : 0;
     const [low, high] = difference ? [-span, span] : q.scale ?? [0, 1];
     const map = difference ? "PuOr" : q.map;
-    const short = cells.size && byId("grid").style.getPropertyValue("--cell") === "26px";
+    const short = state.columns > 20, roomy = q.words && state.columns <= 12;
+    byId("grid").style.setProperty("--cell", short ? "26px" : roomy ? "96px" : "46px");
     const target = runOf(shownSet()).target;
     for (const [key, cell] of cells) {
       const value = values.get(key), [layer, head] = key.split(":");
@@ -278,7 +278,7 @@
       const chosen = key === state.key;
       cell.style.background = rgb ? `rgb(${rgb})` : "var(--empty)";
       cell.style.color = rgb ? inkOn(rgb) : "var(--muted)";
-      cell.textContent = short ? "" : q.words ? text.slice(0, 7) : text;
+      cell.textContent = short ? "" : q.words ? text.slice(0, roomy ? 16 : 7) : text;
       const words = value === null ? (q.only ?? "no value") : q.words ? text : fixed(value, q.digits ?? 4);
       cell.setAttribute("aria-label", `layer ${layer}, head ${head}: ${q.name} ${words}`);
       cell.title = `layer ${layer}, head ${head}: ${q.name} ${words}`;
@@ -382,6 +382,9 @@
   const CONFIG = { displaylogo: false, responsive: true, displayModeBar: "hover", modeBarButtons: [["toImage", "zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "resetScale2d"]] };
   const style = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
+  /** Paper does not tell its width: charts get that of their box while printing. */
+  const widthOf = (box) => (document.body.classList.contains("paper") ? { width: box.clientWidth, autosize: false } : { autosize: true });
+
   function layout(more) {
     const axis = { gridcolor: style("--line"), zerolinecolor: style("--line"), linecolor: style("--line"), automargin: true };
     const { xaxis, yaxis, ...rest } = more;
@@ -404,7 +407,7 @@
     const lowest = Math.min(1, ...traces.map((t) => Math.min(...t.y)));
     box.style.height = `${height + 19 * rows}px`;
     return Plotly.react(box, traces, layout({
-      xaxis, yaxis: { title: { text: "recall" }, range: [Math.max(0, lowest - 0.05), 1.01] }, margin: { l: 55, r: 12, t: 28, b: 54 + 19 * rows },
+      ...widthOf(box), xaxis, yaxis: { title: { text: "recall" }, range: [Math.max(0, lowest - 0.05), 1.01] }, margin: { l: 55, r: 12, t: 28, b: 54 + 19 * rows },
     }), CONFIG);
   }
   const densityAxis = (least) => least > 0 && least < 0.25
@@ -578,7 +581,7 @@
       colorbar: { thickness: 12, title: { text: byMargin ? "nats" : "mass", side: "top" }, ...ticks } };
     const box = byId("heat"), last = heat.rows.at(-1), keys = heat.columns.at(-1);
     const old = !fresh && box.layout ? { x: box.layout.xaxis.range, y: box.layout.yaxis.range } : { x: [0, keys], y: [last, 0] };
-    const more = layout({ xaxis: { title: { text: "key position, tokens" }, range: old.x }, yaxis: { title: { text: "query position" }, range: old.y }, shapes: cursorShape() });
+    const more = layout({ ...widthOf(box), xaxis: { title: { text: "key position, tokens" }, range: old.x }, yaxis: { title: { text: "query position" }, range: old.y }, shapes: cursorShape() });
     more.plot_bgcolor = style("--empty");
     Plotly.react(box, [trace], more, { ...CONFIG, scrollZoom: false });
     if (!box.dataset.ready) {
@@ -771,15 +774,23 @@
   });
   system.addEventListener("change", () => dress(wish));
   // Paper is white, and the charts carry their colours in themselves.
-  addEventListener("beforeprint", () => {
-    document.documentElement.dataset.theme = "light";
+  function redraw() {
     paintGrid();
     drawPooled();
-    if (current().index.has(state.key)) drawCurve(current().index.get(state.key));
+    drawCurve(current().index.get(state.key));
     drawPosition();
     paintHeat(false);
+  }
+  addEventListener("beforeprint", () => {
+    document.documentElement.dataset.theme = "light";
+    document.body.classList.add("paper");
+    redraw();
   });
-  addEventListener("afterprint", () => dress(wish));
+  addEventListener("afterprint", () => {
+    document.body.classList.remove("paper");
+    dress(wish);
+    redraw();
+  });
 
   // ---- start ------------------------------------------------------------------------------------------------
 
@@ -799,6 +810,8 @@
     byId("quantity").append(...Object.entries(QUANTITIES).map(([id, q]) => make("option", { value: id }, q.name)));
     state.theta = data.runs[0].asked[0];
     for (const set of data.sets) await open(set);
+    if (QUANTITIES.best) // only the methods that win somewhere need a colour
+      QUANTITIES.best.words = [...new Set(data.sets.filter((s) => s.methods).flatMap((s) => s.records.map((r) => bestMethod(s, r))))].filter(Boolean).sort();
     await select({ set: 0 });
     document.documentElement.dataset.ready = "1";
   }
