@@ -150,23 +150,28 @@ def _print_tokens(rows: list[dict[str, Any]]) -> None:
     ranked = sorted((h for h in rows if h["window_recall"] is not None), key=lambda h: h["window_recall"])
     for h in ranked[:3]:
         line = f"layer {h['layer']}, head {h['head']} keeps"
-        for token in h["stripe_tokens"]:
-            more = f"{line}  {_token(token)}"
-            if len(more) > 80:
+        for item in _by_text(h["stripe_tokens"]):
+            if len(line) + 2 + len(item) > 80:
                 break
-            line = more
+            line += f"  {item}"
         if h["stripe_tokens"]:
             print(line)
     if ranked:
         print()
 
 
-def _token(token: dict[str, Any]) -> str:
-    """`26 '\\n'` with a vocabulary, `26 #198` with ids, `26` without."""
-    text = token.get("token")
-    if text is not None:
-        return f"{token['position']} {text[:16]!r}"
-    return f"{token['position']} #{token['token_id']}" if "token_id" in token else str(token["position"])
+def _by_text(tokens: list[dict[str, Any]]) -> list[str]:
+    """Positions gathered by token: `' the' 254,2369,521,1685,+6` with a vocabulary, `#260 254,2369` with ids, `254` without."""
+    places: dict[str, list[str]] = {}
+    for token in tokens:
+        name = f"#{token['token_id']}" if "token_id" in token else ""
+        name = f"{token['token'][:16]!r}" if "token" in token else name
+        # Without a name, every position stands for itself.
+        places.setdefault(name or str(token["position"]), []).append(str(token["position"]) if name else "")
+    return [
+        f"{name} {','.join(where[:4])}".strip() + (f",+{len(where) - 4}" if len(where) > 4 else "")
+        for name, where in places.items()
+    ]
 
 
 def _by_layer(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:

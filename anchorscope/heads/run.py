@@ -190,7 +190,7 @@ def plan_heads(
         layers=chosen,
         workers=workers,
         memory=workers * each + kept + 2 * max(x.entry.bytes for x in chosen),
-        disk=len(jobs) * 12_000 + 10_000_000,
+        disk=len(jobs) * 20_000 + 10_000_000,
         warnings=tuple(_warnings(chosen, params)),
     )
 

@@ -16,6 +16,7 @@ import typer
 from typer.testing import CliRunner
 
 from anchorscope.analysis.tables import number
+from anchorscope.cli.heads import _by_text
 from anchorscope.cli.heads import heads as command
 from anchorscope.dumps import open_dump, write_dump
 from anchorscope.errors import AnchorScopeError, DumpError, InputError, RunFailure
@@ -417,6 +418,13 @@ def test_json_and_many_heads(dump, tmp_path):
     result = invoke(*arguments, "--overwrite", "--prompts", "story")
     assert "story: " in result.stdout
     assert re.search(r"#\d", result.stdout), "token ids"
+
+
+def test_tokens_in_the_terminal_are_gathered_by_text():
+    many = [{"position": j, "token_id": 4, "token": " a"} for j in range(9, 15)]
+    assert _by_text([*many, {"position": 3, "token_id": 5, "token": "\n"}]) == ["' a' 9,10,11,12,+2", "'\\n' 3"]
+    assert _by_text([{"position": 7, "token_id": 4}, {"position": 8, "token_id": 4}]) == ["#4 7,8"]
+    assert _by_text([{"position": 7}, {"position": 8}]) == ["7", "8"]
 
 
 def test_more_heads_than_rows_are_summed_up_by_layer(tmp_path):
