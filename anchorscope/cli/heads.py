@@ -161,7 +161,7 @@ def _print_tokens(rows: list[dict[str, Any]]) -> None:
 
 
 def _by_text(tokens: list[dict[str, Any]]) -> list[str]:
-    """Positions gathered by token: `' the' 254,2369,521,1685,+6` with a vocabulary, `#260 254,2369` with ids, `254` without."""
+    """Positions by token: `' the' 254,2369,521,1685,+6` with a vocabulary, `#260 254,2369` with ids, else `254`."""
     places: dict[str, list[str]] = {}
     for token in tokens:
         name = f"#{token['token_id']}" if "token_id" in token else ""
