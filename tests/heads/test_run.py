@@ -26,6 +26,7 @@ from anchorscope.heads.figures import class_map, draw_all, metric_maps
 from anchorscope.heads.tables import COLUMNS, METRICS, HeadRow, TokenText
 from anchorscope.methods import Head
 from anchorscope.params import AnchorParams
+from anchorscope.report.tokens import token_texts
 
 N, D = 360, 8
 PARAMS = AnchorParams(16, 2)
@@ -139,7 +140,7 @@ def test_report_says_what_it_is(dump, finished):
 def test_tokens_as_text(dump, tmp_path):
     pieces = list("abcdef")  # id 6 is beyond the vocabulary
     out = diagnose(dump, tmp_path / "o", params=PARAMS, theta=THETA, layers=[2], pieces=pieces, figures=False)
-    names = [*pieces, "#6"]
+    names = token_texts(range(7), pieces)
     found = [t for h in out.report["heads"] if h["prompt"] == "story" for t in h["stripe_tokens"]]
     assert found
     for t in found:
@@ -152,8 +153,9 @@ def test_tokens_as_text(dump, tmp_path):
 
 def test_token_text_at_the_edges():
     text = TokenText([0, 1, 2], ["x", "", "z"])
-    assert text.at(0) == {"token_id": 0, "token": "x", "context": ["", "#1z"]}
-    assert text.at(2) == {"token_id": 2, "token": "z", "context": ["x#1", ""]}
+    (unknown,) = token_texts([1])
+    assert text.at(0) == {"token_id": 0, "token": "x", "context": ["", f"{unknown}z"]}
+    assert text.at(2) == {"token_id": 2, "token": "z", "context": [f"x{unknown}", ""]}
     assert text.at(3) == {}
     assert TokenText().at(0) == {}
 
