@@ -32,8 +32,9 @@ demo: $(STAMP)  ## capture a small real model, analyze and bench it, draw the pi
 	  --prompt samples/prompts/needles.txt --tokens $(TOKENS) --layers 0,5,10,15,20,25 --dtype bf16 --out $(OUT)/dump --overwrite
 	$(BIN)/anchorscope analyze $(OUT)/dump --block 64 --step 4 --theta 8,4,6,10,12 --out $(OUT)/analysis --overwrite
 	$(BIN)/anchorscope bench $(OUT)/dump --layers 5,20 --block 64 --step 4 --theta 8 --out $(OUT)/bench --overwrite
+	$(BIN)/anchorscope report $(OUT)/analysis --dump $(OUT)/dump --html $(OUT)/report.html
 	@echo
-	@echo "Pictures: $(OUT)/analysis/figures/ and $(OUT)/bench/"
+	@echo "Pictures: $(OUT)/analysis/figures/ and $(OUT)/bench/; everything on one page: $(OUT)/report.html"
 
 test: $(STAMP)  ## run the tests that need no GPU and no network
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not gpu and not slow and not network and not browser"
