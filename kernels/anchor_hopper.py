@@ -86,14 +86,10 @@ def _produce(
                 phase = ((count // STAGES) & 1) ^ 1
                 mbarrier.wait(k_empty.index(slot), phase)
                 mbarrier.expect(k_full.index(slot), k_desc.block_type.nbytes)
-                tma_load(
-                    k_desc, [b * ky_b + hk * ky_h + j, b * kx_b + hk * kx_h], k_full.index(slot), k_s.index(slot)
-                )
+                tma_load(k_desc, [b * ky_b + hk * ky_h + j, b * kx_b + hk * kx_h], k_full.index(slot), k_s.index(slot))
                 mbarrier.wait(v_empty.index(slot), phase)
                 mbarrier.expect(v_full.index(slot), v_desc.block_type.nbytes)
-                tma_load(
-                    v_desc, [b * vy_b + hk * vy_h + j, b * vx_b + hk * vx_h], v_full.index(slot), v_s.index(slot)
-                )
+                tma_load(v_desc, [b * vy_b + hk * vy_h + j, b * vx_b + hk * vx_h], v_full.index(slot), v_s.index(slot))
                 count += 1
 
 

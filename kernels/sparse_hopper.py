@@ -77,14 +77,10 @@ def _produce(
                 ahead = (it + 1) * BN + c
                 later = gl.load(listed + ahead, mask=ahead < count, other=0)
                 mbarrier.wait(k_empty.index(slot), phase)
-                gather(
-                    k_s.index(slot), k_base + ((cols.to(gl.int64) * skn)[:, None] + d)
-                )
+                gather(k_s.index(slot), k_base + ((cols.to(gl.int64) * skn)[:, None] + d))
                 async_copy.mbarrier_arrive(k_full.index(slot), increment_count=False)
                 mbarrier.wait(v_empty.index(slot), phase)
-                gather(
-                    v_s.index(slot), v_base + ((cols.to(gl.int64) * svn)[:, None] + d)
-                )
+                gather(v_s.index(slot), v_base + ((cols.to(gl.int64) * svn)[:, None] + d))
                 async_copy.mbarrier_arrive(v_full.index(slot), increment_count=False)
                 cols = later
                 counter += 1
