@@ -22,7 +22,7 @@ import torch
 
 from anchorscope._version import __version__
 from anchorscope.analysis.backends import Backend, resolve_backend
-from anchorscope.analysis.engine import HeadShape
+from anchorscope.analysis.engine import HEAT_COLUMNS, HEAT_ROWS, POSITION_BINS, HeadShape
 from anchorscope.analysis.jobs import (
     Job,
     Progress,
@@ -66,7 +66,7 @@ class Plan:
         workers: heads measured at the same time.
         memory: bytes of working memory besides the libraries themselves; on a GPU its own memory, and the host then
             holds one layer's tensors.
-        disk: bytes the output folder will need at most.
+        disk: bytes the output folder will need, about.
         warnings: sentences for the user.
     """
 
@@ -115,6 +115,7 @@ def plan_analysis(
     prompts: Sequence[str] | None = None,
     backend: str = "auto",
     device: str = "auto",
+    heatmaps: Sequence[tuple[int, int]] | str | None = None,
 ) -> Plan:
     """Check a request and say what it will cost. Arguments as in `analyze`.
 
@@ -164,7 +165,7 @@ def plan_analysis(
         jobs=jobs,
         workers=workers,
         memory=workers * each + (layer_bytes if engine.device.type == "cpu" else 0),
-        disk=len(jobs) * 2_000_000 + 10_000_000,
+        disk=_disk_bytes(jobs, params, len(thetas), heatmaps),
         warnings=tuple(_anchor_warnings(source, jobs, params)),
     )
 
@@ -225,6 +226,7 @@ def analyze(
             prompts=prompts,
             backend=backend,
             device=device,
+            heatmaps=heatmaps,
         )
     _check_heatmaps(heatmaps, plan)
     report = progress or (lambda _: None)
@@ -294,6 +296,22 @@ def load_report(out: Path | str) -> dict[str, Any]:
 
 # ----------------------------------------------------------------------------------------------------------------
 # planning
+
+
+def _disk_bytes(
+    jobs: Sequence[Job], params: AnchorParams, thetas: int, heatmaps: Sequence[tuple[int, int]] | str | None
+) -> int:
+    """What the output folder will hold, about: profiles are mostly their heat maps, pictures are counted."""
+    profiles = 0
+    for job in jobs:
+        n = job.entry.tokens
+        groups, positions = params.groups(n), -(-n // -(-n // POSITION_BINS))
+        rows, columns = (-(-count // -(-count // limit)) for count, limit in ((groups, HEAT_ROWS), (n, HEAT_COLUMNS)))
+        profiles += 8 * rows * columns + 4 * thetas * positions + 60_000 + 9_500 + 140 * thetas
+    layers = len({(j.prompt_index, j.entry.layer) for j in jobs})
+    prompts = len({j.prompt_index for j in jobs})
+    maps = len(jobs) if heatmaps == "all" else prompts * (3 if heatmaps is None else len(heatmaps))
+    return profiles + 100_000 * (prompts + 2 * layers) + 190_000 * maps + 40_000
 
 
 def _anchor_warnings(dump: Dump, jobs: Sequence[Job], params: AnchorParams) -> Iterator[str]:

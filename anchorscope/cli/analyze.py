@@ -74,11 +74,12 @@ def analyze(
         prompts=None if prompts == "all" else [p.strip() for p in prompts.split(",")],
         backend=backend,
         device=device,
+        heatmaps=pairs,
     )
     kind = "memory" if plan.backend.device.type == "cpu" else "GPU memory"
     note(
         f"{len(plan.jobs)} heads, back end {plan.backend.name} on {plan.backend.hardware}; needs about "
-        f"{human_bytes(plan.memory)} of {kind} and at most {human_bytes(plan.disk)} of disk"
+        f"{human_bytes(plan.memory)} of {kind} and {human_bytes(plan.disk)} of disk"
     )
     for sentence in plan.warnings:
         warn(sentence)

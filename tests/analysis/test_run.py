@@ -88,6 +88,15 @@ def test_everything_is_written(dump, tmp_path):
     assert [p.head for p in iter_profiles(tmp_path / "out")] == [0, 1, 2, 3] * 4
 
 
+def test_disk_is_stated_beforehand(tmp_path):
+    sample = ROOT / "samples" / "smollm2-4k"
+    settings = {"thetas": (8.0, 10.0), "params": AnchorParams(64, 4)}
+    plan = plan_analysis(sample, **settings)
+    analyze(sample, tmp_path, plan=plan)
+    used = sum(p.stat().st_size for p in tmp_path.rglob("*") if p.is_file())
+    assert 0.8 * used <= plan.disk <= 1.2 * used
+
+
 def test_report_follows_its_schema(dump, tmp_path):
     result = analyze(dump, tmp_path, thetas=(1.0, math.inf), params=PARAMS, figures=False)
     report = json.loads((tmp_path / "report.json").read_text())
