@@ -268,14 +268,20 @@ def redraw(
     state = _state(path)
     report = progress or (lambda _: None)
     target = state["settings"]["target_recall"]
-    report(Progress("figures", 0, 1))
     folder = path / FIGURES
     folder.mkdir(exist_ok=True)
-    drawn = draw_all(
-        [path / PROFILES / name for name in state["profiles"]], folder, heatmaps=heatmaps, target_recall=target
-    )
-    report(Progress("figures", 1, 1))
-    return drawn
+    profiles = [path / PROFILES / name for name in state["profiles"]]
+    prompts, layers = len(state["settings"]["prompts"]), len(state["settings"]["layers"])
+    total = prompts * (1 + 2 * layers) + _heat_maps(heatmaps, len(profiles), prompts)
+    done = 0
+
+    def drawn_one(file: Path) -> None:
+        nonlocal done
+        done += 1
+        report(Progress("figures", min(done, total), total, file.stem))
+
+    report(Progress("figures", 0, total))
+    return draw_all(profiles, folder, heatmaps=heatmaps, target_recall=target, progress=drawn_one)
 
 
 def load_report(out: Path | str) -> dict[str, Any]:
@@ -310,8 +316,13 @@ def _disk_bytes(
         profiles += 8 * rows * columns + 4 * thetas * positions + 60_000 + 9_500 + 140 * thetas
     layers = len({(j.prompt_index, j.entry.layer) for j in jobs})
     prompts = len({j.prompt_index for j in jobs})
-    maps = len(jobs) if heatmaps == "all" else prompts * (3 if heatmaps is None else len(heatmaps))
-    return profiles + 100_000 * (prompts + 2 * layers) + 190_000 * maps + 40_000
+    pictures = 100_000 * (prompts + 2 * layers) + 190_000 * _heat_maps(heatmaps, len(jobs), prompts)
+    return profiles + pictures + 40_000
+
+
+def _heat_maps(heatmaps: Sequence[tuple[int, int]] | str | None, heads: int, prompts: int) -> int:
+    """How many heat maps a request draws."""
+    return heads if heatmaps == "all" else prompts * (3 if heatmaps is None else len(heatmaps))
 
 
 def _anchor_warnings(dump: Dump, jobs: Sequence[Job], params: AnchorParams) -> Iterator[str]:
