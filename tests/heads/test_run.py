@@ -400,7 +400,7 @@ def invoke(*arguments):
 def test_command_on_a_layer_of_the_sample(tmp_path):
     result = invoke(SAMPLE, "--out", tmp_path / "o", "--layers", "15", "--no-figures")
     assert result.exit_code == 0, result.output
-    assert max(map(len, result.stdout.splitlines()[:20])) <= 80
+    assert max(len(x) for x in result.stdout.splitlines() if str(tmp_path) not in x) <= 80
     assert "prose: 1 streaming, 1 mixed, 1 retrieval" in result.stdout
     rows = read_table(tmp_path / "o")
     assert [r["class"] for r in rows] == ["retrieval", "streaming", "mixed"]
@@ -436,7 +436,7 @@ def test_more_heads_than_rows_are_summed_up_by_layer(tmp_path):
     result = invoke(tmp_path / "d", "--out", tmp_path / "o", "--no-figures")
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
-    assert max(map(len, lines[:16])) <= 80
+    assert max(len(x) for x in lines if str(tmp_path) not in x) <= 80
     assert any("16/0/0" in x for x in lines)
 
 
