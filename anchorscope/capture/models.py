@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from anchorscope.capture.presets import PRESETS, preset_file
 from anchorscope.devices import resolve_device
-from anchorscope.dumps.writer import torch_dtype
+from anchorscope.dumps.writer import dtype_name, torch_dtype
 from anchorscope.errors import AnchorScopeError, InputError, MissingBackendError
 
 if TYPE_CHECKING:
@@ -137,6 +140,47 @@ def check_config(config: PretrainedConfig, name: str) -> None:
 def text_config(model: PreTrainedModel) -> PretrainedConfig:
     """The configuration of the language model, also inside a multimodal one."""
     return model.config.get_text_config(decoder=True)
+
+
+def model_facts(model: PreTrainedModel, name: str | None = None, revision: str | None = None) -> dict[str, Any]:
+    """What identifies a model: the `model` object of dumps and of anchors.json.
+
+    `query_heads`, `kv_heads` and `head_dim` are the configuration's, None where it gives none or one per layer.
+    `fingerprint` hashes the names and shapes of all parameters, and the values of those with one dimension (norms,
+    biases), rounded to bf16, so that a model loaded in another dtype keeps it and another training run does not.
+    """
+    config = text_config(model)
+    heads = getattr(config, "num_attention_heads", None)
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    width = getattr(config, "hidden_size", None)
+    head_dim = getattr(config, "head_dim", None)
+    if head_dim is None and isinstance(width, int) and isinstance(heads, int):
+        head_dim = width // heads
+    digest = hashlib.sha256()
+    for key, parameter in sorted(model.named_parameters()):
+        digest.update(f"{key}{tuple(parameter.shape)}".encode())
+        if parameter.ndim == 1 and parameter.is_floating_point() and parameter.device.type != "meta":
+            digest.update(parameter.detach().to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+    return {
+        "name": name or name_of(model),
+        "revision": revision,
+        "class": type(model).__name__,
+        "type": config.model_type,
+        "dtype": dtype_name(model.dtype) if model.dtype != torch.float64 else "fp64",
+        "attention": model.config._attn_implementation,
+        "layers": getattr(config, "num_hidden_layers", None),
+        "query_heads": heads if isinstance(heads, int) else None,
+        "kv_heads": kv_heads if isinstance(kv_heads, int) else None,
+        "head_dim": head_dim if isinstance(head_dim, int) else None,
+        "positions": max_positions(model),
+        "fingerprint": digest.hexdigest(),
+    }
+
+
+def name_of(model: PreTrainedModel) -> str:
+    """A loaded model's id, or the last part of the folder it came from: dumps carry no local paths."""
+    source = str(getattr(model, "name_or_path", "") or "")
+    return (Path(source).name if Path(source).exists() else source) or type(model).__name__
 
 
 def max_positions(model: PreTrainedModel) -> int | None:

@@ -20,6 +20,8 @@ from anchorscope.capture.models import (
     check_config,
     load_model,
     max_positions,
+    model_facts,
+    name_of,
     require_transformers,
     text_config,
 )
@@ -30,7 +32,6 @@ from anchorscope.dumps.writer import (
     DumpWriter,
     check_disk,
     check_output,
-    dtype_name,
     human_bytes,
     prompt_record,
     torch_dtype,
@@ -143,7 +144,7 @@ def capture_model(
                 notify=tell,
             )
         else:
-            loaded = LoadedModel(model, tokenizer, _name_of(model), None)
+            loaded = LoadedModel(model, tokenizer, name_of(model), None)
             check_config(model.config, loaded.name)
         net = loaded.model
         ready = [
@@ -348,12 +349,6 @@ def _check_kv_heads(shapes: dict[int, LayerShape], wanted: Sequence[int], kv_hea
                 raise InputError(f"kv head {head} is out of range: layer {layer} has kv heads 0 to {last}")
 
 
-def _name_of(model: PreTrainedModel) -> str:
-    """A loaded model's id, or the last part of the folder it came from: dumps carry no local paths."""
-    source = str(getattr(model, "name_or_path", "") or "")
-    return (Path(source).name if Path(source).exists() else source) or type(model).__name__
-
-
 def _header(
     loaded: LoadedModel,
     ready: Sequence[TokenizedPrompt],
@@ -371,17 +366,10 @@ def _header(
     stored = {dtype or shapes[layer].dtype for layer in wanted}
     return {
         "model": {
-            "name": loaded.name,
-            "revision": loaded.revision,
-            "class": type(model).__name__,
-            "type": text_config(model).model_type,
-            "dtype": dtype_name(model.dtype) if model.dtype != torch.float64 else "fp64",
-            "attention": model.config._attn_implementation,
-            "layers": getattr(text_config(model), "num_hidden_layers", None),
+            **model_facts(model, loaded.name, loaded.revision),
             "query_heads": first.heads,
             "kv_heads": first.kv_heads,
             "head_dim": first.head_dim,
-            "positions": max_positions(model),
         },
         "tokenizer": None if tokenizer is None else {"class": type(tokenizer).__name__, "vocabulary": len(tokenizer)},
         "dtype": stored.pop() if len(stored) == 1 else None,

@@ -1,0 +1,1 @@
+"""Running a transformers model with anchor attention in place of its own prefill attention."""
