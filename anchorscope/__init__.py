@@ -6,6 +6,7 @@ does, these functions do:
 - `capture_model`: run a model and write its Q/K/V dump.
 - `open_dump`, `verify`, `write_dump`: read, check and write dumps.
 - `analyze`, `redraw`, `load_report`, `iter_profiles`: measure a dump, and read the results again.
+- `diagnose`, `load_diagnosis`: what kind of head each one is.
 - `compare_methods`: score other selection rules on the same heads.
 - `run_bench`: time sparse against dense attention.
 
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
         MissingBackendError,
         RunFailure,
     )
+    from anchorscope.heads import diagnose, load_diagnosis
     from anchorscope.methods import Method, line_up
     from anchorscope.params import AnchorParams
     from anchorscope.profiles import HeadProfile
@@ -60,6 +62,7 @@ _HOMES = {
     "anchorscope.compare": ("load_comparison",),
     "anchorscope.dumps": ("Dump", "Entry", "LayerTensors", "open_dump", "verify", "write_dump"),
     "anchorscope.errors": ("AnchorScopeError", "DumpError", "InputError", "MissingBackendError", "RunFailure"),
+    "anchorscope.heads": ("diagnose", "load_diagnosis"),
     "anchorscope.methods": ("Method", "line_up"),
     "anchorscope.params": ("AnchorParams",),
     "anchorscope.profiles": ("HeadProfile",),
@@ -86,10 +89,12 @@ __all__ = [
     "analyze",
     "capture_model",
     "compare_methods",
+    "diagnose",
     "intercept",
     "iter_profiles",
     "line_up",
     "load_comparison",
+    "load_diagnosis",
     "load_report",
     "open_dump",
     "plan_analysis",

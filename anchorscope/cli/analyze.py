@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,9 +13,16 @@ from anchorscope.cli.common import human_bytes, note, progress_bar, stdout_conso
 from anchorscope.errors import InputError
 
 if TYPE_CHECKING:
-    from anchorscope.analysis.run import Analysis
+    from collections.abc import Callable
+
+    from anchorscope.analysis.run import Analysis, Progress
+    from anchorscope.dumps import Dump
+    from anchorscope.heads import Diagnosis
+    from anchorscope.heads.run import Plan as DiagnosisPlan
+    from anchorscope.params import AnchorParams
 
 SHORT_ROWS = 10
+HEADS = "heads"  # folder of the diagnostics inside OUT
 
 
 def analyze(
@@ -36,6 +44,9 @@ def analyze(
     ] = None,
     backend: Annotated[str, typer.Option(help="auto, torch or triton.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
+    no_diagnose: Annotated[
+        bool, typer.Option("--no-diagnose", help="Skip OUT/heads: what kind of head each one is.")
+    ] = False,
     no_figures: Annotated[bool, typer.Option("--no-figures", help="Write tables and profiles only.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier analysis in OUT.")] = False,
     resume: Annotated[
@@ -45,8 +56,8 @@ def analyze(
 ) -> None:
     """Measure recall against sparsity of every head in a dump, and draw what the heads attend to.
 
-    Writes heads.csv, curves.csv, report.json, profile/ and figures/ into OUT. Interrupted runs continue when the same
-    command is given again.
+    Writes heads.csv, curves.csv, report.json, profile/, figures/ and heads/ into OUT. Interrupted runs continue when
+    the same command is given again.
     """
     from anchorscope.selection import parse_indices, parse_thetas
 
@@ -76,10 +87,12 @@ def analyze(
         device=device,
         heatmaps=pairs,
     )
+    kinds = None if no_diagnose else _plan_diagnosis(source, plan.settings, params, thetas[0], device)
     kind = "memory" if plan.backend.device.type == "cpu" else "GPU memory"
+    memory = max(plan.memory, kinds.memory if kinds else 0)
     note(
         f"{len(plan.jobs)} heads, back end {plan.backend.name} on {plan.backend.hardware}; needs about "
-        f"{human_bytes(plan.memory)} of {kind} and {human_bytes(plan.disk)} of disk"
+        f"{human_bytes(memory)} of {kind} and {human_bytes(plan.disk + (kinds.disk if kinds else 0))} of disk"
     )
     for sentence in plan.warnings:
         warn(sentence)
@@ -94,10 +107,40 @@ def analyze(
             progress=bar,
             plan=plan,
         )
+        found = _diagnose(source, result.path / HEADS, kinds, figures=not no_figures, progress=bar)
     if as_json:
         sys.stdout.write((result.path / "report.json").read_text(encoding="utf-8"))
         return
-    print_summary(result)
+    print_summary(result, found)
+
+
+def _plan_diagnosis(
+    source: Dump, settings: dict[str, Any], params: AnchorParams, theta: float, device: str
+) -> DiagnosisPlan:
+    """The diagnosis of the heads an analysis measures, by the selection that its figures show."""
+    from anchorscope.heads import plan_heads
+
+    chosen = {key: settings[key] for key in ("layers", "heads", "prompts")}
+    return plan_heads(source, params=params, theta=theta, device=device, **chosen)
+
+
+def _diagnose(
+    source: Dump, out: Path, plan: DiagnosisPlan | None, *, figures: bool, progress: Callable[[Progress], None]
+) -> Diagnosis | None:
+    """Diagnose into a folder of the analysis; None, and nothing of an earlier run left there, without a plan."""
+    from anchorscope.heads.run import clear_diagnosis, diagnose, finished_diagnosis
+
+    if plan is None:
+        clear_diagnosis(out)
+        return None
+    done = finished_diagnosis(out, plan)
+    if done is not None and (done.figures or not figures):
+        return done
+
+    def report(event: Progress) -> None:
+        progress(replace(event, stage="kinds") if event.stage == "heads" else event)
+
+    return diagnose(source, out, plan=plan, figures=figures, overwrite=True, progress=report)
 
 
 def figures(
@@ -129,7 +172,7 @@ def _heatmaps(text: str | None) -> list[tuple[int, int]] | str | None:
     return pairs
 
 
-def print_summary(result: Analysis) -> None:
+def print_summary(result: Analysis, kinds: Diagnosis | None = None) -> None:
     """The tables an analysis ends with, at most 80 columns wide."""
     from rich.table import Table
 
@@ -166,6 +209,10 @@ def print_summary(result: Analysis) -> None:
             f"Recall {target:g} in every head, each at its own theta: density {need:.3f} on average"
             f" (stripe oracle {oracle:.3f})."
         )
+    if kinds is not None:
+        counts = kinds.report["summary"]["all"]["classes"]
+        line = ", ".join(f"{n} {name}" for name, n in counts.items() if n) or "prompts too short to tell"
+        console.print(f"Kinds of head: {line}; details in {result.path / HEADS}", soft_wrap=True, highlight=False)
     console.print(f"Tables and profiles: {result.path}", soft_wrap=True, highlight=False)
     if result.figures:
         console.print(f"Figures: {result.path / 'figures'}", soft_wrap=True, highlight=False)

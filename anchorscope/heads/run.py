@@ -402,6 +402,29 @@ def load_diagnosis(out: Path | str) -> Diagnosis:
     return Diagnosis(path, report, tuple(rows), tuple(sorted((path / FIGURES).glob("*.png"))))
 
 
+def finished_diagnosis(out: Path | str, plan: Plan) -> Diagnosis | None:
+    """The finished run in a folder, if it is one of this plan by this version; None otherwise."""
+    try:
+        found = load_diagnosis(out)
+    except DumpError:
+        return None
+    report = found.report
+    same = report["dump"]["identity"] == plan.dump.identity and report["settings"] == plan.settings
+    return found if same and report["versions"]["anchorscope"] == __version__ else None
+
+
+def clear_diagnosis(out: Path | str) -> None:
+    """Remove a run of `diagnose` from its folder, and nothing else; a folder without one is left alone."""
+    path = Path(out)
+    if _state(path) is None:
+        return
+    with folder_lock(path):
+        _clear(path)
+    for folder in (path / PARTS, path / FIGURES, path):
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # measuring
 

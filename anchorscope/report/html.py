@@ -122,6 +122,7 @@ def open_sources(folders: Sequence[Path | str]) -> Sources:
     runs: list[Run] = []
     methods: list[Table] = []
     diagnostics: list[Table] = []
+    own: list[Table] = []
     for folder in dict.fromkeys(Path(f) for f in folders):
         if not folder.is_dir():
             raise DumpError(f"no folder {folder}: name folders written by `anchorscope analyze`")
@@ -129,6 +130,8 @@ def open_sources(folders: Sequence[Path | str]) -> Sources:
         if (folder / "analysis.json").exists():
             runs.append(_open_run(folder))
             known = True
+            if (folder / "heads" / "heads.json").exists():  # `analyze` diagnoses into its own folder
+                own.append(_table(folder / "heads" / "diagnostics.csv", folder / "heads" / "heads.json", ()))
         if (folder / "methods.csv").exists():
             methods.append(_table(folder / "methods.csv", folder / "compare.json", ("method", "recall", "density")))
             known = True
@@ -139,13 +142,13 @@ def open_sources(folders: Sequence[Path | str]) -> Sources:
             raise DumpError(f"{folder} holds no result: name folders written by analyze, compare or heads")
     if not runs:
         raise InputError("the report needs an analysis: add a folder written by `anchorscope analyze`")
-    for table in (*methods, *diagnostics):
+    for table in (*methods, *diagnostics, *own):
         if table.identity is not None and table.identity not in {r.identity for r in runs}:
             raise InputError(
                 f"{table.path} was measured on a dump that none of the analyses used; name it with an analysis of"
                 " the same dump"
             )
-    return Sources(_labelled(runs), tuple(methods), tuple(diagnostics))
+    return Sources(_labelled(runs), tuple(methods), (*diagnostics, *own))
 
 
 def write_report(

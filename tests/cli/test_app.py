@@ -102,6 +102,29 @@ def test_figures_are_redrawn_without_the_dump(capsys, dump, tmp_path):
     assert {Path(line): Path(line).read_bytes() for line in out.split()} == before
 
 
+def test_analyze_diagnoses_too(capsys, dump, tmp_path, monkeypatch):
+    from anchorscope.heads import load_diagnosis
+    from anchorscope.report.html import open_sources
+
+    out = tmp_path / "o"
+    common = ("analyze", dump, "--out", out, "--block", 16, "--step", 2, "--theta", "3,4", "--no-figures")
+    assert "Kinds of head: " in run(capsys, *common)[1]
+    found = load_diagnosis(out / "heads")
+    assert {(r.layer, r.head) for r in found.rows} == {(i, h) for i in (0, 3) for h in range(4)}
+    assert found.report["settings"]["theta"] == 3
+    assert [t.path for t in open_sources([out]).diagnostics] == [out / "heads" / "diagnostics.csv"]
+
+    before = (out / "heads" / "heads.json").read_bytes()
+    assert run(capsys, *common, "--resume")[0] == 0
+    assert (out / "heads" / "heads.json").read_bytes() == before  # not measured again: its starting time is kept
+    (out / "heads" / "heads.json").unlink()
+    assert run(capsys, *common, "--resume")[0] == 0
+    assert load_diagnosis(out / "heads").rows == found.rows
+
+    assert run(capsys, *common, "--overwrite", "--no-diagnose")[0] == 0
+    assert not (out / "heads").exists()
+
+
 @pytest.mark.parametrize(
     ("args", "word"),
     [
