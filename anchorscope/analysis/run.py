@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import json
 import platform
-import shutil
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -44,16 +42,26 @@ from anchorscope.analysis.tables import (
     summarise,
 )
 from anchorscope.dumps import Dump, LayerTensors, open_dump
-from anchorscope.errors import DumpError, InputError, RunFailure
+from anchorscope.errors import DumpError, InputError
 from anchorscope.locks import folder_lock
 from anchorscope.params import AnchorParams, anchor_pairs, recommend_groups, visible_pairs
 from anchorscope.profiles import HeadProfile, write_atomic
+from anchorscope.runfolder import RunFolder
 
 STATE = "analysis.json"
 REPORT = "report.json"
 PROFILES = "profile"
 FIGURES = "figures"
 REPORT_VERSION = 1
+FOLDER = RunFolder(
+    what="an analysis",
+    format="anchorscope-analysis",
+    version=REPORT_VERSION,
+    state=STATE,
+    report=REPORT,
+    tables=("heads.csv", "curves.csv"),
+    parts=((PROFILES, "*.safetensors"), (FIGURES, "*.png")),
+)
 ANCHOR_BUDGET = 0.25  # share of the pairs above which the anchor region alone is called expensive
 
 
@@ -232,7 +240,12 @@ def analyze(
     report = progress or (lambda _: None)
     path = make_folder(Path(out))
     with folder_lock(path):
-        state = _begin(path, plan, overwrite, resume)
+        request = {
+            "dump": plan.dump.identity,
+            "settings": plan.settings,
+            "profiles": [j.name for j in plan.jobs],
+        }
+        state = FOLDER.begin(path, request, disk=plan.disk, overwrite=overwrite, resume=resume)
         _measure(path, plan, report)
         result = _finish(path, plan, state)
         drawn = redraw(path, heatmaps=heatmaps, progress=report) if figures else []
@@ -361,67 +374,12 @@ def _check_heatmaps(heatmaps: Sequence[tuple[int, int]] | str | None, plan: Plan
 
 
 def _state(path: Path) -> dict[str, Any]:
-    try:
-        state = json.loads((path / STATE).read_text(encoding="utf-8"))
-        if state["format"] == "anchorscope-analysis" and isinstance(state["profiles"], list):
-            if any(Path(name).name != name for name in state["profiles"]):
-                raise DumpError(f"{path / STATE} names a file outside its folder: it was edited; run analyze again")
-            return state
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    raise DumpError(f"{path} holds no analysis: run `anchorscope analyze DUMP --out {path}` first")
-
-
-def _begin(path: Path, plan: Plan, overwrite: bool, resume: bool) -> dict[str, Any]:
-    """Start or continue: settle what the folder holds, and write down what this run is."""
-    identity = {
-        "format": "anchorscope-analysis",
-        "version": REPORT_VERSION,
-        "anchorscope": __version__,
-        "dump": plan.dump.identity,
-        "settings": plan.settings,
-        "profiles": [j.name for j in plan.jobs],
-    }
-    found = [x for x in path.iterdir() if not x.name.startswith(".")]
-    started = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    if found:
-        try:
-            state = _state(path)
-        except DumpError:
-            state = None
-        if state is None:
-            raise InputError(f"--out {path} exists and is not an analysis; name a new folder")
-        same = {k: v for k, v in state.items() if k != "started"} == identity
-        if ((path / REPORT).exists() and not resume) or not same:
-            if not overwrite:
-                what = "a finished analysis" if (path / REPORT).exists() else "an unfinished analysis"
-                if not same:
-                    what += " with other settings"
-                raise InputError(f"--out {path} holds {what}; add --overwrite to replace it, or name a new folder")
-            _clear(path)
-        else:
-            started = state["started"]
-    free = shutil.disk_usage(path).free
-    if free < plan.disk:
-        raise RunFailure(
-            f"{path} has {free / 1e9:.2f} GB free and the analysis may need {plan.disk / 1e9:.2f} GB;"
-            " free some space or name another --out"
-        )
-    for stray in path.rglob(".*.tmp"):  # what a killed run was writing; nobody else writes here while we hold the lock
-        stray.unlink(missing_ok=True)
-    state = {**identity, "started": started}
-    write_atomic(path / STATE, json_bytes(state))
-    (path / PROFILES).mkdir(exist_ok=True)
+    state = FOLDER.read(path)
+    if state is None or not isinstance(state.get("profiles"), list):
+        raise DumpError(f"{path} holds no analysis: run `anchorscope analyze DUMP --out {path}` first")
+    if any(not isinstance(name, str) or Path(name).name != name for name in state["profiles"]):
+        raise DumpError(f"{path / STATE} names a file outside its folder: it was edited; run analyze again")
     return state
-
-
-def _clear(path: Path) -> None:
-    """Remove what an earlier analysis wrote, its report first, and nothing else."""
-    for name in (REPORT, STATE, "heads.csv", "curves.csv"):
-        (path / name).unlink(missing_ok=True)
-    for folder, pattern in ((PROFILES, "*.safetensors"), (FIGURES, "*.png")):
-        for file in (path / folder).glob(pattern):
-            file.unlink()
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from anchorscope._version import __version__
 from anchorscope.analysis.backends import resolve_device
 from anchorscope.analysis.engine import Cancelled, full_precision
 from anchorscope.analysis.jobs import Job, Progress, ProgressCallback, choose_jobs, json_bytes, make_folder, run_jobs
@@ -28,11 +25,12 @@ from anchorscope.analysis.tables import csv_text, jsonable
 from anchorscope.compare.score import LAST_ROWS, Score, score
 from anchorscope.compare.tables import COLUMNS, RECALLS, Point, methods_rows, needed_table, winners
 from anchorscope.dumps import Dump, LayerTensors, open_dump
-from anchorscope.errors import DumpError, InputError, RunFailure
+from anchorscope.errors import DumpError, InputError
 from anchorscope.locks import folder_lock
 from anchorscope.methods import Contender, Head, Selection, line_up
 from anchorscope.methods.head import chunk_rows
 from anchorscope.profiles import write_atomic
+from anchorscope.runfolder import RunFolder
 
 STATE = "run.json"
 REPORT = "compare.json"
@@ -40,6 +38,15 @@ TABLE = "methods.csv"
 SCORES = "scores"
 FIGURES = "figures"
 VERSION = 1
+FOLDER = RunFolder(
+    what="a comparison",
+    format="anchorscope-compare-run",
+    version=VERSION,
+    state=STATE,
+    report=REPORT,
+    tables=(TABLE,),
+    parts=((SCORES, "*.json"), (FIGURES, "*.png")),
+)
 BATCH_BYTES = 1 << 28  # selections held at a time; beyond it, a head's scores are computed once more
 
 ScoreEngine = Callable[..., list[Score]]
@@ -210,7 +217,12 @@ def compare(
     report = progress or (lambda _: None)
     path = make_folder(Path(out))
     with folder_lock(path):
-        state = _begin(path, plan, overwrite)
+        request = {
+            "dump": plan.dump.identity,
+            "settings": plan.settings,
+            "scores": [_score_name(j) for j in plan.jobs],
+        }
+        state = FOLDER.begin(path, request, disk=plan.disk, overwrite=overwrite)
         _measure(path, plan, report)
         points = tuple(p for job in plan.jobs for p in _load(path, plan, job) or ())
         write_atomic(path / TABLE, csv_text(COLUMNS, methods_rows(points)).encode())
@@ -280,64 +292,6 @@ def _warnings(jobs: Sequence[Job]) -> list[str]:
 
 def _score_name(job: Job) -> str:
     return Path(job.name).with_suffix(".json").name
-
-
-def _begin(path: Path, plan: Plan, overwrite: bool) -> dict[str, Any]:
-    """Start or continue: settle what the folder holds, and write down what this run is."""
-    identity = {
-        "format": "anchorscope-compare-run",
-        "version": VERSION,
-        "anchorscope": __version__,
-        "dump": plan.dump.identity,
-        "settings": plan.settings,
-        "scores": [_score_name(j) for j in plan.jobs],
-    }
-    found = [x for x in path.iterdir() if not x.name.startswith(".")]
-    started = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    if found:
-        state = _state(path)
-        if state is None:
-            raise InputError(f"--out {path} exists and is not a comparison; name a new folder")
-        same = {k: v for k, v in state.items() if k != "started"} == identity
-        if (path / REPORT).exists() or not same:
-            if not overwrite:
-                what = (
-                    "a finished comparison"
-                    if (path / REPORT).exists()
-                    else "an unfinished comparison with other settings"
-                )
-                raise InputError(f"--out {path} holds {what}; add --overwrite to replace it, or name a new folder")
-            _clear(path)
-        else:
-            started = state["started"]
-    free = shutil.disk_usage(path).free
-    if free < plan.disk:
-        raise RunFailure(
-            f"{path} has {free / 1e9:.2f} GB free and the comparison may need {plan.disk / 1e9:.2f} GB;"
-            " free some space or name another --out"
-        )
-    state = {**identity, "started": started}
-    write_atomic(path / STATE, json_bytes(state))
-    (path / SCORES).mkdir(exist_ok=True)
-    return state
-
-
-def _state(path: Path) -> dict[str, Any] | None:
-    try:
-        state = json.loads((path / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    good = isinstance(state, dict) and state.get("format") == "anchorscope-compare-run" and "started" in state
-    return state if good else None
-
-
-def _clear(path: Path) -> None:
-    """Remove what an earlier comparison wrote, its report first, and nothing else."""
-    for name in (REPORT, STATE, TABLE):
-        (path / name).unlink(missing_ok=True)
-    for folder, pattern in ((SCORES, "*.json"), (FIGURES, "*.png")):
-        for file in (path / folder).glob(pattern):
-            file.unlink()
 
 
 def _load(path: Path, plan: Plan, job: Job) -> list[Point] | None:

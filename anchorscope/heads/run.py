@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,7 @@ from anchorscope.analysis.jobs import Job, Progress, ProgressCallback, choose_jo
 from anchorscope.analysis.run import versions
 from anchorscope.analysis.tables import csv_text, jsonable
 from anchorscope.dumps import Dump, Entry, LayerTensors, open_dump
-from anchorscope.errors import DumpError, InputError, RunFailure
+from anchorscope.errors import DumpError, InputError
 from anchorscope.heads import diagnostics
 from anchorscope.heads.diagnostics import HeadDiagnostics, diagnose_head
 from anchorscope.heads.stripes import Stripes, head_stripes, overlap
@@ -45,6 +43,7 @@ from anchorscope.methods import Head
 from anchorscope.methods.head import chunk_rows
 from anchorscope.params import AnchorParams
 from anchorscope.profiles import write_atomic
+from anchorscope.runfolder import RunFolder
 
 STATE = "run.json"
 REPORT = "heads.json"
@@ -52,6 +51,15 @@ TABLE = "diagnostics.csv"
 PARTS = "parts"
 FIGURES = "figures"
 VERSION = 1
+FOLDER = RunFolder(
+    what="a diagnosis of heads",
+    format="anchorscope-heads-run",
+    version=VERSION,
+    state=STATE,
+    report=REPORT,
+    tables=(TABLE,),
+    parts=((PARTS, "prompt*-layer*.json"), (FIGURES, "*.png")),
+)
 BLOCK, STEP, THETA = 128, 4, 12.0  # groups of 512: short prompts then have neighbouring groups to compare
 STRIPE_TOKENS = 12
 
@@ -239,7 +247,12 @@ def diagnose(
     report = progress or (lambda _: None)
     path = make_folder(Path(out))
     with folder_lock(path):
-        state = _begin(path, plan, overwrite)
+        request = {
+            "dump": plan.dump.identity,
+            "settings": plan.settings,
+            "parts": [x.name for x in plan.layers],
+        }
+        state = FOLDER.begin(path, request, disk=plan.disk, overwrite=overwrite)
         _measure(path, plan, report)
         rows = tuple(row for layer in plan.layers for row in _load(path, plan, layer) or ())
         write_atomic(path / TABLE, csv_text(COLUMNS, map(table_row, rows)).encode())
@@ -307,60 +320,6 @@ def _warnings(layers: Sequence[Layer], params: AnchorParams) -> list[str]:
 # folder
 
 
-def _begin(path: Path, plan: Plan, overwrite: bool) -> dict[str, Any]:
-    """Start or continue: settle what the folder holds, and write down what this run is."""
-    identity = {
-        "format": "anchorscope-heads-run",
-        "version": VERSION,
-        "anchorscope": __version__,
-        "dump": plan.dump.identity,
-        "settings": plan.settings,
-        "parts": [x.name for x in plan.layers],
-    }
-    started = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    if any(not x.name.startswith(".") for x in path.iterdir()):
-        state = _state(path)
-        if state is None:
-            raise InputError(f"--out {path} exists and holds no head diagnostics; name a new folder")
-        same = {k: v for k, v in state.items() if k != "started"} == identity
-        finished = (path / REPORT).exists()
-        if finished or not same:
-            if not overwrite:
-                what = "finished head diagnostics" if finished else "an unfinished run with other settings"
-                raise InputError(f"--out {path} holds {what}; add --overwrite to replace it, or name a new folder")
-            _clear(path)
-        else:
-            started = state["started"]
-    free = shutil.disk_usage(path).free
-    if free < plan.disk:
-        raise RunFailure(
-            f"{path} has {free / 1e9:.2f} GB free and the diagnostics may need {plan.disk / 1e9:.2f} GB;"
-            " free some space or name another --out"
-        )
-    state = {**identity, "started": started}
-    write_atomic(path / STATE, json_bytes(state))
-    make_folder(path / PARTS)
-    return state
-
-
-def _state(path: Path) -> dict[str, Any] | None:
-    try:
-        state = json.loads((path / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    good = isinstance(state, dict) and state.get("format") == "anchorscope-heads-run" and "started" in state
-    return state if good else None
-
-
-def _clear(path: Path) -> None:
-    """Remove what an earlier run wrote, its report first, and nothing else."""
-    for name in (REPORT, STATE, TABLE):
-        (path / name).unlink(missing_ok=True)
-    for folder, pattern in ((PARTS, "prompt*-layer*.json"), (FIGURES, "*.png")):
-        for file in (path / folder).glob(pattern):
-            file.unlink()
-
-
 def _load(path: Path, plan: Plan, layer: Layer) -> list[HeadRow] | None:
     """The saved rows of a layer, or None if they are not there or not whole."""
     rows = _read_rows(path / PARTS / layer.name, plan.dump.identity)
@@ -416,10 +375,10 @@ def finished_diagnosis(out: Path | str, plan: Plan) -> Diagnosis | None:
 def clear_diagnosis(out: Path | str) -> None:
     """Remove a run of `diagnose` from its folder, and nothing else; a folder without one is left alone."""
     path = Path(out)
-    if _state(path) is None:
+    if FOLDER.read(path) is None:
         return
     with folder_lock(path):
-        _clear(path)
+        FOLDER.clear(path)
     for folder in (path / PARTS, path / FIGURES, path):
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()

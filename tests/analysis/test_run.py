@@ -13,7 +13,7 @@ import pytest
 import torch
 from brute import Brute
 
-import anchorscope.analysis.run as run_module
+import anchorscope.runfolder as runfolder
 from anchorscope import AnchorParams, DumpError, InputError, analyze, iter_profiles, load_report, plan_analysis
 from anchorscope.analysis.tables import CURVES_COLUMNS, HEADS_COLUMNS
 from anchorscope.dumps import open_dump, write_dump
@@ -138,7 +138,7 @@ class Stop(Exception):
 def test_interrupted_run_continues_to_the_same_bytes(dump, tmp_path, monkeypatch, after):
     settings = {"thetas": (1.0, 2.0), "params": PARAMS}
     clock = iter(range(100))
-    monkeypatch.setattr(run_module, "datetime", FakeClock(clock))
+    monkeypatch.setattr(runfolder, "datetime", FakeClock(clock))
     analyze(dump, tmp_path / "whole", **settings)
 
     seen = []

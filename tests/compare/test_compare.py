@@ -15,6 +15,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from anchorscope import runfolder
 from anchorscope.compare import compare, load_comparison, plan_compare, score_lineup
 from anchorscope.compare import run as run_module
 from anchorscope.compare.figures import draw_all
@@ -212,7 +213,7 @@ def test_full_disk_is_said_before_starting(dump, tmp_path, monkeypatch):
     class Usage:
         free = 1000
 
-    monkeypatch.setattr(run_module.shutil, "disk_usage", lambda _: Usage)
+    monkeypatch.setattr(runfolder.shutil, "disk_usage", lambda _: Usage)
     with pytest.raises(RunFailure, match="free some space"):
         compare(dump, tmp_path / "o", lineup=line_up("power"))
     assert not (tmp_path / "o" / "run.json").exists()

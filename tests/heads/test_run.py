@@ -15,6 +15,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
+from anchorscope import runfolder
 from anchorscope.analysis.tables import number
 from anchorscope.cli.heads import _by_text
 from anchorscope.cli.heads import heads as command
@@ -270,12 +271,12 @@ def test_load_again(finished, tmp_path):
 
 def test_refusals(dump, finished, tmp_path):
     how = {"params": PARAMS, "theta": THETA}
-    with pytest.raises(InputError, match="holds finished head diagnostics; add --overwrite"):
+    with pytest.raises(InputError, match="holds a finished diagnosis of heads; add --overwrite"):
         diagnose(dump, finished.path, **how)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("mine")
     for overwrite in (False, True):
-        with pytest.raises(InputError, match="holds no head diagnostics"):
+        with pytest.raises(InputError, match="exists and is not a diagnosis of heads"):
             diagnose(dump, tmp_path / "other", overwrite=overwrite, **how)
     assert (tmp_path / "other" / "notes.txt").read_text() == "mine"
     with pytest.raises(InputError, match="is a file or lies below one"):
@@ -302,7 +303,7 @@ def test_unfinished_run_with_other_settings(dump, tmp_path):
     out = tmp_path / "o"
     diagnose(dump, out, params=PARAMS, theta=THETA, figures=False)
     (out / "heads.json").unlink()
-    with pytest.raises(InputError, match="an unfinished run with other settings"):
+    with pytest.raises(InputError, match="an unfinished diagnosis of heads with other settings"):
         diagnose(dump, out, params=PARAMS, theta=2.5, figures=False)
 
 
@@ -311,7 +312,7 @@ def test_full_disk_and_out_of_memory_are_one_sentence(dump, tmp_path, monkeypatc
         free = 10
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_module.shutil, "disk_usage", lambda _: Usage)
+        patch.setattr(runfolder.shutil, "disk_usage", lambda _: Usage)
         with pytest.raises(RunFailure, match="free some space"):
             diagnose(dump, tmp_path / "a")
 
