@@ -16,6 +16,7 @@ from anchorscope.cli.analyze import analyze, figures
 from anchorscope.cli.bench import bench
 from anchorscope.cli.capture import capture
 from anchorscope.cli.compare import compare
+from anchorscope.cli.evaluate import evaluate
 from anchorscope.cli.heads import heads
 from anchorscope.cli.info import info
 from anchorscope.cli.report import report
@@ -39,6 +40,7 @@ app.command()(figures)
 app.command()(compare)
 app.command()(heads)
 app.command()(report)
+app.command()(evaluate)
 app.command()(bench)
 
 

@@ -1,1 +1,7 @@
-"""What running sparse costs and gains: quality and time of a model, dense and sparse side by side."""
+"""Evaluation: a model run dense and sparse side by side, on prompts and on synthetic tasks."""
+
+from __future__ import annotations
+
+from anchorscope.evaluation.run import Evaluation, evaluate, load_evaluation
+
+__all__ = ["Evaluation", "evaluate", "load_evaluation"]

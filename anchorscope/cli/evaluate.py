@@ -1,0 +1,268 @@
+"""`anchorscope evaluate`: what running sparse costs and gains, on prompts and on tasks."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from anchorscope.cli.common import note, progress_bar, stdout_console
+from anchorscope.errors import InputError
+
+if TYPE_CHECKING:
+    from anchorscope.anchors import AnchorConfig
+    from anchorscope.evaluation import Evaluation
+
+
+def evaluate(
+    model: Annotated[
+        str,
+        typer.Option("--model", help="Hugging Face id, local folder, .gguf file, or the preset smollm2.", metavar="M"),
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the results; new, or an unfinished run to continue.")],
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option("--prompt", help="UTF-8 text file; repeat it for several.", metavar="FILE"),
+    ] = None,
+    task: Annotated[
+        str,
+        typer.Option(
+            help="needle, multi-needle, variable-tracking, common-words, perplexity (of the project's own text);"
+            " separated by commas."
+        ),
+    ] = "",
+    config: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--config", help="anchors.json of `calibrate`; repeat it for several sparse arms.", metavar="FILE"
+        ),
+    ] = None,
+    names: Annotated[
+        list[str] | None,
+        typer.Option("--as", help="Name of the arm of each --config, in order.  [default: the file's]", metavar="NAME"),
+    ] = None,
+    theta: Annotated[
+        str | None, typer.Option(help="One threshold for all heads instead, nats; several make several arms.")
+    ] = None,
+    block: Annotated[int, typer.Option(help="With --theta: queries pooled together.")] = 128,
+    step: Annotated[int, typer.Option(help="With --theta: query blocks that share one selection.")] = 16,
+    lengths: Annotated[
+        str | None,
+        typer.Option(help="Tokens, like 2048,8192.  [default: whole prompts; tasks at 2048,4096,8192]"),
+    ] = None,
+    depths: Annotated[str, typer.Option(help="Where the needle is, shares of the text.")] = "0,0.25,0.5,0.75,1",
+    samples: Annotated[int, typer.Option(help="Questions per task, length and depth.")] = 4,
+    seed: Annotated[int, typer.Option(help="Of the tasks and intervals.")] = 0,
+    chunk: Annotated[int, typer.Option(help="Tokens prefilled at a time.")] = 2048,
+    chat: Annotated[bool, typer.Option("--chat", help="Put tasks into the model's chat template.")] = False,
+    measure: Annotated[
+        bool | None,
+        typer.Option(
+            "--measure/--no-measure",
+            help="Measure recall while running, by an extra exact pass.  [default: for prompts only]",
+            show_default=False,
+        ),
+    ] = None,
+    backend: Annotated[str, typer.Option(help="Of the sparse attention: auto, torch or triton.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
+    model_dtype: Annotated[
+        str | None,
+        typer.Option(help="What the model computes in: bf16, fp16, fp32.  [default: its checkpoint's; fp32 for GGUF]"),
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hugging Face id.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model. Read it first.")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Accept a configuration made for another model of the same shape.")
+    ] = False,
+    no_figures: Annotated[bool, typer.Option("--no-figures", help="Write tables only.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in OUT.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print evaluation.json, and nothing else.")] = False,
+) -> None:
+    """Run a model dense and sparse side by side: perplexity, divergence, agreement, task scores, times.
+
+    Writes evaluation.json, prompts.csv, tasks.csv, answers.csv and figures/ into OUT. Interrupted runs continue when
+    the same command is given again.
+
+    Example: anchorscope evaluate --model smollm2 --prompt book.txt --task needle --config anchors.json --out eval
+    """
+    # Before anything heavy or slow: a misspelt option should not wait for it.
+    from anchorscope.params import AnchorParams
+
+    arms = _arms(config or [], names or [], theta)
+    params = AnchorParams(block, step)
+    tasks = [x.strip() for x in task.split(",") if x.strip()]
+    if not prompt and not tasks:
+        raise InputError("nothing to evaluate: give --prompt FILE or --task NAME")
+    if model_dtype not in (None, "bf16", "fp16", "fp32"):
+        raise InputError(f"--model-dtype must be bf16, fp16 or fp32, not {model_dtype!r}")
+    wanted = None if lengths is None else [int(x) for x in _numbers(lengths, "--lengths", whole=True)]
+    places = _numbers(depths, "--depths")
+    if not sys.stderr.isatty() or model == "smollm2" or model.endswith(".gguf"):
+        os.environ.setdefault("TQDM_DISABLE", "1")  # conversion bars of a GGUF are noise
+
+    from anchorscope.capture.models import quiet_transformers, require_transformers
+
+    require_transformers()
+    from anchorscope.evaluation import evaluate as run
+
+    quiet_transformers()
+    note(f"loading {model}")
+    with progress_bar() as bar:
+        result = run(
+            model,
+            out,
+            arms=arms,
+            params=params,
+            prompts=prompt or (),
+            tasks=tasks,
+            lengths=wanted,
+            depths=places,
+            samples=samples,
+            seed=seed,
+            chunk=chunk,
+            chat=chat,
+            measure=measure,
+            backend=backend,
+            device=device,
+            model_dtype=model_dtype,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            force=force,
+            figures=not no_figures,
+            overwrite=overwrite,
+            progress=bar,
+            notify=note,
+        )
+    if as_json:
+        sys.stdout.write((result.path / "evaluation.json").read_text(encoding="utf-8"))
+        return
+    print_summary(result)
+
+
+def _arms(configs: list[Path], names: list[str], theta: str | None) -> dict[str, AnchorConfig | float]:
+    """The sparse arms by name."""
+    from anchorscope.anchors import AnchorConfig
+    from anchorscope.selection import parse_thetas
+
+    if bool(configs) == (theta is not None):
+        raise InputError("give either --config anchors.json or --theta T" + (", not both" if configs else ""))
+    if theta is not None:
+        return {f"theta {t:g}": t for t in parse_thetas(theta)}
+    if names and len(names) != len(configs):
+        raise InputError(f"--as is given {len(names)} times for {len(configs)} --config: name each of them, or none")
+    titles = names or [path.stem for path in configs]
+    twice = next((t for t in titles if titles.count(t) > 1), None)
+    if twice is not None:
+        raise InputError(f"two arms are called {twice}: tell them apart with --as NAME, once per --config")
+    return {title: AnchorConfig.load(path) for title, path in zip(titles, configs, strict=True)}
+
+
+def _numbers(text: str, option: str, *, whole: bool = False) -> list[float]:
+    """Numbers separated by commas, ascending, each once."""
+    try:
+        return sorted({float(int(x) if whole else float(x)) for x in text.split(",")})
+    except (ValueError, OverflowError):
+        kind = "whole numbers" if whole else "numbers"
+        raise InputError(f"{option} {text!r} must be {kind} separated by commas") from None
+
+
+def print_summary(result: Evaluation) -> None:
+    """The tables a run ends with, at most 80 columns wide."""
+    console = stdout_console()
+    if result.prompts:
+        _print_prompts(console, result.prompts)
+    if result.tasks:
+        _print_tasks(console, result.tasks)
+    console.print(f"Tables: {result.path}", soft_wrap=True, highlight=False)
+    if result.figures:
+        console.print(f"Figures: {result.path / 'figures'}", soft_wrap=True, highlight=False)
+
+
+def _table(title: str, left: list[str], right: list[str]) -> Any:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(
+        title=Text(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
+    for name in left:
+        table.add_column(name, no_wrap=True)
+    for name in right:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def _print_prompts(console: Any, prompts: list[dict[str, Any]]) -> None:
+    table = _table(
+        "Prompts: sparse against dense",
+        ["prompt", "arm"],
+        ["tokens", "density", "recall", "dense\nppl", "change", "95%", "KL", "same\ntop 1"],
+    )
+    for r in prompts:
+        low, high = (100 * (x - 1) for x in r["intervals"]["perplexity_ratio"])
+        table.add_row(
+            _short(r["prompt"], 11),
+            _short(r["arm"], 10),
+            str(r["length"]),
+            f"{r['density']:.3f}",
+            "-" if r["recall"] is None else f"{r['recall']:.3f}",
+            f"{r['perplexity_dense']:.4g}",
+            f"{100 * (r['perplexity_ratio'] - 1):+.2f}%",
+            f"{low:+.1f} {high:+.1f}",
+            f"{r['kl_mean']:.1e}",
+            f"{r['top1_agreement']:.3f}",
+        )
+    console.print(table)
+    _print_times(console, prompts)
+
+
+def _print_tasks(console: Any, tasks: list[dict[str, Any]]) -> None:
+    table = _table(
+        "Tasks: score, and log-probability of the answer (nats per token)",
+        ["task", "arm"],
+        ["tokens", "n", "density", "dense\nscore", "sparse\nscore", "95%", "dense\nlogp", "sparse\nlogp"],
+    )
+    for r in tasks:
+        low, high = r["intervals"]["score_sparse"]
+        table.add_row(
+            _short(r["task"], 12),
+            _short(r["arm"], 10),
+            str(r["length"]),
+            str(r["samples"]),
+            f"{r['density']:.3f}",
+            f"{r['score_dense']:.2f}",
+            f"{r['score_sparse']:.2f}",
+            f"{low:.2f} {high:.2f}",
+            f"{r['logprob_dense']:.2f}",
+            f"{r['logprob_sparse']:.2f}",
+        )
+    console.print(table)
+    _print_times(console, tasks)
+
+
+def _print_times(console: Any, results: list[dict[str, Any]]) -> None:
+    """A line per arm: seconds of a prefill at the largest length."""
+    longest = max(r["length"] for r in results)
+    for arm in dict.fromkeys(r["arm"] for r in results):
+        times = [r["times"] for r in results if r["arm"] == arm and r["length"] == longest]
+        dense, sparse = (
+            {k: sum(t[side][k] for t in times) / len(times) for k in ("prefill_seconds", "attention_seconds")}
+            for side in ("dense", "sparse")
+        )
+        words = [
+            f"{name} {x['prefill_seconds']:.3g} s ({x['attention_seconds'] / x['prefill_seconds']:.0%} attention)"
+            for name, x in (("dense", dense), (_short(arm, 20), sparse))
+        ]
+        console.print(f"prefill of {longest:,} tokens: {', '.join(words)}", soft_wrap=True)
+    console.print()
+
+
+def _short(name: str, most: int) -> str:
+    clean = "".join(c if c.isprintable() else "?" for c in name)
+    return clean if len(clean) <= most else f"{clean[: most // 2]}~{clean[-(most - most // 2 - 1) :]}"

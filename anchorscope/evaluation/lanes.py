@@ -1,0 +1,301 @@
+"""One model, several arms: dense and sparse go through a prompt in lockstep, each with its own KV cache."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from anchorscope import runtime
+from anchorscope.anchors import AnchorConfig
+from anchorscope.evaluation.metrics import TokenScores, compare_tokens, token_nll
+from anchorscope.evaluation.tasks import Sample
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to run the model: `config` None is its own attention."""
+
+    name: str
+    config: AnchorConfig | None
+
+
+@dataclass
+class LayerWork:
+    """What one layer's attention did, summed over chunks: pairs over all heads, recall weighted by queries."""
+
+    kind: str = DENSE
+    queries: int = 0
+    visible_pairs: int = 0
+    kept_pairs: int = 0
+    recall: float | None = None
+    seconds: float = 0.0
+
+
+@dataclass
+class Work:
+    """What one arm's prefill cost: seconds in all, and layer by layer in attention."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+    layers: dict[int, LayerWork] = field(default_factory=dict)
+
+    @property
+    def attention_seconds(self) -> float:
+        """Seconds inside attention, all layers."""
+        return sum(x.seconds for x in self.layers.values())
+
+    @property
+    def density(self) -> float:
+        """Kept pairs / visible pairs over all heads of all attention layers, those left dense included."""
+        return sum(x.kept_pairs for x in self.layers.values()) / max(
+            1, sum(x.visible_pairs for x in self.layers.values())
+        )
+
+    @property
+    def recall(self) -> float | None:
+        """Attention mass kept, mean over the attention layers; None unless measured."""
+        known = [x.recall for x in self.layers.values()]
+        return None if not known or None in known else float(np.mean([x for x in known if x is not None]))
+
+    def leave_out_measuring(self, dense: Work) -> None:
+        """Set the seconds to those in attention, plus what the dense arm spent outside it.
+
+        Measuring recall runs between the attention calls; attention's own seconds do not include it.
+        """
+        self.seconds = dense.seconds - dense.attention_seconds + self.attention_seconds
+
+    def to_json(self) -> dict[str, Any]:
+        """As part files hold it."""
+        return {
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "layers": [{"layer": i, **asdict(x)} for i, x in sorted(self.layers.items())],
+        }
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Work:
+        """Back again."""
+        layers = {x["layer"]: LayerWork(**{k: v for k, v in x.items() if k != "layer"}) for x in value["layers"]}
+        return cls(value["tokens"], value["seconds"], layers)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How arms run.
+
+    Attributes:
+        chunk: tokens prefilled at a time, or None for whole prompts.
+        backend: of the sparse attention.
+        force: accept a configuration of another model of that shape.
+    """
+
+    chunk: int | None
+    backend: str = "auto"
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one arm makes of a sample.
+
+    Attributes:
+        text: generated, greedily.
+        score: share of the expected strings in it.
+        scores: of the correct answer's tokens, given the prompt (and the answer so far), against dense.
+        work: of the prefill; the answer is decoded with the model's own attention in every arm.
+        logits: (A, vocabulary) behind `scores`.
+    """
+
+    text: str
+    score: float
+    scores: TokenScores
+    work: Work
+    logits: torch.Tensor
+
+
+class Lane:
+    """One arm on its way through one prompt."""
+
+    def __init__(self, model: PreTrainedModel, arm: Arm, options: Options, *, measure: bool) -> None:
+        self.work = Work()
+        self.cache: Any = None
+        self._model, self._arm, self._options, self._measure = model, arm, options, measure
+
+    def step(self, ids: torch.Tensor, *, every: bool, cached: bool) -> torch.Tensor:
+        """Prefill the next ids.
+
+        Args:
+            ids: (n,) int64.
+            every: logits of every position, else of the last one.
+            cached: keep a KV cache for what follows.
+
+        Returns:
+            (n or 1, vocabulary) in the model's dtype.
+        """
+        if self._arm.config is None:
+            attention = runtime.attention_clock(self._model)
+        else:
+            attention = runtime.sparse_attention(
+                self._model,
+                self._arm.config,
+                backend=self._options.backend,
+                measure=self._measure,
+                force=self._options.force,
+            )
+        with attention as run:
+            before = self._now()
+            logits = self._forward(ids, every, cached)
+            self.work.seconds += self._now() - before
+        for use in run.layers():
+            self._add(use)
+        self.work.tokens += len(ids)
+        return logits
+
+    def decode(self, ids: torch.Tensor) -> torch.Tensor:
+        """Continue with the model's own attention: logits (n, vocabulary) of every one of the ids (n,)."""
+        # a recurrent layer may carry its state through single tokens only
+        pieces = ids.split(1) if self._options.chunk is None else [ids]
+        return torch.cat([self._forward(piece, True, True) for piece in pieces])
+
+    def _forward(self, ids: torch.Tensor, every: bool, cached: bool) -> torch.Tensor:
+        options: dict[str, Any] = {}
+        if not every and "logits_to_keep" in inspect.signature(self._model.forward).parameters:
+            options["logits_to_keep"] = 1
+        if self.cache is not None:
+            options["past_key_values"] = self.cache
+        result = self._model(input_ids=ids[None], use_cache=cached, **options)
+        if cached:
+            self.cache = result.past_key_values
+        return result.logits[0] if every else result.logits[0, -1:]
+
+    def _now(self) -> float:
+        if self._model.device.type == "cuda":
+            torch.cuda.synchronize(self._model.device)
+        return time.perf_counter()
+
+    def _add(self, use: Any) -> None:
+        layer = self.work.layers.setdefault(use.layer, LayerWork(use.kind))
+        layer.kind = use.kind if layer.kind == DENSE else layer.kind
+        if self._measure:
+            recall = 1.0 if use.recall is None else use.recall  # dense layers are not measured: they keep everything
+            before, now = layer.queries, use.queries
+            layer.recall = ((layer.recall or 0.0) * before + recall * now) / max(1, before + now)
+        layer.queries += use.queries
+        layer.visible_pairs += use.visible_pairs
+        layer.kept_pairs += use.kept_pairs
+        layer.seconds += use.seconds
+
+
+def group_multiple(arms: Sequence[Arm]) -> int:
+    """The least chunk, tokens, whose multiples keep every layer's groups where an unchunked prefill has them."""
+    groups = {x.params.group for arm in arms if arm.config is not None for x in arm.config.layers}
+    return math.lcm(*groups)
+
+
+def spans(tokens: int, chunk: int | None) -> list[tuple[int, int]]:
+    """The chunks of a prompt; a last one of a single token, which would count as decoding, joins the one before."""
+    if chunk is None:
+        return [(0, tokens)]
+    starts = list(range(0, tokens, chunk))
+    if len(starts) > 1 and tokens - starts[-1] == 1:
+        starts.pop()
+    return list(zip(starts, [*starts[1:], tokens], strict=True))
+
+
+@torch.inference_mode()
+def run_prompt(
+    model: PreTrainedModel, arms: Sequence[Arm], token_ids: Sequence[int], options: Options, *, measure: bool
+) -> dict[str, tuple[TokenScores, Work]]:
+    """Run a prompt in every arm, chunk by chunk, so that whole logits exist for one chunk and two arms at a time.
+
+    Returns:
+        By arm, "dense" the first: the scores of the N - 1 predicted tokens, and what the prefill cost.
+    """
+    ids = torch.tensor(token_ids, dtype=torch.long, device=model.device)
+    dense = Lane(model, Arm(DENSE, None), options, measure=False)
+    lanes = {arm.name: Lane(model, arm, options, measure=measure) for arm in arms}
+    scores: dict[str, list[TokenScores]] = {name: [] for name in (DENSE, *lanes)}
+    chunks = spans(len(ids), options.chunk)
+    cached = len(chunks) > 1
+    for start, stop in chunks:
+        targets = ids[start + 1 : stop + 1]
+        reference = dense.step(ids[start:stop], every=True, cached=cached)[: len(targets)]
+        nll = token_nll(reference, targets)
+        scores[DENSE].append(TokenScores(nll, np.zeros_like(nll), np.ones_like(nll)))
+        for name, lane in lanes.items():
+            logits = lane.step(ids[start:stop], every=True, cached=cached)[: len(targets)]
+            scores[name].append(compare_tokens(reference, logits, targets))
+            del logits  # before the next arm makes its own
+    if measure:
+        for lane in lanes.values():
+            lane.work.leave_out_measuring(dense.work)
+    return {name: (join_scores(scores[name]), lane.work) for name, lane in {DENSE: dense, **lanes}.items()}
+
+
+@torch.inference_mode()
+def run_sample(
+    model: PreTrainedModel,
+    arm: Arm,
+    sample: Sample,
+    options: Options,
+    *,
+    measure: bool,
+    dense: Answer | None,
+    decode: Callable[[list[int]], str],
+) -> Answer:
+    """Prefill a sample in one arm, then answer: the model's own words, and its probability of the right ones.
+
+    Args:
+        model, arm, options, measure: as for a prompt.
+        sample: the question.
+        dense: the dense arm's answer, or None for that arm itself.
+        decode: ids to text.
+    """
+    ids = torch.tensor(sample.token_ids, dtype=torch.long, device=model.device)
+    lane = Lane(model, arm, options, measure=measure)
+    for start, stop in spans(len(ids), options.chunk):
+        last = lane.step(ids[start:stop], every=False, cached=True)
+    answer = torch.tensor(sample.answer_ids, dtype=torch.long, device=model.device)
+    prompt_cache = copy.deepcopy(lane.cache)
+    logits = last if len(answer) == 1 else torch.cat([last, lane.decode(answer[:-1])])
+    lane.cache = prompt_cache
+    text = _greedy(lane, last, sample, decode, _stops(model))
+    scores = compare_tokens(logits if dense is None else dense.logits, logits, answer)
+    if measure and dense is not None:
+        lane.work.leave_out_measuring(dense.work)
+    return Answer(text, sample.score(text), scores, lane.work, logits)
+
+
+def join_scores(parts: Sequence[TokenScores]) -> TokenScores:
+    """Scores of consecutive tokens as one."""
+    return TokenScores(*(np.concatenate([getattr(x, name) for x in parts]) for name in ("nll", "kl", "agree")))
+
+
+def _greedy(lane: Lane, last: torch.Tensor, sample: Sample, decode: Callable[[list[int]], str], stops: set[int]) -> str:
+    """The most likely token, again and again, until the budget, an end token or everything expected is reached."""
+    ids: list[int] = []
+    while True:
+        ids.append(int(last.argmax()))
+        text = decode(ids)
+        if ids[-1] in stops or len(ids) == sample.budget or sample.score(text) == 1:
+            return text
+        last = lane.decode(torch.tensor(ids[-1:], dtype=torch.long, device=last.device))
+
+
+def _stops(model: PreTrainedModel) -> set[int]:
+    """Ids that end an answer."""
+    found = getattr(model.generation_config, "eos_token_id", None)
+    return set() if found is None else set(found) if isinstance(found, (list, tuple)) else {found}

@@ -1,0 +1,669 @@
+"""`evaluate`: a model dense and sparse side by side, on prompts and on tasks; resumable by prompt, sample and arm.
+
+All sparse arms share one dense pass. What each arm did is saved under parts/ as soon as it is known; tables, figures
+and evaluation.json are made from those files alone, so an interrupted run continues where it stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from anchorscope._version import __version__
+from anchorscope.analysis.jobs import Progress, ProgressCallback, json_bytes, make_folder
+from anchorscope.analysis.run import versions
+from anchorscope.analysis.tables import csv_text, jsonable
+from anchorscope.anchors import AnchorConfig, LayerAnchors
+from anchorscope.capture import (
+    AttentionCall,
+    LoadedModel,
+    PromptInput,
+    intercept,
+    load_model,
+    model_facts,
+    prefill,
+    prompt_from_file,
+)
+from anchorscope.capture.memory import free_bytes
+from anchorscope.capture.models import check_config, max_positions, name_of, require_transformers
+from anchorscope.capture.prompts import tokenize, unique_names
+from anchorscope.capture.run import CHUNKED_TOKENS, check_chunking, probe
+from anchorscope.devices import resolve_backend_name
+from anchorscope.errors import DumpError, InputError, RunFailure
+from anchorscope.evaluation.lanes import DENSE, Arm, Lane, Options, group_multiple, run_prompt, run_sample, spans
+from anchorscope.evaluation.parts import Part
+from anchorscope.evaluation.results import (
+    ANSWER_COLUMNS,
+    PROMPT_COLUMNS,
+    TASK_COLUMNS,
+    answer_result,
+    answer_row,
+    prompt_result,
+    prompt_row,
+    task_result,
+    task_row,
+)
+from anchorscope.evaluation.tasks import BY_DEPTH, PERPLEXITY, Sample, check_tasks, make_samples
+from anchorscope.evaluation.text import OWN_TEXT, Pieces, own_text
+from anchorscope.locks import folder_lock
+from anchorscope.params import AnchorParams
+from anchorscope.profiles import write_atomic
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+STATE, REPORT, PARTS, FIGURES = "run.json", "evaluation.json", "parts", "figures"
+TABLES = ("prompts.csv", "tasks.csv", "answers.csv")
+VERSION = 1
+LENGTHS = (2048, 4096, 8192)
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+SAMPLES, CHUNK = 4, 2048
+
+
+@dataclass(frozen=True)
+class LongPrompt:
+    """The first `length` tokens of a prompt."""
+
+    prompt: str
+    length: int
+    token_ids: tuple[int, ...] = field(repr=False)
+
+    @property
+    def name(self) -> str:
+        """What progress shows."""
+        return f"{self.prompt}, {self.length:,}"
+
+
+Unit = LongPrompt | Sample
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A finished run.
+
+    Attributes:
+        path: the output folder.
+        report: what evaluation.json holds.
+        figures: the pictures written.
+    """
+
+    path: Path
+    report: dict[str, Any] = field(repr=False)
+    figures: tuple[Path, ...] = ()
+
+    @property
+    def prompts(self) -> list[dict[str, Any]]:
+        """One object per prompt, length and sparse arm."""
+        return list(self.report["prompts"])
+
+    @property
+    def tasks(self) -> list[dict[str, Any]]:
+        """One object per task, length and sparse arm."""
+        return list(self.report["tasks"])
+
+
+@dataclass(frozen=True)
+class _Request:
+    """Everything decided before the first prefill."""
+
+    loaded: LoadedModel
+    arms: tuple[Arm, ...]
+    units: tuple[Unit, ...]
+    options: Options
+    measure: dict[str, bool]  # of prompts, of tasks
+    seed: int
+    settings: dict[str, Any]
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self.loaded.model
+
+    def measured(self, unit: Unit) -> bool:
+        return self.measure["tasks" if isinstance(unit, Sample) else "prompts"]
+
+
+def evaluate(
+    model: PreTrainedModel | str,
+    out: Path | str,
+    *,
+    arms: Mapping[str, AnchorConfig | float],
+    prompts: Sequence[PromptInput | Path | str] = (),
+    tasks: Sequence[str] = (),
+    lengths: Sequence[int] | None = None,
+    depths: Sequence[float] = DEPTHS,
+    samples: int = SAMPLES,
+    seed: int = 0,
+    chunk: int = CHUNK,
+    chat: bool = False,
+    measure: bool | None = None,
+    params: AnchorParams | None = None,
+    backend: str = "auto",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    device: str = "auto",
+    model_dtype: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    force: bool = False,
+    figures: bool = True,
+    overwrite: bool = False,
+    progress: ProgressCallback | None = None,
+    notify: Callable[[str], None] | None = None,
+) -> Evaluation:
+    """Run a model dense and sparse on the same prompts and tasks, and report what sparse costs and gains.
+
+    Args:
+        model: a loaded transformers model (with `tokenizer`), or what `capture_model` takes.
+        out: the output folder; new, empty, or holding an unfinished run of the same request, which then continues.
+        arms: the sparse arms by name; each an `AnchorConfig`, or one theta for all heads (with `params`). All share one
+            dense arm.
+        prompts: files or `PromptInput`s whose next tokens are predicted: perplexity, divergence, agreement.
+        tasks: "needle", "multi-needle", "variable-tracking", "common-words"; "perplexity" is of the project's own text.
+        lengths: tokens; by default prompts are whole, and tasks have 2,048, 4,096 and 8,192 if the model goes so far.
+        depths: of the needle, shares from 0 (before the text) to 1 (behind it).
+        samples: questions per task, length and depth.
+        seed: of tasks and intervals.
+        chunk: tokens prefilled at a time, rounded up to what keeps the groups of all arms in place. Models that cannot
+            prefill in chunks run whole.
+        chat: put tasks into the tokenizer's chat template.
+        measure: measure the recall reached while running, in an extra exact pass; by default for prompts only.
+        params: groups of arms given as a theta.
+        backend: of the sparse attention: "auto", "torch" or "triton".
+        tokenizer: of a loaded model.
+        device, model_dtype, revision, trust_remote_code: as for `capture_model`.
+        force: accept configurations made for another model of the same shape.
+        figures: draw the figures.
+        overwrite: replace an earlier run in `out`.
+        progress: called as work proceeds.
+        notify: told what the run will take, and warnings.
+
+    Returns:
+        The finished run. `out` then holds evaluation.json, prompts.csv, tasks.csv, answers.csv, parts/ and figures/.
+
+    Raises:
+        InputError: anything the caller can fix: an unknown task, a configuration of another model, a length beyond the
+            model's positions, a prompt that is too short, nothing to evaluate, an `out` that is in use.
+        MissingBackendError: transformers, the device or the back end is missing.
+        RunFailure: out of memory, full disk.
+    """
+    tell, report = notify or (lambda _: None), progress or (lambda _: None)
+    path = Path(out)
+    _check_request(arms, prompts, tasks, lengths, depths, samples, chunk)
+    inputs = unique_names([p if isinstance(p, PromptInput) else prompt_from_file(p) for p in prompts])
+    _check_folder(path, overwrite)
+    require_transformers()
+    if isinstance(model, str):
+        loaded = load_model(
+            model,
+            device=device,
+            model_dtype=model_dtype,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            notify=tell,
+        )
+    else:
+        loaded = LoadedModel(model, tokenizer, name_of(model), None)
+        check_config(model.config, loaded.name)
+    facts = model_facts(loaded.model, loaded.name, loaded.revision)
+    ready = _arms(loaded, arms, params, facts, force)
+    units = _units(loaded, inputs, tasks, lengths, depths, samples, seed, chat)
+    size = _chunk(loaded, ready, units, chunk, tell)
+    request = _Request(
+        loaded,
+        ready,
+        units,
+        Options(size, resolve_backend_name(backend, loaded.model.device), force),
+        {"prompts": measure is not False, "tasks": bool(measure)},
+        seed,
+        {
+            "lengths": sorted({u.length for u in units}),
+            "depths": list(depths) if any(t in BY_DEPTH for t in tasks) else [],
+            "tasks": list(tasks),
+            "samples": samples,
+            "seed": seed,
+            "chat": chat,
+            "chunk": size,
+            "measure": {"prompts": measure is not False, "tasks": bool(measure)},
+            "backend": resolve_backend_name(backend, loaded.model.device),
+            "device": loaded.model.device.type,
+        },
+    )
+    make_folder(path)
+    with folder_lock(path):
+        state = _begin(path, request, facts, overwrite)
+        key = hashlib.sha256(json.dumps(state["request"]).encode()).hexdigest()
+        for sentence in _outlook(request):
+            tell(sentence)
+        try:
+            _run(path, key, request, report)
+        except (torch.OutOfMemoryError, MemoryError):
+            raise RunFailure(
+                "out of memory: use a smaller --chunk, shorter --lengths or fewer arms at a time"
+            ) from None
+        result = _report(path, key, request, state)
+        _write_tables(path, result)
+        drawn: list[Path] = []
+        if figures:
+            from anchorscope.evaluation.figures import draw_all
+
+            drawn = draw_all(result, path / FIGURES)
+        # Last of all: a folder without its report is an unfinished run.
+        write_atomic(path / REPORT, json_bytes(result))
+        return Evaluation(path, result, tuple(drawn))
+
+
+def load_evaluation(out: Path | str) -> Evaluation:
+    """A finished run, read again from its folder.
+
+    Raises:
+        DumpError: the folder holds none.
+    """
+    path = Path(out)
+    try:
+        report = json.loads((path / REPORT).read_text(encoding="utf-8"))
+        if report["format"] != "anchorscope-evaluation" or report["version"] != VERSION:
+            raise ValueError("another format")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DumpError(f"{path} holds no finished evaluation ({error}): run evaluate first") from None
+    return Evaluation(path, report, tuple(sorted((path / FIGURES).glob("*.png"))))
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# before the run
+
+
+def _check_request(
+    arms: Mapping[str, AnchorConfig | float],
+    prompts: Sequence[Any],
+    tasks: Sequence[str],
+    lengths: Sequence[int] | None,
+    depths: Sequence[float],
+    samples: int,
+    chunk: int,
+) -> None:
+    """What can be refused before a model is loaded."""
+    if not arms:
+        raise InputError("give at least one sparse arm: a configuration or a theta")
+    if DENSE in arms:
+        raise InputError("an arm cannot be called dense: that is the model's own attention")
+    for name, arm in arms.items():
+        if not isinstance(arm, AnchorConfig) and math.isnan(arm):
+            raise InputError(f"arm {name}: theta must be a number of nats (inf and -inf are legal), not NaN")
+    if not prompts and not tasks:
+        raise InputError("nothing to evaluate: give prompts or tasks")
+    check_tasks(tasks)
+    if len(set(tasks)) < len(tasks):
+        raise InputError("a task is named twice")
+    for length in lengths or ():
+        if length < 2:
+            raise InputError(f"a length must be at least 2 tokens, not {length}")
+    for depth in depths:
+        if not 0 <= depth <= 1:
+            raise InputError(f"a depth must be between 0 and 1, not {depth:g}")
+    if samples < 1 or chunk < 1 or not depths or (lengths is not None and not lengths):
+        raise InputError("samples and chunk must be at least 1, and lengths and depths name at least one")
+
+
+def _check_folder(path: Path, overwrite: bool) -> None:
+    """Refuse a folder that cannot be used, before minutes are spent."""
+    if path.is_file():
+        raise InputError(f"--out {path} is a file; name a folder")
+    if not path.is_dir() or all(x.name.startswith(".") for x in path.iterdir()):
+        return
+    if _state(path) is None:
+        raise InputError(f"--out {path} exists and holds no evaluation; name a new folder")
+    if (path / REPORT).exists() and not overwrite:
+        raise InputError(
+            f"--out {path} holds a finished evaluation; add --overwrite to replace it, or name a new folder"
+        )
+
+
+def _arms(
+    loaded: LoadedModel,
+    arms: Mapping[str, AnchorConfig | float],
+    params: AnchorParams | None,
+    facts: Mapping[str, Any],
+    force: bool,
+) -> tuple[Arm, ...]:
+    """Every arm with a configuration that fits the model."""
+    heads = _full_heads(loaded.model) if any(not isinstance(a, AnchorConfig) for a in arms.values()) else {}
+    ready = []
+    for name, arm in arms.items():
+        if not isinstance(arm, AnchorConfig):
+            groups, theta = params or AnchorParams(), float(arm)
+            arm = AnchorConfig(
+                tuple(LayerAnchors(layer, groups, (theta,) * count) for layer, count in sorted(heads.items()))
+            )
+        try:
+            arm.check_model(facts, force=force)
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from None
+        ready.append(Arm(name, arm))
+    return tuple(ready)
+
+
+def _full_heads(model: PreTrainedModel) -> dict[int, int]:
+    """Query heads of every attention layer without a sliding window: where one theta for all applies."""
+    found: dict[int, int] = {}
+
+    def look(call: AttentionCall) -> None:
+        if call.layer is not None and not call.options.get("sliding_window"):
+            found[call.layer] = call.q.shape[1]
+
+    with intercept(model, look):
+        prefill(model, (0, 0))
+    return found
+
+
+def _units(
+    loaded: LoadedModel,
+    inputs: Sequence[PromptInput],
+    tasks: Sequence[str],
+    lengths: Sequence[int] | None,
+    depths: Sequence[float],
+    samples: int,
+    seed: int,
+    chat: bool,
+) -> tuple[Unit, ...]:
+    """Everything to run: prompts cut to each length, then samples."""
+    positions = max_positions(loaded.model)
+    for length in lengths or ():
+        if positions is not None and length > positions:
+            raise InputError(f"length {length:,} is beyond {loaded.name}'s positions: at most {positions:,} tokens")
+    own = tuple(lengths or [x for x in LENGTHS if positions is None or x <= positions] or [positions or LENGTHS[0]])
+    units: list[Unit] = []
+    for prompt in inputs:
+        units += _cut(loaded, prompt, lengths, positions)
+    if PERPLEXITY in tasks:
+        units += _cut(loaded, PromptInput(OWN_TEXT, own_text()), own, positions)
+    if any(t != PERPLEXITY for t in tasks):
+        units += make_samples(Pieces(loaded, chat=chat), tasks, own, depths, samples, seed)
+    return tuple(units)
+
+
+def _cut(
+    loaded: LoadedModel, prompt: PromptInput, lengths: Sequence[int] | None, positions: int | None
+) -> list[LongPrompt]:
+    """A prompt at each length, or whole."""
+    ready = tokenize(
+        prompt,
+        loaded.tokenizer,
+        tokens=None,
+        positions=None if lengths else positions,
+        vocabulary=getattr(loaded.model.get_input_embeddings(), "num_embeddings", None),
+        notify=lambda _: None,
+    )
+    found = len(ready.token_ids)
+    for length in lengths or ():
+        if length > found:
+            raise InputError(
+                f"prompt {prompt.name} has {found:,} tokens, fewer than the length {length:,}: lower --lengths"
+            )
+    return [LongPrompt(prompt.name, n, ready.token_ids[:n]) for n in lengths or (found,)]
+
+
+def _chunk(
+    loaded: LoadedModel, arms: Sequence[Arm], units: Sequence[Unit], chunk: int, tell: Callable[[str], None]
+) -> int | None:
+    """The chunk that keeps every group in place, or None where the model has to run whole."""
+    multiple = group_multiple(arms)
+    size = math.ceil(chunk / multiple) * multiple
+    longest = max(units, key=lambda u: len(u.token_ids)).token_ids
+    if size >= len(longest):
+        return size
+    try:
+        layers = sorted(probe(loaded.model, longest[:2], None))
+        check_chunking(loaded.model, longest[:CHUNKED_TOKENS], layers)
+    except InputError:
+        vocabulary = int(getattr(loaded.model.config.get_text_config(decoder=True), "vocab_size", 0))
+        prompts = [u for u in units if isinstance(u, LongPrompt)]
+        needed = max((2 * u.length * vocabulary * loaded.model.dtype.itemsize for u in prompts), default=0)
+        free = free_bytes(loaded.model.device)
+        if free is not None and needed > free:
+            raise InputError(
+                f"{loaded.name} cannot prefill in chunks, and its logits need {needed / 1e9:.1f} GB where"
+                f" {free / 1e9:.1f} GB are free: lower --lengths"
+            ) from None
+        tell(f"{loaded.name} cannot prefill in chunks: prompts run whole")
+        return None
+    if size != chunk:
+        tell(f"chunks of {size:,} tokens instead of {chunk:,}: multiples of every layer's groups")
+    return size
+
+
+def _outlook(request: _Request) -> Iterator[str]:
+    """What the run will take."""
+    model = request.model
+    config = model.config.get_text_config(decoder=True)
+    prefills = len(request.units) * (1 + len(request.arms))
+    tokens = sum(len(u.token_ids) for u in request.units) * (1 + len(request.arms))
+    longest = max(len(u.token_ids) for u in request.units)
+    piece = longest if request.options.chunk is None else min(longest, request.options.chunk)
+    facts = model_facts(model)
+    logits = 2 * piece * int(getattr(config, "vocab_size", 0)) * model.dtype.itemsize
+    sentence = f"{prefills} prefills, {tokens:,} tokens in all; logits take {logits / 1e9:.2f} GB"
+    if None not in (facts["layers"], facts["kv_heads"], facts["head_dim"]):
+        cache = 2 * facts["layers"] * facts["kv_heads"] * facts["head_dim"] * longest * model.dtype.itemsize
+        sentence += f", KV caches up to {cache * max(2, 1 + len(request.arms)) / 1e9:.2f} GB"
+    yield sentence + " beside the model"
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# folder
+
+
+def _begin(path: Path, request: _Request, facts: Mapping[str, Any], overwrite: bool) -> dict[str, Any]:
+    """Start or continue: settle what the folder holds, and write down what this run is."""
+    identity = {
+        "format": "anchorscope-evaluation-run",
+        "version": VERSION,
+        "anchorscope": __version__,
+        "request": {
+            "model": dict(facts),
+            "arms": {arm.name: arm.config.sha256 for arm in request.arms if arm.config is not None},
+            "settings": request.settings,
+            "units": hashlib.sha256(repr([u.token_ids for u in request.units]).encode()).hexdigest(),
+            "names": [u.name for u in request.units],
+        },
+    }
+    started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    state = _state(path)
+    if state is not None:
+        same = {k: v for k, v in state.items() if k != "started"} == json.loads(json.dumps(identity))
+        if (path / REPORT).exists() or not same:
+            if not overwrite:
+                raise InputError(
+                    f"--out {path} holds an unfinished evaluation of something else; add --overwrite to replace it, or"
+                    " name a new folder"
+                )
+            _clear(path)
+        else:
+            started = state["started"]
+    state = {**identity, "started": started}
+    write_atomic(path / STATE, json_bytes(state))
+    make_folder(path / PARTS)
+    return state
+
+
+def _state(path: Path) -> dict[str, Any] | None:
+    try:
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    good = isinstance(state, dict) and state.get("format") == "anchorscope-evaluation-run" and "started" in state
+    return state if good else None
+
+
+def _clear(path: Path) -> None:
+    """Remove what an earlier run wrote, its report first, and nothing else."""
+    for name in (REPORT, STATE, *TABLES):
+        (path / name).unlink(missing_ok=True)
+    for folder, pattern in ((PARTS, "*-arm*.safetensors"), (FIGURES, "*.png")):
+        for file in (path / folder).glob(pattern):
+            file.unlink()
+
+
+def _part(path: Path, index: int, arm: int) -> Path:
+    """File of one arm (0: dense) of one unit."""
+    return path / PARTS / f"{index:05d}-arm{arm:02d}.safetensors"
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# the run
+
+
+def _run(path: Path, key: str, request: _Request, report: ProgressCallback) -> None:
+    """Make the parts that are missing."""
+    arms = (Arm(DENSE, None), *request.arms)
+    total = sum(len(u.token_ids) for u in request.units) * len(arms)
+    done = 0
+    warm = request.model.device.type != "cuda"
+    for index, unit in enumerate(request.units):
+        missing = [i for i in range(len(arms)) if Part.load(_part(path, index, i), key) is None]
+        report(Progress("evaluate", done, total, unit.name))
+        if missing and not warm:
+            _warm_up(request, unit)
+            warm = True
+        if missing and isinstance(unit, LongPrompt):
+            wanted = [arms[i] for i in missing if i]
+            results = run_prompt(request.model, wanted, unit.token_ids, request.options, measure=request.measured(unit))
+            for i in missing:
+                Part(*results[arms[i].name]).save(_part(path, index, i), key)
+        elif missing:
+            _run_sample(path, key, request, index, missing)
+        done += len(unit.token_ids) * len(arms)
+    report(Progress("evaluate", total, total))
+
+
+def _run_sample(path: Path, key: str, request: _Request, index: int, missing: Sequence[int]) -> None:
+    """One sample in the arms that are missing; dense always, since the others are compared with its logits."""
+    unit = request.units[index]
+    assert isinstance(unit, Sample)
+    assert request.loaded.tokenizer is not None
+    tokenizer = request.loaded.tokenizer
+
+    def decode(ids: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    reference = None
+    for i, arm in enumerate((Arm(DENSE, None), *request.arms)):
+        if i and i not in missing:
+            continue
+        answer = run_sample(
+            request.model,
+            arm,
+            unit,
+            request.options,
+            measure=request.measured(unit),
+            dense=reference,
+            decode=decode,
+        )
+        reference = reference or answer
+        if i in missing:
+            Part(answer.scores, answer.work, answer.text, answer.score).save(_part(path, index, i), key)
+
+
+def _warm_up(request: _Request, unit: Unit) -> None:
+    """The first two chunks once in every arm, so that compiling kernels is in nobody's time."""
+    ids = torch.tensor(unit.token_ids, dtype=torch.long, device=request.model.device)
+    with torch.inference_mode():
+        for arm in (Arm(DENSE, None), *request.arms):
+            lane = Lane(request.model, arm, request.options, measure=False)
+            for start, stop in spans(len(ids), request.options.chunk)[:2]:
+                lane.step(ids[start:stop], every=False, cached=True)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# results
+
+
+def _report(path: Path, key: str, request: _Request, state: Mapping[str, Any]) -> dict[str, Any]:
+    """evaluation.json, from the parts."""
+    names = [arm.name for arm in request.arms]
+    parts: dict[tuple[int, int], Part] = {}
+    for i in range(len(request.units)):
+        for a in range(len(names) + 1):
+            part = Part.load(_part(path, i, a), key)
+            if part is None:
+                raise RunFailure(f"{_part(path, i, a)} cannot be read back: run the same command again")
+            parts[i, a] = part
+    prompts, answers = [], []
+    groups: dict[tuple[str, int, float | None], list[int]] = {}
+    for i, unit in enumerate(request.units):
+        if isinstance(unit, LongPrompt):
+            prompts += [
+                prompt_result(unit.prompt, unit.length, name, parts[i, 0], parts[i, a], request.seed)
+                for a, name in enumerate(names, 1)
+            ]
+        else:
+            answers += [answer_result(name, unit, parts[i, a]) for a, name in enumerate([DENSE, *names])]
+            for depth in dict.fromkeys((None, unit.depth)):
+                groups.setdefault((unit.task, unit.length, depth), []).append(i)
+    tasks: list[dict[str, Any]] = []
+    depths: list[dict[str, Any]] = []
+    for (_, _, depth), members in groups.items():
+        units = [u for u in (request.units[i] for i in members) if isinstance(u, Sample)]
+        for a, name in enumerate(names, 1):
+            dense, sparse = ([parts[i, side] for i in members] for side in (0, a))
+            result = task_result(name, units, dense, sparse, request.seed)
+            (tasks if depth is None else depths).append({**result, "depth": depth})
+    return {
+        "format": "anchorscope-evaluation",
+        "version": VERSION,
+        "started": state["started"],
+        "model": state["request"]["model"],
+        "settings": request.settings,
+        "environment": _environment(request.model.device),
+        "arms": [{"name": arm.name, **_described(arm)} for arm in request.arms],
+        "prompts": prompts,
+        "tasks": tasks,
+        "depths": depths,
+        "answers": answers,
+    }
+
+
+def _described(arm: Arm) -> dict[str, Any]:
+    """What a reader needs to recognise an arm; the whole of it is in its anchors.json."""
+    assert arm.config is not None
+    thetas = [t for x in arm.config.layers for t in x.thetas]
+    known = sorted(t for t in thetas if t is not None)
+    return {
+        "sha256": arm.config.sha256,
+        "layers": len(arm.config.layers),
+        "heads": len(thetas),
+        "dense_heads": thetas.count(None),
+        "theta_low": jsonable(known[0]) if known else None,
+        "theta_high": jsonable(known[-1]) if known else None,
+        "groups": sorted({f"{x.params.block}x{x.params.step}" for x in arm.config.layers}),
+    }
+
+
+def _environment(device: torch.device) -> dict[str, Any]:
+    """What times depend on."""
+    found: dict[str, Any] = {**versions(), "cpus": os.cpu_count(), "threads": torch.get_num_threads()}
+    try:
+        found["transformers"] = version("transformers")
+    except PackageNotFoundError:  # from a source tree
+        found["transformers"] = None
+    found["machine"] = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return found
+
+
+def _write_tables(path: Path, result: Mapping[str, Any]) -> None:
+    tables = (
+        (PROMPT_COLUMNS, map(prompt_row, result["prompts"])),
+        (TASK_COLUMNS, map(task_row, [*result["tasks"], *result["depths"]])),
+        (ANSWER_COLUMNS, map(answer_row, result["answers"])),
+    )
+    for name, (columns, rows) in zip(TABLES, tables, strict=True):
+        write_atomic(path / name, csv_text(columns, rows).encode())
