@@ -8,7 +8,9 @@ does, these functions do:
 - `analyze`, `redraw`, `load_report`, `iter_profiles`: measure a dump, and read the results again.
 - `diagnose`, `load_diagnosis`: what kind of head each one is.
 - `compare_methods`: score other selection rules on the same heads.
+- `evaluate`: run a model dense and sparse side by side, on prompts and on tasks.
 - `run_bench`: time sparse against dense attention.
+- `sparse_attention`, `register_attention`: prefill a model with anchor attention; `attention_clock` times its own.
 
 Importing this package loads nothing heavy; names are resolved on first use.
 """
@@ -43,9 +45,11 @@ if TYPE_CHECKING:
         RunFailure,
     )
     from anchorscope.heads import diagnose, load_diagnosis
+    from anchorscope.evaluation import Evaluation, evaluate, load_evaluation
     from anchorscope.methods import Method, line_up
     from anchorscope.params import AnchorParams
     from anchorscope.profiles import HeadProfile
+    from anchorscope.runtime import LayerUse, SparseRun, attention_clock, register_attention, sparse_attention
 
 _HOMES = {
     "anchorscope.analysis.run": (
@@ -63,9 +67,11 @@ _HOMES = {
     "anchorscope.dumps": ("Dump", "Entry", "LayerTensors", "open_dump", "verify", "write_dump"),
     "anchorscope.errors": ("AnchorScopeError", "DumpError", "InputError", "MissingBackendError", "RunFailure"),
     "anchorscope.heads": ("diagnose", "load_diagnosis"),
+    "anchorscope.evaluation": ("Evaluation", "evaluate", "load_evaluation"),
     "anchorscope.methods": ("Method", "line_up"),
     "anchorscope.params": ("AnchorParams",),
     "anchorscope.profiles": ("HeadProfile",),
+    "anchorscope.runtime": ("LayerUse", "SparseRun", "attention_clock", "register_attention", "sparse_attention"),
 }
 _HOME_OF = {name: (home, name) for home, names in _HOMES.items() for name in names}
 _HOME_OF["compare_methods"] = ("anchorscope.compare", "compare")
@@ -77,16 +83,20 @@ __all__ = [
     "Dump",
     "DumpError",
     "Entry",
+    "Evaluation",
     "HeadProfile",
     "InputError",
     "LayerTensors",
+    "LayerUse",
     "Method",
     "MissingBackendError",
     "Progress",
     "PromptInput",
     "RunFailure",
+    "SparseRun",
     "__version__",
     "analyze",
+    "attention_clock",
     "capture_model",
     "compare_methods",
     "diagnose",
@@ -99,7 +109,9 @@ __all__ = [
     "open_dump",
     "plan_analysis",
     "redraw",
+    "register_attention",
     "run_bench",
+    "sparse_attention",
     "verify",
     "write_dump",
 ]

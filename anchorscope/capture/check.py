@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anchorscope.capture.hook import AttentionCall
+from anchorscope.capture.hook import AttentionCall, AttentionInputs
 from anchorscope.errors import InputError
 
 MASK_ROWS = 64  # rows of a mask compared at a time: bounds the extra memory
@@ -24,18 +24,38 @@ REASONS = {
     "position_bias": "a position bias is added to its scores",
     "alibi": "a position bias is added to its scores",
     "head_mask": "a mask per head is applied",
+    "cu_seq_lens_q": "several sequences are packed into one row",
 }
 
 
-def refuse(call: AttentionCall, reason: str) -> InputError:
+class Unrepresentable(InputError):
+    """Attention that Q, K and V alone do not determine; `reason` says why, whatever it was wanted for."""
+
+    def __init__(self, call: AttentionInputs, reason: str) -> None:
+        super().__init__(
+            f"{call.name} cannot be captured: {reason}; Q, K and V alone do not reproduce it"
+            " (choose other layers with --layers, or another model)"
+        )
+        self.reason = reason
+
+
+def refuse(call: AttentionInputs, reason: str) -> Unrepresentable:
     """The error for attention that a dump cannot represent."""
-    return InputError(
-        f"{call.name} cannot be captured: {reason}; Q, K and V alone do not reproduce it"
-        " (choose other layers with --layers, or another model)"
-    )
+    return Unrepresentable(call, reason)
 
 
 def check_call(call: AttentionCall) -> None:
+    """Refuse calls that one dump entry cannot represent.
+
+    Raises:
+        InputError: with the layer and the reason.
+    """
+    check_inputs(call)
+    if call.q.shape[0] != 1:
+        raise InputError(f"{call.name} got a batch of {call.q.shape[0]} prompts: capture one prompt at a time")
+
+
+def check_inputs(call: AttentionInputs) -> None:
     """Refuse calls whose shapes or options already say that Q, K and V are not all there is.
 
     Raises:
@@ -44,8 +64,6 @@ def check_call(call: AttentionCall) -> None:
     q, k, v = call.q, call.k, call.v
     if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
         raise refuse(call, "its tensors are not (batch, heads, tokens, head_dim)")
-    if q.shape[0] != 1:
-        raise InputError(f"{call.name} got a batch of {q.shape[0]} prompts: capture one prompt at a time")
     latent = getattr(getattr(call.module, "config", None), "kv_lora_rank", None)
     if latent or v.shape[-1] != q.shape[-1]:
         raise refuse(
@@ -60,7 +78,7 @@ def check_call(call: AttentionCall) -> None:
         if call.options.get(key) is not None:
             raise refuse(call, reason)
     if call.options.get("dropout"):
-        raise InputError(f"{call.name} applies dropout: call model.eval() before capturing")
+        raise InputError(f"{call.name} applies dropout: call model.eval() first")
 
 
 def visible_window(call: AttentionCall, start: int) -> int | None:
@@ -100,13 +118,13 @@ def _mask_window(call: AttentionCall, mask: Tensor, total: int, hint: int | None
     first_key = total - keys
     if n != call.q.shape[2] or keys != call.k.shape[2] or mask.shape[0] != 1:
         raise refuse(call, f"its mask {tuple(mask.shape)} does not fit {call.q.shape[2]} queries")
-    last = _visible(call, mask[0, 0, -1:])
+    last = visible(call, mask[0, 0, -1:])
     seen = int(last.sum())
     window = seen if seen < total else hint if hint is not None and hint >= total else None
     j = torch.arange(first_key, total, device=mask.device, dtype=torch.int32)
     for head in range(mask.shape[1]):
         for begin in range(0, n, MASK_ROWS):
-            part = _visible(call, mask[0, head, begin : begin + MASK_ROWS])
+            part = visible(call, mask[0, head, begin : begin + MASK_ROWS])
             i = torch.arange(begin, begin + part.shape[0], device=mask.device, dtype=torch.int32)[:, None] + total - n
             expected = j <= i
             if window is not None:
@@ -117,15 +135,15 @@ def _mask_window(call: AttentionCall, mask: Tensor, total: int, hint: int | None
     return window
 
 
-def _visible(call: AttentionCall, mask: Tensor) -> Tensor:
+def visible(call: AttentionInputs, mask: Tensor) -> Tensor:
     """Boolean form of a mask; an additive one may hold only 0 (visible) and its dtype's lowest value or -inf."""
     if mask.dtype == torch.bool:
         return mask
-    visible = mask == 0
+    shown = mask == 0
     hidden = mask <= torch.finfo(mask.dtype).min
-    if not bool((visible | hidden).all()):
+    if not bool((shown | hidden).all()):
         raise refuse(call, "its additive mask holds a bias")
-    return visible
+    return shown
 
 
 def check_output(call: AttentionCall, start: int, window: int | None, softcap: float | None) -> None:

@@ -1,9 +1,10 @@
-"""See every attention call of a transformers model: `intercept`, a context manager that changes nothing else.
+"""See or replace every attention call of a transformers model: `divert`, and `intercept` on top of it.
 
 Transformers lets a model name its attention function (`AttentionInterface`) and the function that builds its masks
-(`AttentionMaskInterface`). While the context is open, the model's configs name one private function of each kind. Both
-delegate to exactly the functions the model would have called, with the same arguments, so its logits stay equal bit
-for bit; then the attention function hands what it saw to the caller. Registering the mask function is not optional:
+(`AttentionMaskInterface`). While the context is open, the model's configs name private functions of each kind. The
+mask function delegates to exactly the function the model would have called, with the same arguments; the attention
+function hands the call to `attend` together with the model's own function, ready to be called. `intercept` calls it
+and looks at the result, so the model's logits stay equal bit for bit. Registering the mask function is not optional:
 without it transformers builds no mask at all, and sliding windows and chunked prefill are silently wrong. Delegates
 run under the model's own implementation name, since some of them look it up in the config again.
 
@@ -26,11 +27,12 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 _ids = itertools.count()
+_beneath: dict[str, str] = {}  # names registered here -> the implementation that each stands in front of
 
 
 @dataclass(frozen=True)
-class AttentionCall:
-    """One attention call of one layer, as the model made it.
+class AttentionInputs:
+    """What one layer hands to its attention function.
 
     Attributes:
         module: the attention module.
@@ -44,7 +46,6 @@ class AttentionCall:
             object.
         scale: softmax scale.
         options: the remaining keyword arguments (`sliding_window`, `softcap`, `s_aux`, ...).
-        output: (B, n, H, dv), the model's own result.
     """
 
     module: nn.Module
@@ -56,12 +57,28 @@ class AttentionCall:
     mask: Any
     scale: float
     options: dict[str, Any]
-    output: Tensor
 
     @property
     def name(self) -> str:
         """The attention module's class and layer, for messages."""
         return f"{type(self.module).__name__} of layer {'?' if self.layer is None else self.layer}"
+
+
+@dataclass(frozen=True)
+class AttentionCall(AttentionInputs):
+    """One attention call, as the model made it.
+
+    Attributes:
+        output: (B, n, H, dv), the model's own result.
+    """
+
+    output: Tensor
+
+
+# The model's own attention, as (q, k, v) -> (output (B, n, H, dv), weights or None): mask, scale and options are bound.
+Own = Callable[["Tensor", "Tensor", "Tensor"], Any]
+# What a call becomes; returns what `Own` returns.
+Attend = Callable[[AttentionInputs, Own], Any]
 
 
 @contextlib.contextmanager
@@ -76,38 +93,67 @@ def intercept(model: PreTrainedModel, sink: Callable[[AttentionCall], None]) -> 
         MissingBackendError: transformers is not installed.
         InputError: the model does not name an attention implementation at all.
     """
-    try:
-        from transformers import AttentionInterface
-        from transformers.masking_utils import AttentionMaskInterface
-    except ImportError as error:
-        raise MissingBackendError(
-            f"capturing needs transformers 5 or newer ({error}): pip install 'anchorscope[hf]'"
-        ) from None
 
-    originals = {id(config): (config, config._attn_implementation) for config in _configs(model)}
-    if not originals:
-        raise InputError(f"{type(model).__name__} names no attention implementation: it cannot be captured")
-    first = next(iter(originals.values()))[1]
-    # "flash" stays in the private name where it was: transformers chooses unpadded inputs by that substring
-    flash = {"flash" in name for _, name in originals.values()}
-    suffix = next(_ids)
-    private = {kind: f"anchorscope_capture_{'flash_' if kind else ''}{suffix}" for kind in flash}
+    def attend(call: AttentionInputs, own: Own) -> Any:
+        result = own(call.q, call.k, call.v)
+        sink(AttentionCall(**vars(call), output=result[0]))
+        return result
 
-    def own(config: PretrainedConfig | None) -> str:
-        return originals[id(config)][1] if id(config) in originals else first
+    with divert(model, attend):
+        yield
+
+
+@contextlib.contextmanager
+def divert(model: PreTrainedModel, attend: Attend) -> Iterator[None]:
+    """Let `attend` answer every attention call that `model` makes inside the context.
+
+    Of nested contexts the innermost is asked first, and its `own` leads to the next.
+
+    Raises:
+        MissingBackendError: transformers is not installed.
+        InputError: the model does not name an attention implementation at all.
+    """
+    with contextlib.ExitStack() as stack:
+        private: dict[str, str] = {}
+        for config in list(_configs(model)):
+            name = config._attn_implementation
+            if name not in private:
+                # "flash" stays in the private name where it was: transformers chooses unpadded inputs by that substring
+                private[name] = f"anchorscope_{'flash_' if 'flash' in name else ''}{next(_ids)}"
+                stack.callback(_unregister, private[name])
+                register(private[name], attend, name)
+            stack.callback(setattr, config, "_attn_implementation_internal", name)
+            config._attn_implementation_internal = private[name]
+        if not private:
+            raise InputError(f"{type(model).__name__} names no attention implementation: its attention cannot be seen")
+        yield
+
+
+def register(name: str, attend: Attend, implementation: str) -> None:
+    """Make `name` an attention implementation: `attend` answers its calls, with `implementation` as its own.
+
+    Raises:
+        MissingBackendError: transformers is not installed.
+        InputError: transformers knows no such implementation.
+    """
+    import torch
+
+    interface, masks = _interfaces()
+    if implementation != "eager" and implementation not in interface._global_mapping:
+        raise InputError(f"transformers knows no attention implementation {implementation!r}; use eager or sdpa")
 
     @contextlib.contextmanager
-    def as_before(config: PretrainedConfig | None) -> Iterator[str]:
-        name = own(config)
+    def as_before(config: PretrainedConfig | None) -> Iterator[None]:
         hidden = getattr(config, "_attn_implementation_internal", None)
         if config is not None:
-            config._attn_implementation_internal = name
+            config._attn_implementation_internal = implementation
         try:
-            yield name
+            yield
         finally:
             if config is not None:
                 config._attn_implementation_internal = hidden
 
+    @torch.compiler.disable
     def attention(
         module: nn.Module,
         query: Tensor,
@@ -117,47 +163,58 @@ def intercept(model: PreTrainedModel, sink: Callable[[AttentionCall], None]) -> 
         *args: Any,
         **options: Any,
     ) -> Any:
-        config = getattr(module, "config", None)
-        with as_before(config) as name:
-            result = _delegate(module, name)(module, query, key, value, attention_mask, *args, **options)
+        def own(q: Tensor, k: Tensor, v: Tensor) -> Any:
+            with as_before(getattr(module, "config", None)):
+                return _delegate(module, implementation)(module, q, k, v, attention_mask, *args, **options)
+
         scale = options.get("scaling")
-        sink(
-            AttentionCall(
-                module=module,
-                layer=getattr(module, "layer_idx", None),
-                implementation=name,
-                q=query,
-                k=key,
-                v=value,
-                mask=attention_mask,
-                scale=float(query.shape[-1] ** -0.5 if scale is None else scale),
-                options=options,
-                output=result[0],
-            )
+        call = AttentionInputs(
+            module=module,
+            layer=getattr(module, "layer_idx", None),
+            implementation=_foundation(implementation),
+            q=query,
+            k=key,
+            v=value,
+            mask=attention_mask,
+            scale=float(query.shape[-1] ** -0.5 if scale is None else scale),
+            options=options,
         )
-        return result
+        return attend(call, own)
 
     def mask(*args: Any, **options: Any) -> Any:
-        config = options.get("config")
-        with as_before(config) as name:
-            build: Any = AttentionMaskInterface._global_mapping.get(name)
-            return None if build is None else build(*args, **options)
+        with as_before(options.get("config")):
+            build: Any = masks._global_mapping[implementation]
+            return build(*args, **options)
 
-    for name in private.values():
-        AttentionInterface.register(name, attention)
+    interface.register(name, attention)
     # an implementation without a mask function gets none, before and now
-    for name in {name for _, name in originals.values()} & AttentionMaskInterface._global_mapping.keys():
-        AttentionMaskInterface.register(private["flash" in name], mask)
+    if implementation in masks._global_mapping:
+        masks.register(name, mask)
+    _beneath[name] = implementation
+
+
+def _unregister(name: str) -> None:
+    for interface in _interfaces():
+        interface._global_mapping.pop(name, None)
+    _beneath.pop(name, None)
+
+
+def _interfaces() -> tuple[Any, Any]:
     try:
-        for config, name in originals.values():
-            config._attn_implementation_internal = private["flash" in name]
-        yield
-    finally:
-        for config, name in originals.values():
-            config._attn_implementation_internal = name
-        for name in private.values():
-            AttentionInterface._global_mapping.pop(name, None)
-            AttentionMaskInterface._global_mapping.pop(name, None)
+        from transformers import AttentionInterface
+        from transformers.masking_utils import AttentionMaskInterface
+    except ImportError as error:
+        raise MissingBackendError(
+            f"watching a model's attention needs transformers 5 or newer ({error}): pip install 'anchorscope[hf]'"
+        ) from None
+    return AttentionInterface, AttentionMaskInterface
+
+
+def _foundation(name: str) -> str:
+    """The implementation at the bottom of nested contexts."""
+    while name in _beneath:
+        name = _beneath[name]
+    return name
 
 
 def _configs(model: PreTrainedModel) -> Iterator[PretrainedConfig]:

@@ -1,0 +1,194 @@
+"""One attention call, sparse: the heads of a layer through the pipeline, whatever else runs through the model's own."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from anchorscope.anchors import LayerAnchors
+from anchorscope.capture.check import Unrepresentable, check_inputs, softcap_of
+from anchorscope.capture.hook import AttentionInputs, Own
+from anchorscope.devices import resolve_backend_name
+from anchorscope.errors import InputError
+from anchorscope.kernels import torch_backend
+from anchorscope.kernels.pipeline import Attention, anchor_attention
+from anchorscope.runtime.masks import View, Views, window_of
+from anchorscope.runtime.pairs import has_candidates, region_pairs, stripe_pairs, visible_pairs
+from anchorscope.runtime.pieces import Heads, Piece, pieces_of, split_heads
+from anchorscope.runtime.plan import Plan, cannot
+from anchorscope.runtime.usage import LayerUse, Tally
+
+# Set while a context calls the model's own attention: contexts around it must not make that sparse.
+_own_only: ContextVar[bool] = ContextVar("own_only", default=False)
+
+
+class _NoBackward(torch.autograd.Function):
+    """The identity; whoever differentiates through it learns that the kernels only go forward."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, q: Tensor) -> Tensor:
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise InputError("sparse attention has no backward pass: train the model outside of it")
+
+
+class _Pipeline(NamedTuple):
+    """The kernels, with everything they need of one call but its heads and rows."""
+
+    call: AttentionInputs
+    anchors: LayerAnchors
+    window: int | None
+    backend: str
+
+    def run(self, heads: Heads, piece: Piece) -> Attention:
+        """Sparse attention of some heads and rows."""
+        q, k, v, place = self._inputs(heads, piece)
+        p = self.anchors.params
+        shape = {"block": p.block, "step": p.step, "init": p.init, "lookback": p.lookback}
+        theta = heads.theta.expand(piece.prompts, -1)
+        try:
+            return anchor_attention(q, k, v, theta=theta, backend=self.backend, **shape, **place)
+        except ValueError as error:
+            raise cannot(self.call, str(error)) from None
+
+    def dense_lse(self, heads: Heads, piece: Piece) -> Tensor:
+        """LSE over all visible keys, (b, H', n') float32: what recall is measured against."""
+        q, k, v, place = self._inputs(heads, piece)
+        if self.backend == "torch":
+            return torch_backend.anchor(q, k, v, init=k.shape[2], **place).lse
+        from anchorscope.kernels.profile import dense_lse
+
+        return dense_lse(q, k, None, **place)[1]
+
+    def _inputs(self, heads: Heads, piece: Piece) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
+        q, k, v = heads.of(self.call.q, self.call.k, self.call.v)
+        place = {
+            "scale": self.call.scale,
+            "window": self.window,
+            "softcap": softcap_of(self.call.options),
+            "offset": piece.offset,
+        }
+        rows, keys = piece.rows, piece.keys
+        return q[rows, :, piece.queries], k[rows, :, keys], v[rows, :, keys], place
+
+
+class SparseRun:
+    """What a model does inside `sparse_attention`, and what it did: `layers()`.
+
+    Args:
+        plan: which heads run how; None leaves everything to the model and only counts.
+        backend: "auto", "torch" or "triton".
+        measure: compute the recall of every sparse call, by a second exact pass over all keys.
+    """
+
+    def __init__(self, plan: Plan | None, backend: str = "auto", measure: bool = False) -> None:
+        self._plan = plan
+        self._backend = backend
+        self._measure = measure
+        self._views = Views()
+        self._heads: dict[tuple[int | None, torch.device], tuple[Heads | None, Heads | None]] = {}
+        self._tallies: dict[int, Tally] = {}
+
+    def layers(self) -> list[LayerUse]:
+        """What every layer did since the start or the last `reset`, in ascending order; waits for the GPU."""
+        return [self._tallies[layer].use(layer) for layer in sorted(self._tallies)]
+
+    def reset(self) -> None:
+        """Count from zero again."""
+        self._tallies.clear()
+
+    def attend(self, call: AttentionInputs, own: Own) -> Any:
+        """Answer one call of the model: see `anchorscope.capture.hook.Attend`.
+
+        Raises:
+            InputError: a layer with anchors makes a call that the kernels would compute wrongly.
+        """
+        if self._plan is None:  # only counting
+            return self._dense(call, own)
+        if _own_only.get():
+            return own(call.q, call.k, call.v)
+
+        def alone(q: Tensor, k: Tensor, v: Tensor) -> Any:
+            token = _own_only.set(True)
+            try:
+                return own(q, k, v)
+            finally:
+                _own_only.reset(token)
+
+        anchors = None if call.q.shape[2] == 1 else self._plan.layer(call)
+        if anchors is None:
+            return self._dense(call, alone)
+        try:
+            return self._planned(call, alone, anchors)
+        except Unrepresentable as error:
+            raise cannot(call, error.reason) from None
+
+    def _tally(self, call: AttentionInputs) -> Tally:
+        return self._tallies.setdefault(-1 if call.layer is None else call.layer, Tally())
+
+    def _dense(self, call: AttentionInputs, own: Own, view: View | None = None) -> Any:
+        """Leave a call to the model, and count it by its shapes, or by `view` where that is known."""
+        batch, heads, n, _ = call.q.shape
+        if n == 1:
+            return own(call.q, call.k, call.v)
+        keys, window = call.k.shape[2], window_of(call)
+        tally = self._tally(call)
+        with tally.clock.running(call.q.device):
+            result = own(call.q, call.k, call.v)
+        for piece in pieces_of(view or View(keys - n, ((0, keys),) * batch), n):
+            tally.queries += piece.prompts * piece.size
+            pairs = piece.prompts * heads * visible_pairs(piece.size, piece.offset, window)
+            tally.visible += pairs
+            tally.kept += pairs
+        tally.calls += 1
+        return result
+
+    def _planned(self, call: AttentionInputs, own: Own, anchors: LayerAnchors) -> Any:
+        """Run a call of a layer with anchors: sparse, unless that is dense anyway."""
+        check_inputs(call)
+        q, k, v = call.q, call.k, call.v
+        batch, all_heads, n, _ = q.shape
+        window = window_of(call)
+        if window is not None and n < k.shape[2] and k.shape[2] - n >= window - 1:
+            return self._dense(call, own)  # the cache may have dropped the first keys, and with them the anchors
+        if call.options.get("output_attentions"):
+            raise Unrepresentable(call, "it is asked for its attention weights (output_attentions)")
+        view = self._views(call, window)
+        pieces = pieces_of(view, n)
+        key = call.layer, q.device
+        if key not in self._heads:
+            self._heads[key] = split_heads(anchors, k.shape[1], q.device)
+        sparse, dense = self._heads[key]
+        if sparse is None or not any(has_candidates(p.size, p.offset, anchors.params) for p in pieces):
+            return self._dense(call, own, view)
+
+        tally = self._tally(call)
+        pipeline = _Pipeline(call, anchors, window, resolve_backend_name(self._backend, q.device))
+        with tally.clock.running(q.device), torch.no_grad():
+            out = q.new_zeros(batch, n, all_heads, v.shape[-1])  # padding stays zero
+            if dense is not None:
+                dense.place(out, own(*dense.of(q, k, v))[0])
+            found = [pipeline.run(sparse, piece) for piece in pieces]
+            for piece, attention in zip(pieces, found, strict=True):
+                sparse.place(out[piece.rows, piece.queries], attention.out.transpose(1, 2))
+        tally.kind = "sparse"
+        tally.calls += 1
+        heads = len(sparse.theta)
+        for piece, attention in zip(pieces, found, strict=True):
+            place = piece.size, piece.offset
+            visible, region = visible_pairs(*place, window), region_pairs(*place, anchors.params, window)
+            tally.queries += piece.prompts * piece.size
+            tally.visible += piece.prompts * all_heads * visible
+            tally.kept += piece.prompts * (heads * region + (all_heads - heads) * visible)
+            tally.stripes(stripe_pairs(attention.stripes, *place, anchors.params, window))
+            if self._measure:
+                rows = torch.exp(attention.lse - pipeline.dense_lse(sparse, piece))
+                tally.mass(rows, piece.prompts * piece.size * (all_heads - heads))
+        if torch.is_grad_enabled() and q.requires_grad:
+            out = _NoBackward.apply(out, q)
+        return out, None

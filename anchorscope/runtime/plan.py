@@ -1,0 +1,138 @@
+"""Which heads run how: an `AnchorConfig`, its file, or one theta for all; checked against the model before it runs."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from anchorscope.anchors import AnchorConfig, LayerAnchors
+from anchorscope.capture import AttentionCall, intercept, model_facts, prefill
+from anchorscope.capture.check import Unrepresentable, check_call, check_output, softcap_of, visible_window
+from anchorscope.capture.hook import AttentionInputs
+from anchorscope.errors import InputError
+from anchorscope.params import AnchorParams
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Configuration = AnchorConfig | str | os.PathLike[str] | float
+PROBE = (1, 2)  # token ids of the trial run
+
+
+class Plan:
+    """What each layer does.
+
+    Args:
+        config: an AnchorConfig, the path of an anchors.json, or a theta in nats for every head of every layer without
+            a sliding window, in groups of 128 x 16 queries.
+
+    Raises:
+        InputError: a NaN, a file that cannot be read, or something else altogether.
+    """
+
+    def __init__(self, config: Configuration) -> None:
+        self.config: AnchorConfig | None = None
+        self.theta = 0.0
+        if isinstance(config, AnchorConfig):
+            self.config = config
+        elif isinstance(config, (str, os.PathLike)):
+            self.config = AnchorConfig.load(os.fspath(config))
+        elif isinstance(config, (int, float)) and not isinstance(config, bool):
+            self.theta = float(config)
+            if math.isnan(self.theta):
+                raise InputError("theta is NaN: use a number of nats, inf or -inf")
+        else:
+            raise InputError(
+                f"anchors must be an AnchorConfig, the path of an anchors.json or a theta, not {type(config).__name__}"
+            )
+
+    def layer(self, call: AttentionInputs) -> LayerAnchors | None:
+        """How the call's layer runs; None for dense.
+
+        Raises:
+            InputError: the configuration has another number of heads there.
+        """
+        if call.layer is None:
+            return None
+        heads = call.q.shape[1]
+        if self.config is None:
+            window = call.options.get("sliding_window")
+            return None if window else LayerAnchors(call.layer, AnchorParams(), (self.theta,) * heads)
+        found = self.config[call.layer]
+        if found is not None and len(found.thetas) != heads:
+            raise InputError(
+                f"these anchors have {len(found.thetas)} heads in layer {call.layer}, but {call.name} has {heads}"
+            )
+        return found
+
+    def check_facts(self, facts: Mapping[str, Any], force: bool) -> None:
+        """Refuse a configuration of another model.
+
+        Raises:
+            InputError: see `AnchorConfig.check_model`.
+        """
+        if self.config is not None:
+            self.config.check_model(facts, force=force)
+
+    def check(self, model: PreTrainedModel, force: bool) -> None:
+        """Try the model on two tokens, and refuse what could not run or would not mean the same.
+
+        Raises:
+            InputError: the configuration is for another model; a layer that it names (without one: any layer) makes
+                no softmax attention call, or one that Q, K and V do not determine.
+        """
+        self.check_facts(model_facts(model), force)
+        trial = _Trial()
+        with intercept(model, trial):
+            prefill(model, PROBE)
+        if not trial.seen:
+            raise InputError(
+                f"{type(model).__name__} never called transformers' attention interface, so it cannot run sparse:"
+                " its attention is not softmax attention, or its code does not use the interface"
+            )
+        named = sorted(trial.seen) if self.config is None else [x.layer for x in self.config.layers]
+        for layer in named:
+            if layer not in trial.seen:
+                raise InputError(
+                    f"these anchors name layer {layer} of {type(model).__name__}, which uses no softmax attention;"
+                    f" layers {sorted(trial.seen)} do"
+                )
+            call, reason = trial.seen[layer]
+            if reason is not None:
+                raise cannot(call, reason)
+            self.layer(call)
+
+
+class _Trial:
+    """A sink that keeps each layer's call and the reason why Q, K and V do not determine it, if there is one."""
+
+    def __init__(self) -> None:
+        self.seen: dict[int, tuple[AttentionCall, str | None]] = {}
+
+    def __call__(self, call: AttentionCall) -> None:
+        if call.layer is None:
+            return
+        reason = None
+        if call.layer in self.seen:
+            reason = "it runs more than once in a forward"
+        else:
+            try:
+                check_call(call)
+                check_output(call, 0, visible_window(call, 0), softcap_of(call.options))
+            except Unrepresentable as error:
+                reason = error.reason
+        self.seen[call.layer] = call, reason
+
+
+def cannot(call: AttentionInputs, reason: str) -> InputError:
+    """The error for attention that the kernels would compute wrongly."""
+    return InputError(f"{call.name} cannot run sparse: {reason} (leave it out of the anchors, or take another model)")
+
+
+def thetas_on(device: torch.device, thetas: tuple[float | None, ...]) -> torch.Tensor:
+    """Thetas as (heads,) float32; dense heads get +inf, with which the kernels keep every key."""
+    return torch.tensor([math.inf if t is None else t for t in thetas], device=device)

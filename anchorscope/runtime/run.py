@@ -1,0 +1,149 @@
+"""Running a loaded model sparse, or only timing its attention: context managers that leave it as it was."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from anchorscope.capture.hook import AttentionInputs, Own, divert, register
+from anchorscope.capture.models import require_transformers
+from anchorscope.devices import BACKENDS
+from anchorscope.errors import InputError
+from anchorscope.runtime.attend import SparseRun
+from anchorscope.runtime.plan import Configuration, Plan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+IMPLEMENTATION = "anchorscope"
+VARIABLE = "ANCHORSCOPE_ANCHORS"
+
+
+@contextlib.contextmanager
+def sparse_attention(
+    model: PreTrainedModel,
+    config: Configuration,
+    *,
+    backend: str = "auto",
+    measure: bool = False,
+    force: bool = False,
+) -> Iterator[SparseRun]:
+    """Prefill with anchor attention inside the context; decoding and everything unnamed stay the model's own.
+
+        with anchorscope.sparse_attention(model, "anchors.json") as run:
+            model.generate(**inputs)
+        print([(x.layer, x.density) for x in run.layers()])
+
+    The model is tried on two tokens first. Contexts may be nested, where the innermost decides alone, and be open on
+    several models at once. What runs sparse and what dense is specified in docs/sparse.md.
+
+    Args:
+        model: a loaded transformers model, compiled or not.
+        config: an AnchorConfig, the path of an anchors.json, or one theta in nats for every head of every layer
+            without a sliding window, in groups of 128 x 16 queries.
+        backend: "triton" (the GPU kernels), "torch" (any device, float32), or "auto": Triton on a GPU.
+        measure: compute the recall of each sparse call, which costs a second exact pass over all keys.
+        force: accept anchors that were calibrated on another model of the same shape.
+
+    Yields:
+        The run: `layers()` says what each layer computed, kept and took.
+
+    Raises:
+        InputError: before the run, if the anchors do not fit the model or name attention that cannot run sparse;
+            during it, for calls that the kernels would compute wrongly (packed or bidirectional masks, dropout).
+        MissingBackendError: transformers is missing, or there is no GPU for "triton".
+    """
+    require_transformers()
+    if backend not in BACKENDS:
+        raise InputError(f"backend {backend!r} is unknown; use one of {', '.join(BACKENDS)}")
+    model = _loaded(model)
+    plan = Plan(config)
+    plan.check(model, force)
+    run = SparseRun(plan, backend, measure)
+    with divert(model, run.attend):
+        yield run
+
+
+@contextlib.contextmanager
+def attention_clock(model: PreTrainedModel) -> Iterator[SparseRun]:
+    """Count and time the model's attention as it is, like `sparse_attention` does: the dense arm of a comparison.
+
+    Raises:
+        MissingBackendError: transformers is missing.
+    """
+    require_transformers()
+    run = SparseRun(None)
+    with divert(_loaded(model), run.attend):
+        yield run
+
+
+def register_attention(
+    config: Configuration | None = None,
+    *,
+    dense: str = "sdpa",
+    backend: str = "auto",
+    measure: bool = False,
+    force: bool = False,
+) -> SparseRun:
+    """Make `attn_implementation="anchorscope"` known to transformers, for models loaded or switched afterwards.
+
+        anchorscope.register_attention("anchors.json")
+        model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="anchorscope")
+
+    The anchors are checked at the model's first call, by its type and the shapes there (`sparse_attention` also tries
+    the model beforehand, and tells other weights of the same shape). Registering again replaces them.
+
+    Args:
+        config: as in `sparse_attention`; by default the path in the environment variable ANCHORSCOPE_ANCHORS.
+        dense: the implementation of whatever does not run sparse: "sdpa", "eager", "flash_attention_2", ...
+        backend, measure, force: as in `sparse_attention`.
+
+    Returns:
+        The run, shared by all models of this implementation: use one at a time where its counts matter.
+
+    Raises:
+        InputError: no anchors at all, anchors that cannot be read, or an unknown implementation.
+        MissingBackendError: transformers is missing.
+    """
+    require_transformers()
+    if backend not in BACKENDS:
+        raise InputError(f"backend {backend!r} is unknown; use one of {', '.join(BACKENDS)}")
+    config = os.environ.get(VARIABLE) if config is None else config
+    if config is None or config == "":
+        raise InputError(
+            f"no anchors for {IMPLEMENTATION}: give register_attention a configuration, or set {VARIABLE} to the path"
+            " of an anchors.json"
+        )
+    plan = Plan(config)
+    run = SparseRun(plan, backend, measure)
+    known: set[int] = set()
+
+    def attend(call: AttentionInputs, own: Own) -> Any:
+        facts = getattr(call.module, "config", None)
+        if id(facts) not in known:
+            depth = getattr(facts, "num_hidden_layers", None)
+            plan.check_facts(
+                {"class": type(call.module).__name__, "type": getattr(facts, "model_type", None), "layers": depth},
+                force,
+            )
+            known.add(id(facts))
+        return run.attend(call, own)
+
+    register(IMPLEMENTATION, attend, dense)
+    return run
+
+
+def _loaded(model: Any) -> PreTrainedModel:
+    """The model itself, behind torch.compile.
+
+    Raises:
+        InputError: not a model of transformers.
+    """
+    from transformers import PreTrainedModel
+
+    model = getattr(model, "_orig_mod", model)
+    if not isinstance(model, PreTrainedModel):
+        raise InputError(f"sparse attention needs a loaded transformers model, not {type(model).__name__}")
+    return model
