@@ -150,12 +150,11 @@ def model_facts(model: PreTrainedModel, name: str | None = None, revision: str |
     biases), rounded to bf16, so that a model loaded in another dtype keeps it and another training run does not.
     """
     config = text_config(model)
-    heads = getattr(config, "num_attention_heads", None)
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    heads = _shared(config, "num_attention_heads", None)
+    kv_heads = _shared(config, "num_key_value_heads", heads)
     width = getattr(config, "hidden_size", None)
-    head_dim = getattr(config, "head_dim", None)
-    if head_dim is None and isinstance(width, int) and isinstance(heads, int):
-        head_dim = width // heads
+    split = width // heads if isinstance(width, int) and isinstance(heads, int) else None
+    head_dim = _shared(config, "head_dim", split)
     digest = hashlib.sha256()
     for key, parameter in sorted(model.named_parameters()):
         digest.update(f"{key}{tuple(parameter.shape)}".encode())
@@ -175,6 +174,15 @@ def model_facts(model: PreTrainedModel, name: str | None = None, revision: str |
         "positions": max_positions(model),
         "fingerprint": digest.hexdigest(),
     }
+
+
+def _shared(config: PretrainedConfig, name: str, otherwise: Any) -> Any:
+    """A configuration's value, `otherwise` where it is unset, None where every layer has its own."""
+    try:
+        value = getattr(config, name, None)
+    except RuntimeError:  # transformers refuses to read it globally
+        return None
+    return otherwise if value is None else value
 
 
 def name_of(model: PreTrainedModel) -> str:
