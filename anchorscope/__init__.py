@@ -9,6 +9,7 @@ does, these functions do:
 - `diagnose`, `load_diagnosis`: what kind of head each one is.
 - `compare_methods`: score other selection rules on the same heads.
 - `evaluate`: run a model dense and sparse side by side, on prompts and on tasks.
+- `calibrate`: choose groups and thetas of every head, checked on held-out prompts.
 - `run_bench`: time sparse against dense attention.
 - `sparse_attention`, `register_attention`: prefill a model with anchor attention; `attention_clock` times its own.
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
         redraw,
     )
     from anchorscope.bench import run_bench
+    from anchorscope.calibration import Calibration, calibrate, plan_calibration
     from anchorscope.capture import PromptInput, capture_model, intercept
     from anchorscope.compare import compare as compare_methods
     from anchorscope.compare import load_comparison
@@ -62,6 +64,7 @@ _HOMES = {
         "redraw",
     ),
     "anchorscope.bench": ("run_bench",),
+    "anchorscope.calibration": ("Calibration", "calibrate", "plan_calibration"),
     "anchorscope.capture": ("PromptInput", "capture_model", "intercept"),
     "anchorscope.compare": ("load_comparison",),
     "anchorscope.dumps": ("Dump", "Entry", "LayerTensors", "open_dump", "verify", "write_dump"),
@@ -80,6 +83,7 @@ __all__ = [
     "Analysis",
     "AnchorParams",
     "AnchorScopeError",
+    "Calibration",
     "Dump",
     "DumpError",
     "Entry",
@@ -97,6 +101,7 @@ __all__ = [
     "__version__",
     "analyze",
     "attention_clock",
+    "calibrate",
     "capture_model",
     "compare_methods",
     "diagnose",
@@ -108,6 +113,7 @@ __all__ = [
     "load_report",
     "open_dump",
     "plan_analysis",
+    "plan_calibration",
     "redraw",
     "register_attention",
     "run_bench",

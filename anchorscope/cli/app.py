@@ -14,6 +14,7 @@ import typer
 from anchorscope._version import __version__
 from anchorscope.cli.analyze import analyze, figures
 from anchorscope.cli.bench import bench
+from anchorscope.cli.calibrate import calibrate
 from anchorscope.cli.capture import capture
 from anchorscope.cli.compare import compare
 from anchorscope.cli.evaluate import evaluate
@@ -39,6 +40,7 @@ app.command()(analyze)
 app.command()(figures)
 app.command()(compare)
 app.command()(heads)
+app.command()(calibrate)
 app.command()(report)
 app.command()(evaluate)
 app.command()(bench)

@@ -1,0 +1,322 @@
+"""Figures of a calibration: functions take calibration.json's values and return a `Figure`; `draw_all` saves them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize, to_rgba
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
+
+from anchorscope.report.style import (
+    BLUE,
+    FAINT,
+    GREEN,
+    INK,
+    MUTED,
+    ORANGE,
+    PAPER,
+    RED,
+    SKY,
+    SMALL,
+    TEXT,
+    label,
+    legend,
+    new_figure,
+    tidy,
+)
+from anchorscope.report.write import save_figure
+
+DENSE, ALONE = "#bdbdbd", "#d6e6f4"
+NUMBERS = (16, 32)  # most heads and layers with a number in each cell
+RECALLS = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 0.9999)
+DENSITIES = (0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
+GROUP_DASHES = ((0, (5, 1.5)), (0, (1, 1)), (0, (3, 1.5, 1, 1.5)), (0, (8, 2)), (0, (6, 1, 1, 1, 1, 1)))
+LEAST_MISSED = 1e-4  # recall is drawn up to 1 minus this
+
+Report = Mapping[str, Any]
+
+
+def draw_all(report: Report, folder: Path) -> list[Path]:
+    """Draw and save every figure: `thetas.png`, `fitted-held-out.png` (if prompts were held out), `recall-density.png`,
+    and `lengths.png` (if prompts differ in length).
+
+    Returns:
+        The files, in the order written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    figures: list[tuple[str, Figure]] = [("thetas", theta_map(report))]
+    if report["held_out"] is not None:
+        figures.append(("fitted-held-out", fitted_held_out(report)))
+    if report["against_one_theta"]["budgets"]:
+        figures.append(("recall-density", recall_density(report)))
+    if report["lengths"]:
+        figures.append(("lengths", length_matrix(report)))
+    for name, figure in figures:
+        save_figure(figure, folder / f"{name}.png")
+    return [folder / f"{name}.png" for name, _ in figures]
+
+
+def theta_map(report: Report) -> Figure:
+    """Theta per layer and head, with each layer's kind of group on the right; dense heads grey."""
+    rows = report["heads"]
+    layers, heads = sorted({r["layer"] for r in rows}), sorted({r["head"] for r in rows})
+    grid = np.full((len(layers), len(heads)), math.nan)
+    dense = np.zeros(grid.shape, dtype=bool)
+    for r in rows:
+        at = layers.index(r["layer"]), heads.index(r["head"])
+        dense[at] = r["theta"] == "dense"
+        grid[at] = math.nan if dense[at] else float(r["theta"])
+    known = grid[np.isfinite(grid)]
+    low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 1.0)
+    norm = Normalize(low, high if high > low else low + 1)
+    cell = 0.42 if len(layers) <= 8 else max(0.17, min(0.42, 5.6 / len(layers)))
+    span = f"{low:.3g} to {high:.3g} nats" if known.size else "none sparse"
+    figure = new_figure(
+        max(0.5 * min(len(heads), 24) + 3.4, 8.2),
+        cell * len(layers) + 2.0,
+        "Theta of every head",
+        f"{_aim(report)}  |  {span}; {int(dense.sum())} of {len(rows)} heads dense",
+    )
+    axes = figure.subplots()
+    colours = matplotlib.colormaps["viridis"]
+    image = colours(norm(np.clip(np.where(np.isnan(grid), low, grid), low, high)))
+    image[np.isnan(grid)] = to_rgba(PAPER)
+    image[np.isneginf(grid)] = to_rgba(ALONE)
+    image[dense] = to_rgba(DENSE)
+    axes.imshow(image, aspect="auto", interpolation="nearest")
+    if len(heads) <= NUMBERS[0] and len(layers) <= NUMBERS[1]:
+        for (row, column), value in np.ndenumerate(grid):
+            text = "dense" if dense[row, column] else _nats(value)
+            dark = float(np.dot(image[row, column, :3], (0.299, 0.587, 0.114))) < 0.55
+            axes.text(column, row, text, size=7.5, ha="center", va="center", color="white" if dark else INK)
+    for axis, numbers in ((axes.yaxis, layers), (axes.xaxis, heads)):
+        stride = math.ceil(len(numbers) / 24)
+        axis.set_ticks(range(0, len(numbers), stride), [str(x) for x in numbers[::stride]])
+    groups = {row["layer"]: f"{row['block']}x{row['step']}" for row in report["layers"]}
+    right = axes.secondary_yaxis("right")
+    stride = math.ceil(len(layers) / 24)
+    right.set_ticks(range(0, len(layers), stride), [groups[i] for i in layers[::stride]])
+    right.set_ylabel("groups (block x step)", size=TEXT, color=INK)
+    for side in (axes, right):
+        side.tick_params(labelsize=SMALL, length=0, colors=INK)
+        for spine in side.spines.values():
+            spine.set_visible(False)
+    label(axes, "query head", "layer")
+    bar = figure.colorbar(ScalarMappable(norm, colours), ax=axes, fraction=0.035, pad=0.02)
+    bar.set_label("theta (nats)", size=TEXT, color=INK)
+    bar.ax.tick_params(labelsize=SMALL, length=3)
+    bar.outline.set_visible(False)
+    handles = [Patch(facecolor=DENSE, label="runs dense")] if dense.any() else []
+    if np.isneginf(grid).any():
+        handles.append(Patch(facecolor=ALONE, edgecolor=MUTED, label="-inf: the anchor region alone suffices"))
+    if (np.isnan(grid) & ~dense).any():
+        handles.append(Patch(facecolor=PAPER, edgecolor=MUTED, label="not measured"))
+    if handles:
+        legend(figure, handles=handles, loc="outside lower left", ncols=3, borderaxespad=0.4)
+    return figure
+
+
+def fitted_held_out(report: Report) -> Figure:
+    """Each head's statistic on held-out prompts against the fitting ones; and what its density became."""
+    s, target = report["settings"], report["settings"]["target"]
+    key = {"mean": "recall", "p05": "p05", "last": "last"}[s["statistic"]]
+    rows = [r for r in report["heads"] if r["theta"] != "dense"]
+    broken = np.array([r["kept"] is False for r in rows], dtype=bool)
+    found = report["promise"]
+    said = "" if found is None else f"  |  {found['heads_missed']} of {len(report['heads'])} heads below the target"
+    figure = new_figure(11.4, 5.6, "Do the thetas hold on prompts they never saw?", f"{_aim(report)}{said}")
+    panels = figure.subplots(1, 2)
+    for axes, name, words in ((panels[0], key, f"{s['statistic']} recall"), (panels[1], "density", "density")):
+        x, y = (np.array([r[f"{part}_{name}"] for r in rows], dtype=float) for part in ("fitted", "held_out"))
+        ends = np.concatenate([x, y, [target] if name == key and target is not None else []])
+        low, high = (float(ends.min()), float(ends.max())) if ends.size else (0.0, 1.0)
+        pad = max(0.06 * (high - low), 0.004)
+        axes.plot([low - pad, high + pad], [low - pad, high + pad], color=MUTED, linewidth=0.9, zorder=1)
+        for mask, colour, marker, text in (
+            (~broken, BLUE, "o", "reaches the target" if target is not None else "head"),
+            (broken, RED, "v", "below the target"),
+        ):
+            if mask.any():
+                axes.scatter(
+                    x[mask], y[mask], s=30, color=colour, marker=marker, edgecolor="white", linewidth=0.5, label=text
+                )
+        if name == key and target is not None:
+            axes.axhline(target, color=INK, linewidth=0.9, linestyle=":", zorder=1)
+        axes.set_xlim(low - pad, high + pad)
+        axes.set_ylim(low - pad, high + pad)
+        label(axes, f"{words}, fitting prompts (share)", f"{words}, held-out prompts (share)")
+        tidy(axes)
+    _name_worst(panels[0], rows, key)
+    legend(panels[0], loc="lower right" if target is None else "lower left")
+    return figure
+
+
+def recall_density(report: Report) -> Figure:
+    """Recall against total density: per-head thetas against one theta for all, mean and worst head."""
+    part = "held_out" if report["held_out"] else "fitted"
+    found = report["against_one_theta"]
+    where = "held-out" if report["held_out"] else "fitting"
+    figure = new_figure(
+        12.2,
+        6.0,
+        "Per-head thetas against one theta for all heads",
+        f"{_aim(report)}  |  on the {where} prompts; further up and left is better",
+    )
+    panels = figure.subplots(1, 2)
+    lines = _lines(found, part)
+    for axes, key, title in (
+        (panels[0], "value", "mean over heads"),
+        (panels[1], "value_worst_head", "worst head"),
+    ):
+        densities, missed = [], []
+        for name, rows, look in lines:
+            x = np.array([r["density"] for r in rows])
+            y = np.maximum(1 - np.array([r[key] for r in rows]), LEAST_MISSED)
+            order = np.argsort(x, kind="stable")
+            axes.plot(x[order], y[order], label=name, **look)
+            densities.append(x)
+            missed.append(y)
+        own = found["at_choice"][0][part]
+        axes.scatter(
+            [own["density"]],
+            [max(1 - own[key], LEAST_MISSED)],
+            s=110,
+            marker="*",
+            color=RED,
+            edgecolor="white",
+            linewidth=0.6,
+            zorder=9,
+            label="anchors.json",
+        )
+        _recall_axis(axes, np.concatenate(missed))
+        _density_axis(axes, np.concatenate(densities))
+        label(
+            axes, "density, mean over heads (log)", f"{report['settings']['statistic']} recall (log of what is missed)"
+        )
+        axes.set_title(title, size=TEXT, color=INK, loc="left")
+        tidy(axes)
+    handles, names = panels[0].get_legend_handles_labels()
+    legend(figure, handles=handles, labels=names, loc="outside lower center", ncols=4)
+    return figure
+
+
+def length_matrix(report: Report) -> Figure:
+    """Thetas fitted at one length, used at another: the statistic, the density, the share of heads that miss."""
+    cells = report["lengths"]
+    fits, at = sorted({c["fit_tokens"] for c in cells}), sorted({c["tokens"] for c in cells})
+    statistic = report["settings"]["statistic"]
+    maps = [("value", f"{statistic} recall, mean over heads", "cividis"), ("density", "density", "viridis")]
+    if report["settings"]["target"] is not None:
+        maps.append(("heads_missed_share", "share of heads below the target", "magma"))
+    figure = new_figure(
+        max((0.85 * len(at) + 1.6) * len(maps), 9.0),
+        0.62 * len(fits) + 2.3,
+        "Do thetas fitted at one length hold at another?",
+        f"{_aim(report)}  |  evaluated on held-out prompts where the length has any (* else on fitting ones)",
+    )
+    for axes, (key, title, cmap) in zip(figure.subplots(1, len(maps), squeeze=False)[0], maps, strict=True):
+        grid = np.full((len(fits), len(at)), math.nan)
+        for c in cells:
+            grid[fits.index(c["fit_tokens"]), at.index(c["tokens"])] = c[key]
+        low, high = float(np.nanmin(grid)), float(np.nanmax(grid))
+        norm = Normalize(low, max(high, low + 0.02))
+        image = axes.imshow(grid, cmap=cmap, norm=norm, aspect="auto")
+        for c in cells:
+            row, column = fits.index(c["fit_tokens"]), at.index(c["tokens"])
+            dark = float(np.dot(image.cmap(norm(c[key]))[:3], (0.299, 0.587, 0.114))) < 0.55
+            text = (f"{c[key]:.0%}" if key == "heads_missed_share" else f"{c[key]:.3f}") + (
+                "" if c["held_out"] else "*"
+            )
+            axes.text(column, row, text, size=SMALL, ha="center", va="center", color="white" if dark else INK)
+        axes.set_xticks(range(len(at)), [f"{n:,}" for n in at])
+        axes.set_yticks(range(len(fits)), [f"{n:,}" for n in fits])
+        axes.tick_params(labelsize=SMALL, length=0, colors=INK)
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+        axes.set_title(title, size=TEXT, color=INK, loc="left")
+        label(axes, "evaluated at (tokens)", "fitted at (tokens)")
+    return figure
+
+
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def _aim(report: Report) -> str:
+    s = report["settings"]
+    if s["target"] is None:
+        return f"density {s['budget_density']:g} shared out, by {s['by']}"
+    return f"{s['statistic']} recall {s['target']:g} in every {s['by']}"
+
+
+def _nats(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.2f}" if math.isfinite(value) else "-inf"
+
+
+def _name_worst(axes: Axes, rows: Sequence[Report], key: str, most: int = 4) -> None:
+    """Layer and head beside the points that fall furthest below the target."""
+    short = sorted((r for r in rows if r["shortfall"]), key=lambda r: -r["shortfall"])[:most]
+    for r in short:
+        axes.annotate(
+            f"{r['layer']}:{r['head']}",
+            (r[f"fitted_{key}"], r[f"held_out_{key}"]),
+            xytext=(6, -3),
+            textcoords="offset points",
+            size=SMALL,
+            color=MUTED,
+        )
+
+
+def _lines(found: Report, part: str) -> list[tuple[str, list[Any], dict[str, Any]]]:
+    """Name, points and look of every line of `recall_density`."""
+
+    def of(method: str, group: str | None = None) -> list[Any]:
+        rows = [r for b in found["budgets"] for r in b["rows"] if r["method"] == method]
+        return [r[part] for r in rows if group is None or r["group"] == group]
+
+    lines: list[tuple[str, list[Any], dict[str, Any]]] = [
+        ("per head, equal slope", of("equal slope"), {"color": BLUE, "linewidth": 2.4, "zorder": 6}),
+        (
+            "per head, each at the same recall",
+            [r[part] for r in found["targets"]],
+            {"color": GREEN, "linewidth": 2.0, "zorder": 5},
+        ),
+        (
+            "one theta, groups of equal slope",
+            of("one theta, same groups"),
+            {"color": ORANGE, "linewidth": 2.0, "zorder": 4},
+        ),
+    ]
+    groups = dict.fromkeys(r["group"] for b in found["budgets"] for r in b["rows"] if "group" in r)
+    for i, group in enumerate(groups):
+        look = {"color": SKY if i == 0 else MUTED, "linewidth": 1.4, "linestyle": GROUP_DASHES[i % len(GROUP_DASHES)]}
+        lines.append((f"one theta, all {group}", of("one theta, one group", group), look))
+    return [line for line in lines if line[1]]
+
+
+def _recall_axis(axes: Axes, missed: np.ndarray) -> None:
+    """Recall upwards, even in the log of what is missed."""
+    axes.set_yscale("log")
+    axes.set_ylim(min(float(missed.max()) * 1.15, 1.0), max(float(missed.min()) * 0.8, LEAST_MISSED))
+    axes.yaxis.set_major_locator(FixedLocator([1 - r for r in RECALLS]))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{1 - value:.4g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_minor_locator(FixedLocator([]))
+
+
+def _density_axis(axes: Axes, density: np.ndarray) -> None:
+    axes.set_xscale("log")
+    axes.set_xlim(float(density.min()) * 0.93, 1.0)
+    axes.xaxis.set_major_locator(FixedLocator(list(DENSITIES)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_minor_locator(FixedLocator([]))
+    axes.grid(True, color=FAINT, linewidth=0.6)

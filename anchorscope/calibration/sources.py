@@ -1,0 +1,403 @@
+"""What a calibration reads: dumps, and folders that `analyze` finished; one model, the same heads on every prompt."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from anchorscope.analysis.run import STATE as ANALYSIS_STATE
+from anchorscope.analysis.run import iter_profiles, load_report
+from anchorscope.anchors import IDENTITY, SHAPE
+from anchorscope.calibration.curves import Head, PromptCurve, Statistic
+from anchorscope.dumps import MANIFEST, Dump, open_dump
+from anchorscope.errors import DumpError, InputError
+from anchorscope.params import AnchorParams
+from anchorscope.selection import describe_indices, parse_indices
+
+DEFAULT_GROUPS = (AnchorParams(64, 8), AnchorParams(128, 4), AnchorParams(128, 16))
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt of one dump.
+
+    Attributes:
+        dump: identity of the dump.
+        name: its name there.
+        tokens: its length.
+        sha256: hash of its token ids, if the source says so.
+        token_ids: the ids, if the source holds them.
+    """
+
+    dump: str
+    name: str
+    tokens: int
+    sha256: str | None = None
+    token_ids: tuple[int, ...] | None = field(default=None, repr=False, compare=False)
+
+
+Measured = dict[tuple[Prompt, AnchorParams, Head], PromptCurve]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One analysis still to make: a dump with one kind of group."""
+
+    dump: Dump
+    params: AnchorParams
+    prompts: tuple[str, ...]
+    folder: str
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Everything a calibration is made from, checked.
+
+    Attributes:
+        identity: what names the sources, in the order given.
+        model: the model they belong to, or None if no dump says.
+        prompts: in the order given.
+        heads: heads to calibrate, ascending; the same on every prompt.
+        windowed: layers left out because they have a sliding window.
+        groups: kinds of groups to choose from.
+        measured: the curves of the finished analyses.
+        runs: the analyses to make.
+    """
+
+    identity: tuple[str, ...]
+    model: Mapping[str, Any] | None
+    prompts: tuple[Prompt, ...]
+    heads: tuple[Head, ...]
+    windowed: tuple[int, ...]
+    groups: tuple[AnchorParams, ...]
+    measured: Measured = field(repr=False)
+    runs: tuple[Run, ...]
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers to calibrate."""
+        return tuple(sorted({layer for layer, _ in self.heads}))
+
+
+def parse_groups(text: str) -> tuple[AnchorParams, ...]:
+    """Kinds of groups from `block`x`step`, separated by commas; init and lookback are the block.
+
+    >>> [(p.block, p.step) for p in parse_groups("64x8,128x16")]
+    [(64, 8), (128, 16)]
+
+    Raises:
+        InputError: malformed, zero, or one of them twice.
+    """
+    groups = []
+    for item in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,7})x(\d{1,7})\s*", item)
+        if match is None:
+            raise InputError(f"--groups {text!r} is malformed; write block x step without spaces, like 64x8,128x16")
+        groups.append(AnchorParams(int(match[1]), int(match[2])))
+    if len(set(groups)) < len(groups):
+        raise InputError(f"--groups {text!r} names a kind of group twice")
+    return tuple(groups)
+
+
+def group_name(params: AnchorParams) -> str:
+    """`64x8`, with init and lookback where they are not the block."""
+    name = f"{params.block}x{params.step}"
+    if (params.init_tokens, params.lookback_tokens) != (params.block, params.block):
+        name += f"-init{params.init_tokens}-lookback{params.lookback_tokens}"
+    return name
+
+
+def listed(groups: Iterable[AnchorParams]) -> str:
+    """`64x8, 128x16`."""
+    return ", ".join(map(group_name, groups))
+
+
+def open_sources(
+    paths: Sequence[Path | str],
+    *,
+    groups: Sequence[AnchorParams] | None = None,
+    layers: Sequence[int] | str | None = None,
+    statistic: Statistic = "mean",
+) -> Sources:
+    """Open and check everything; nothing is measured yet.
+
+    Args:
+        paths: dump folders and finished analyses, in any mixture.
+        groups: kinds to choose from; None means `DEFAULT_GROUPS`, or what the analyses have if a prompt has no dump.
+        layers: layers to calibrate, also as the user types them; None means all.
+        statistic: what will be chosen by.
+
+    Raises:
+        InputError: dumps of different models, a head that a prompt lacks, a kind of group that was not measured, a
+            prompt given twice.
+        DumpError: a folder that is neither, or damaged.
+    """
+    if not paths:
+        raise InputError("name at least one dump or finished analysis")
+    dumps, analyses = [], []
+    for path in map(Path, paths):
+        if (path / MANIFEST).exists():
+            dumps.append((path, open_dump(path)))
+        elif (path / ANALYSIS_STATE).exists():
+            analyses.append(path)
+        else:
+            raise DumpError(
+                f"{path} is neither a dump nor a finished analysis: give folders of `anchorscope capture` or"
+                " `anchorscope analyze`"
+            )
+    facts: list[tuple[Path, Any]] = [(path, dump.model) for path, dump in dumps]
+    prompts = {(d.identity, p.name): _prompt(d, p.name) for _, d in dumps for p in d.prompts}
+    if len(prompts) < sum(len(d.prompts) for _, d in dumps):
+        raise InputError("a dump is given twice: name each one once")
+    measured: Measured = {}
+    windowed: set[int] = set()
+    facts += [(path, _read_analysis(path, prompts, measured, windowed, statistic)) for path in analyses]
+    model = _one_model(facts)
+
+    own = {(d.identity, e.prompt): d for _, d in dumps for e in d.entries}
+    windowed |= {e.layer for _, d in dumps for e in d.entries if e.window is not None}
+    covered: dict[Prompt, set[Head]] = {p: set() for p in prompts.values()}
+    for prompt, _, head in measured:
+        covered[prompt].add(head)
+    for _, dump in dumps:
+        for e in dump.entries:
+            covered[prompts[dump.identity, e.prompt]] |= {(e.layer, h) for h in e.query_heads}
+    chosen = _heads(covered, layers, windowed)
+    kinds = _groups(groups, measured, [p for key, p in prompts.items() if key not in own])
+    runs = _runs([d for _, d in dumps], prompts, kinds, measured, chosen)
+    _check_measured(measured, [p for key, p in prompts.items() if key not in own], kinds, chosen)
+    return Sources(
+        identity=tuple(sorted({p.dump for p in prompts.values()})),
+        model=model,
+        prompts=tuple(prompts.values()),
+        heads=chosen,
+        windowed=tuple(sorted(windowed & {layer for heads in covered.values() for layer, _ in heads})),
+        groups=kinds,
+        measured={key: c for key, c in measured.items() if key[1] in kinds and key[2] in set(chosen)},
+        runs=runs,
+    )
+
+
+def read_curves(
+    folder: Path, prompts: Mapping[tuple[str, str], Prompt], statistic: Statistic
+) -> Iterator[tuple[tuple[Prompt, AnchorParams, Head], PromptCurve, int | None]]:
+    """Every profile of an analysis: its key, its curve, its sliding window.
+
+    Raises:
+        DumpError: an unfinished analysis or a damaged profile.
+    """
+    grids: dict[bytes, Any] = {}
+    for p in iter_profiles(folder, heat=False):
+        prompt = prompts.get((p.dump_identity, p.prompt))
+        if prompt is None or prompt.tokens != p.tokens:
+            raise DumpError(f"{folder} holds a profile of another prompt ({p.prompt}): run analyze again")
+        yield (prompt, p.params, (p.layer, p.head)), PromptCurve.of(p, statistic, grids), p.window
+
+
+def labels(prompts: Sequence[Prompt]) -> list[str]:
+    """A name for each prompt: its own, with its length or a number where several share it."""
+    found: list[str] = []
+    for p in prompts:
+        same = [q for q in prompts if q.name == p.name]
+        name = p.name
+        if len(same) > 1:
+            name += f" ({p.tokens:,})"
+        twins = [q for q in same if q.tokens == p.tokens]
+        if len(twins) > 1:
+            name += f" #{twins.index(p) + 1}"
+        found.append(name)
+    return found
+
+
+def same_text(prompts: Sequence[Prompt]) -> list[str]:
+    """A key per prompt, equal where two prompts are one text at several lengths: same name, or one begins the other."""
+    keys = [p.name for p in prompts]
+    for i, p in enumerate(prompts):
+        for j, q in enumerate(prompts):
+            if keys[i] == keys[j] or p.token_ids is None or q.token_ids is None or p.tokens > q.tokens:
+                continue
+            if q.token_ids[: p.tokens] == p.token_ids:
+                low, high = sorted((keys[i], keys[j]))
+                keys = [low if k == high else k for k in keys]
+    return keys
+
+
+def hold_out(prompts: Sequence[Prompt], holdout: float | Sequence[str], seed: int) -> list[bool]:
+    """Which prompts are held out: a share of the texts, drawn by a hash of their names, or those named.
+
+    A text is never split: all its lengths are on one side.
+
+    Raises:
+        InputError: a share outside [0, 1), an unknown name, fewer than two texts, nothing left to fit.
+    """
+    keys = same_text(prompts)
+    texts = sorted(set(keys), key=lambda k: hashlib.sha256(f"{seed}:{k}".encode()).digest())
+    if isinstance(holdout, (int, float)):
+        if not 0 <= holdout < 1:
+            raise InputError(f"--holdout {holdout!r} must be a share from 0 to below 1, or names of prompts")
+        if holdout == 0:
+            return [False] * len(prompts)
+        if len(texts) < 2:
+            what = "is only one prompt" if len(prompts) == 1 else "are only lengths of one text"
+            raise InputError(
+                f"there {what}, so none can be held out to check the promise: give other prompts too, or --holdout 0"
+            )
+        held = set(texts[: min(max(round(holdout * len(texts)), 1), len(texts) - 1)])
+    else:
+        names = {p.name: k for p, k in zip(prompts, keys, strict=True)}
+        if unknown := [name for name in holdout if name not in names]:
+            raise InputError(f"--holdout: there is no prompt {unknown[0]!r}; there are {', '.join(names)}")
+        held = {names[name] for name in holdout}
+        if len(held) == len(texts):
+            raise InputError("--holdout names every prompt: leave at least one to fit")
+    return [k in held for k in keys]
+
+
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def _prompt(dump: Dump, name: str) -> Prompt:
+    p = next(p for p in dump.prompts if p.name == name)
+    return Prompt(dump.identity, p.name, p.tokens, p.sha256, None if p.token_ids is None else tuple(p.token_ids))
+
+
+def _read_analysis(
+    path: Path,
+    prompts: dict[tuple[str, str], Prompt],
+    measured: Measured,
+    windowed: set[int],
+    statistic: Statistic,
+) -> Any:
+    """Add an analysis' prompts and curves; returns its model."""
+    report = load_report(path)
+    try:
+        identity, model = str(report["dump"]["identity"]), report["dump"]["model"]
+        named = [Prompt(identity, str(p["name"]), int(p["tokens"])) for p in report["prompts"]]
+    except (KeyError, TypeError, ValueError):
+        raise DumpError(f"{path}/report.json is damaged: run analyze again") from None
+    for p in named:
+        prompts.setdefault((identity, p.name), p)
+    for key, curve, window in read_curves(path, prompts, statistic):
+        if key in measured:
+            layer, head = key[2]
+            raise InputError(
+                f"{path} measures layer {layer}, head {head} on prompt {key[0].name} with groups {group_name(key[1])},"
+                " which another analysis given does too: name only one of them"
+            )
+        measured[key] = curve
+        if window is not None:
+            windowed.add(key[2][0])
+    return model
+
+
+def _one_model(facts: Sequence[tuple[Path, Any]]) -> Mapping[str, Any] | None:
+    """The model that all sources agree on."""
+    first, model = facts[0]
+    if any(m is not None and not isinstance(m, Mapping) for _, m in facts):
+        raise DumpError("a source's model is not an object: it is damaged; capture it again")
+    for path, other in facts[1:]:
+        if (other is None) != (model is None):
+            silent = path if other is None else first
+            raise InputError(f"{silent} does not say which model it is of, the others do: calibrate them apart")
+        if other is None or model is None:
+            continue
+        keys: tuple[str, ...] = (*SHAPE, *IDENTITY)
+        if not (model.get("fingerprint") and other.get("fingerprint")):
+            keys = (*keys, "name")  # without fingerprints, the name is all there is to go by
+        for key in keys:
+            if model.get(key) is not None and other.get(key) is not None and model[key] != other[key]:
+                raise InputError(
+                    f"{first} and {path} are of different models (their {key.replace('_', ' ')} differs:"
+                    f" {str(model[key])[:24]} and {str(other[key])[:24]}): calibrate them apart"
+                )
+    return model
+
+
+def _heads(
+    covered: Mapping[Prompt, set[Head]], layers: Sequence[int] | str | None, windowed: Iterable[int]
+) -> tuple[Head, ...]:
+    """The heads to calibrate, which every prompt must have."""
+    every = sorted(set().union(*covered.values()))
+    known = sorted({layer for layer, _ in every})
+    if isinstance(layers, str):
+        layers = parse_indices(layers, "--layers", known)
+    wanted = set(known if layers is None else layers)
+    if missing := sorted(wanted - set(known)):
+        raise InputError(f"no source has layer {missing[0]}; there are {describe_indices(known)}")
+    wanted -= set(windowed)
+    if not wanted:
+        raise InputError("all the layers asked for have a sliding window and run dense: there is nothing to calibrate")
+    chosen = tuple(h for h in every if h[0] in wanted)
+    for prompt, heads in covered.items():
+        for layer, head in chosen:
+            if (layer, head) not in heads:
+                raise InputError(
+                    f"prompt {prompt.name} ({prompt.tokens:,} tokens) lacks layer {layer}, head {head}, which another"
+                    " prompt has: capture the same layers and heads of each, or choose --layers that all have"
+                )
+    return chosen
+
+
+def _groups(
+    asked: Sequence[AnchorParams] | None, measured: Measured, alone: Sequence[Prompt]
+) -> tuple[AnchorParams, ...]:
+    """The kinds of groups to choose from; prompts `alone` have no dump to measure more on."""
+    if asked is not None:
+        if not asked:
+            raise InputError("groups must name at least one kind of group")
+        return tuple(asked)
+    if not alone:
+        return DEFAULT_GROUPS
+    of = {p: {params for prompt, params, _ in measured if prompt == p} for p in alone}
+    common = set.intersection(*of.values())
+    if not common:
+        (a, mine), (b, others) = next(
+            ((a, x), (b, y)) for a, x in of.items() for b, y in of.items() if a != b and not x & y
+        )
+        raise InputError(
+            f"the analyses have no kind of group in common: {listed(mine)} for prompt {a.name}, {listed(others)} for"
+            f" {b.name}; analyze them with the same --block, --step, --init and --lookback"
+        )
+    return tuple(p for p in dict.fromkeys(params for _, params, _ in measured) if p in common)
+
+
+def _check_measured(
+    measured: Measured, alone: Sequence[Prompt], groups: Sequence[AnchorParams], heads: Sequence[Head]
+) -> None:
+    for prompt in alone:
+        for params in groups:
+            for layer, head in heads:
+                if (prompt, params, (layer, head)) not in measured:
+                    raise InputError(
+                        f"no analysis given measures prompt {prompt.name}, layer {layer}, head {head} with groups"
+                        f" {group_name(params)}: give its dump, or run analyze with --block {params.block} --step"
+                        f" {params.step}"
+                    )
+
+
+def _runs(
+    dumps: Sequence[Dump],
+    prompts: Mapping[tuple[str, str], Prompt],
+    groups: Sequence[AnchorParams],
+    measured: Measured,
+    heads: Sequence[Head],
+) -> tuple[Run, ...]:
+    runs = []
+    taken: set[str] = set()
+    for dump in dumps:
+        base = re.sub(r"[^A-Za-z0-9._-]+", "-", dump.path.resolve().name)[:48].strip("-.") or "dump"
+        name, number = base, 1
+        while name in taken:
+            number += 1
+            name = f"{base}-{number}"
+        taken.add(name)
+        names = dict.fromkeys(e.prompt for e in dump.entries)
+        for params in groups:
+            left = tuple(n for n in names if any((prompts[dump.identity, n], params, h) not in measured for h in heads))
+            if left:
+                runs.append(Run(dump, params, left, f"{name}-{group_name(params)}"))
+    return tuple(runs)

@@ -1,0 +1,256 @@
+"""`anchorscope calibrate`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from anchorscope.cli.common import human_bytes, note, progress_bar, stdout_console, warn
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from anchorscope.calibration import Calibration
+
+SHORT_ROWS = 8
+
+
+def calibrate(
+    sources: Annotated[
+        list[Path], typer.Argument(help="Dumps of one model, or finished `analyze` folders.", metavar="DIR...")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the results; new, or an unfinished run to continue.")],
+    target_recall: Annotated[
+        float | None, typer.Option(help="Value the statistic should reach at least cost.  (default: 0.95)")
+    ] = None,
+    budget_density: Annotated[
+        float | None, typer.Option(help="Instead: mean density over all heads to get the best recall for.")
+    ] = None,
+    by: Annotated[
+        str, typer.Option(help="Who shares a theta and is promised the target: head, layer or model.")
+    ] = "head",
+    statistic: Annotated[
+        str, typer.Option(help="Recall to promise: mean, p05 (worst 5% of queries) or last (last block).")
+    ] = "mean",
+    holdout: Annotated[
+        str, typer.Option(help="Share of the prompts that only check the promise, or their names: a,b.")
+    ] = "0.3",
+    seed: Annotated[int, typer.Option(help="Changes which prompts a share holds out.")] = 0,
+    groups: Annotated[
+        str | None,
+        typer.Option(help="Kinds of groups, block x step, one per layer is chosen.  (default: 64x8,128x4,128x16)"),
+    ] = None,
+    minimise: Annotated[
+        str, typer.Option(help="What a target should cost least of: density, or time by --costs.")
+    ] = "density",
+    costs: Annotated[
+        list[Path] | None,
+        typer.Option(help="bench.json of `anchorscope bench`; once per kind of group.", metavar="FILE"),
+    ] = None,
+    dense_above: Annotated[float, typer.Option(help="Density from which on a head runs dense.")] = 0.9,
+    theta: Annotated[
+        str | None,
+        typer.Option(help="Thetas to measure p05 and last at, nats.  (default: -inf,0:16:0.25,inf)"),
+    ] = None,
+    layers: Annotated[str, typer.Option(help="Layers to calibrate, like 0,5,10-15; others run dense.")] = "all",
+    backend: Annotated[str, typer.Option(help="auto, torch or triton.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
+    no_figures: Annotated[bool, typer.Option("--no-figures", help="Write tables only.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier calibration in OUT; its analyses are used again.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print calibration.json, and nothing else.")] = False,
+) -> None:
+    """Choose groups and theta of every head for a recall, or for a density, and check them on held-out prompts.
+
+    Writes anchors.json, calibration.json, calibration.csv, figures/ and analysis/ into OUT. Interrupted runs continue
+    when the same command is given again.
+    """
+    # Before anything heavy or slow: a misspelt option should not wait for it.
+    from anchorscope.calibration.sources import parse_groups
+    from anchorscope.selection import parse_thetas
+
+    kinds = None if groups is None else parse_groups(groups)
+    thetas = None if theta is None else parse_thetas(theta)
+
+    from anchorscope.calibration import calibrate as run
+    from anchorscope.calibration import plan_calibration
+
+    plan = plan_calibration(
+        sources,
+        target_recall=target_recall,
+        budget_density=budget_density,
+        by=by,
+        statistic=statistic,
+        minimise=minimise,
+        costs=costs or None,
+        dense_above=dense_above,
+        groups=kinds,
+        layers=layers,
+        thetas=thetas,
+        holdout=_holdout(holdout),
+        seed=seed,
+        backend=backend,
+        device=device,
+    )
+    if plan.analyses:
+        engine = plan.analyses[0][1].backend
+        note(
+            f"{plan.heads} heads to measure, back end {engine.name} on {engine.hardware}; needs about"
+            f" {human_bytes(plan.memory)} of memory, {human_bytes(plan.disk)} of disk and {_duration(plan.seconds)}"
+            " (less what is measured already)"
+        )
+    for sentence in plan.warnings:
+        warn(sentence)
+    with progress_bar() as bar:
+        result = run(sources, out, figures=not no_figures, overwrite=overwrite, progress=bar, plan=plan)
+    if as_json:
+        sys.stdout.write((result.path / "calibration.json").read_text(encoding="utf-8"))
+        return
+    print_summary(result)
+
+
+def _holdout(text: str) -> float | list[str]:
+    """A share, or names of prompts."""
+    try:
+        return float(text)
+    except ValueError:
+        return [name.strip() for name in text.split(",")]
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def print_summary(result: Calibration) -> None:
+    """The tables a calibration ends with, at most 80 columns wide."""
+    console, report = stdout_console(), result.report
+    s = report["settings"]
+    what = (
+        f"density {s['budget_density']:g} on average"
+        if s["target"] is None
+        else f"{s['statistic']} recall {s['target']:g} in every {s['by']}"
+    )
+    held = sum(p["held_out"] for p in report["prompts"])
+    console.print(f"{what}; {len(report['prompts']) - held} prompts fitted, {held} held out")
+    console.print(_layer_table(report))
+    console.print(_pooled_table(report))
+    _print_promise(console, report)
+    _print_comparison(console, report)
+    if report["lengths"]:
+        console.print(_length_table(report))
+    console.print(f"Anchors: {result.path / 'anchors.json'}", soft_wrap=True, highlight=False)
+    if result.figures:
+        console.print(f"Figures: {result.path / 'figures'}", soft_wrap=True, highlight=False)
+
+
+def _table(*columns: str, title: str | None = None) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title=title, title_justify="left", title_style="")
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def _layer_table(report: dict[str, Any]) -> Table:
+    table = _table("layer", "groups", "theta", "dense", "density", "fitted", "held out", "short")
+    for row in report["layers"]:
+        low, high = row["theta_min"], row["theta_max"]
+        thetas = "-" if low is None else _nats(low) if low == high else f"{_nats(low)} to {_nats(high)}"
+        table.add_row(
+            str(row["layer"]),
+            f"{row['block']}x{row['step']}",
+            thetas,
+            f"{row['dense_heads']} of {row['heads']}",
+            _share(row["fitted_density"]),
+            _share(row["fitted_recall"]),
+            _share(row["held_out_recall"]),
+            "-" if row["heads_missed"] is None else str(row["heads_missed"]),
+        )
+    return table
+
+
+def _pooled_table(report: dict[str, Any]) -> Table:
+    timed = report["fitted"]["time"] is not None
+    table = _table("all heads", "recall", "p05", "last", "worst head", "density", *(["time"] if timed else []))
+    for name, part in (("fitted", "fitted"), ("held out", "held_out")):
+        row = report[part]
+        if row is not None:
+            cells = ("recall", "recall_p05", "recall_last", "recall_worst_head", "density")
+            table.add_row(name, *(_share(row[c]) for c in cells), *([_share(row["time"])] if timed else []))
+    return table
+
+
+def _print_promise(console: Console, report: dict[str, Any]) -> None:
+    p = report["promise"]
+    if p is None:
+        if report["held_out"] is None:
+            console.print("Nothing was held out: the promise is not checked.\n")
+        return
+    units = {"head": "heads", "layer": "layers", "model": "model"}[p["to"]]
+    console.print(
+        f"Held out, pooled {p['statistic']} recall is {p['pooled']:.3f} for {p['target']:g};"
+        f" {p['broken']} of {p['units']} {units} miss it,\n{p['broken_clearly']} by more than 0.01."
+        + ("" if p["to"] == "head" else f" {p['heads_missed']} of {len(report['heads'])} single heads lie below it.")
+    )
+    if p["shortfalls"] and p["to"] == "head":
+        shown = p["shortfalls"][:SHORT_ROWS]
+        lines = ["  ".join(f"{x['layer']}:{x['head']} {x['value']:.3f}" for x in shown[i : i + 4]) for i in (0, 4)]
+        console.print("Furthest below (layer:head): " + "\n".join(line for line in lines if line))
+    console.print()
+
+
+def _print_comparison(console: Console, report: dict[str, Any]) -> None:
+    found = report["against_one_theta"]
+    part = "held_out" if report["held_out"] else "fitted"
+    where = "held-out" if report["held_out"] else "fitting"
+    table = _table(
+        "", "theta", report["settings"]["statistic"], "worst head", "5% of heads", "density",
+        title=f"Against one theta for all heads at equal density ({where} prompts)",
+    )  # fmt: skip
+    table.columns[0].justify = "left"
+    for row in found["at_choice"]:
+        name = row["method"]
+        if "group" in row:
+            if not row["best"]:
+                continue
+            name = f"one theta, all {row['group']}"
+        value = row[part]
+        cells = ("value", "value_worst_head", "value_heads_p05", "density")
+        table.add_row(name, _nats(row["theta"]), *(_share(value[c]) for c in cells))
+    console.print(table)
+
+
+def _length_table(report: dict[str, Any]) -> Table:
+    cells = report["lengths"]
+    tokens = sorted({c["tokens"] for c in cells})
+    table = _table(
+        "fitted at", *(f"at {n:,}" for n in tokens), title="Recall, density, share of heads short, by prompt length"
+    )
+    for fit in sorted({c["fit_tokens"] for c in cells}):
+        row = [next(c for c in cells if (c["fit_tokens"], c["tokens"]) == (fit, n)) for n in tokens]
+        table.add_row(
+            f"{fit:,}",
+            *(
+                f"{_share(c['value'])} {_share(c['density'])}"
+                + ("" if c["heads_missed_share"] is None else f" {c['heads_missed_share']:.0%}")
+                for c in row
+            ),
+        )
+    return table
+
+
+def _nats(value: float | str | None) -> str:
+    return "-" if value is None else value if isinstance(value, str) else f"{value:.4g}"
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
