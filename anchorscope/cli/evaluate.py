@@ -188,9 +188,7 @@ def _table(title: str, left: list[str], right: list[str]) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(
-        title=Text(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
-    )
+    table = Table(title=Text(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=0)
     for name in left:
         table.add_column(name, no_wrap=True)
     for name in right:
@@ -202,21 +200,21 @@ def _print_prompts(console: Any, prompts: list[dict[str, Any]]) -> None:
     table = _table(
         "Prompts: sparse against dense",
         ["prompt", "arm"],
-        ["tokens", "density", "recall", "dense\nppl", "change", "95%", "KL", "same\ntop 1"],
+        ["tokens", "den-\nsity", "recall", "dense\nppl", "change", "95%", "KL", "same\ntop 1"],
     )
     for r in prompts:
-        low, high = (100 * (x - 1) for x in r["intervals"]["perplexity_ratio"])
+        low, high = (_signed(100 * (x - 1)) for x in r["intervals"]["perplexity_ratio"])
         table.add_row(
-            _short(r["prompt"], 11),
+            _short(r["prompt"], 10),
             _short(r["arm"], 10),
             str(r["length"]),
-            f"{r['density']:.3f}",
-            "-" if r["recall"] is None else f"{r['recall']:.3f}",
+            _share(r["density"]),
+            _share(r["recall"]),
             f"{r['perplexity_dense']:.4g}",
-            f"{100 * (r['perplexity_ratio'] - 1):+.2f}%",
-            f"{low:+.1f} {high:+.1f}",
-            f"{r['kl_mean']:.1e}",
-            f"{r['top1_agreement']:.3f}",
+            f"{_signed(100 * (r['perplexity_ratio'] - 1))}%",
+            f"{low} {high}",
+            f"{r['kl_mean']:.4f}" if r["kl_mean"] >= 1e-4 else f"{r['kl_mean']:.0e}",
+            _share(r["top1_agreement"]),
         )
     console.print(table)
     _print_times(console, prompts)
@@ -226,16 +224,16 @@ def _print_tasks(console: Any, tasks: list[dict[str, Any]]) -> None:
     table = _table(
         "Tasks: score, and log-probability of the answer (nats per token)",
         ["task", "arm"],
-        ["tokens", "n", "density", "dense\nscore", "sparse\nscore", "95%", "dense\nlogp", "sparse\nlogp"],
+        ["tokens", "n", "den-\nsity", "dense\nscore", "sparse\nscore", "95%", "dense\nlogp", "sparse\nlogp"],
     )
     for r in tasks:
         low, high = r["intervals"]["score_sparse"]
         table.add_row(
-            _short(r["task"], 12),
+            _short(r["task"], 14),
             _short(r["arm"], 10),
             str(r["length"]),
             str(r["samples"]),
-            f"{r['density']:.3f}",
+            _share(r["density"]),
             f"{r['score_dense']:.2f}",
             f"{r['score_sparse']:.2f}",
             f"{low:.2f} {high:.2f}",
@@ -247,20 +245,28 @@ def _print_tasks(console: Any, tasks: list[dict[str, Any]]) -> None:
 
 
 def _print_times(console: Any, results: list[dict[str, Any]]) -> None:
-    """A line per arm: seconds of a prefill at the largest length."""
+    """Seconds of a prefill at the largest length, arm by arm."""
     longest = max(r["length"] for r in results)
-    for arm in dict.fromkeys(r["arm"] for r in results):
-        times = [r["times"] for r in results if r["arm"] == arm and r["length"] == longest]
-        dense, sparse = (
-            {k: sum(t[side][k] for t in times) / len(times) for k in ("prefill_seconds", "attention_seconds")}
-            for side in ("dense", "sparse")
+    found: dict[str, list[dict[str, float]]] = {}
+    for r in results:
+        if r["length"] == longest:
+            found.setdefault("dense", []).append(r["times"]["dense"])
+            found.setdefault(r["arm"], []).append(r["times"]["sparse"])
+    console.print(f"Prefill of {longest:,} tokens, means:")
+    for arm, times in found.items():
+        seconds, attention = (sum(t[k] for t in times) for k in ("prefill_seconds", "attention_seconds"))
+        console.print(
+            f"  {_short(arm, 24):<24} {seconds / len(times):8.2f} s, {attention / seconds:.0%} of it in attention"
         )
-        words = [
-            f"{name} {x['prefill_seconds']:.3g} s ({x['attention_seconds'] / x['prefill_seconds']:.0%} attention)"
-            for name, x in (("dense", dense), (_short(arm, 20), sparse))
-        ]
-        console.print(f"prefill of {longest:,} tokens: {', '.join(words)}", soft_wrap=True)
     console.print()
+
+
+def _signed(percent: float) -> str:
+    return f"{percent:+.{2 if abs(percent) < 9.995 else 1 if abs(percent) < 99.95 else 0}f}"
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 def _short(name: str, most: int) -> str:

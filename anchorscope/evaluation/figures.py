@@ -36,6 +36,7 @@ from anchorscope.report.write import save_figure
 
 ARM_COLORS = (BLUE, ORANGE, GREEN, RED, SKY)
 MARKERS = "osD^v"
+ROUNDING = 1e-7  # nats; what is smaller is drawn there
 Result = Mapping[str, Any]
 
 
@@ -66,7 +67,7 @@ def needle_grid(depths: Sequence[Result], metric: str = "score") -> Figure:
     colours = matplotlib.colormaps["cividis"]
     axes = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True).ravel()
     for ax, (title, values) in zip(axes, panels.items(), strict=False):
-        _map(ax, values, norm, colours, "{:.2f}" if metric == "score" else "{:.1f}")
+        _map(ax, values, norm, colours)
         ax.set_title(short_name(title, 28), size=TEXT, color=INK, loc="left")
         ax.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths])
         ax.set_yticks(range(len(places)), [f"{d:.0%}" for d in places])
@@ -95,7 +96,7 @@ def positions(results: Sequence[Result]) -> Figure:
         curve = r["by_position"]
         edges = [*curve["position"], r["length"] - 1]
         style = {"color": ARM_COLORS[i % 5], "linewidth": 1.6, "label": short_name(r["arm"], 24), "baseline": None}
-        left.stairs(np.maximum(curve["kl"], 1e-8), edges, **style)
+        left.stairs(np.maximum(curve["kl"], ROUNDING), edges, **style)
         right.stairs(1 - np.asarray(curve["agreement"]), edges, **style)
     left.set_yscale("log")
     right.yaxis.set_major_formatter(PercentFormatter(1.0))
@@ -190,13 +191,15 @@ def task_scores(results: Sequence[Result], metric: str = "score") -> Figure:
     lengths = _ordered(results, "length")
     across = min(2, len(tasks))
     down = math.ceil(len(tasks) / across)
-    note = "bars: 95% intervals (Wilson)" if metric == "score" else "teacher-forced; higher is better"
-    name = "score: share of answers found" if metric == "score" else "log-probability of the answer (nats per token)"
+    note = "bars: 95% intervals"
+    name = "score (share found)" if metric == "score" else "log-probability (nats per token)"
+    counts = sorted({r["samples"] for r in results})
+    many = f"{counts[0]} samples" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} samples"
     figure = new_figure(
         4.7 * across + (2.6 if across == 1 else 0),
         2.9 * down + 0.9,
         "Tasks: score by length" if metric == "score" else "Tasks: log-probability of the correct answer",
-        f"{results[0]['samples']} samples and more per point, the same in every arm; {note}",
+        f"{many} per point, the same in every arm; {note}",
     )
     axes = figure.subplots(down, across, squeeze=False).ravel()
     for ax, task in zip(axes, tasks, strict=False):
@@ -205,7 +208,7 @@ def task_scores(results: Sequence[Result], metric: str = "score") -> Figure:
             mine = [r for r in results if r["task"] == task and r["arm"] == (arms[0] if i == 0 else arm)]
             x = np.array([lengths.index(r["length"]) for r in mine]) + 0.5 * ((i + 0.5) / (len(arms) + 1) - 0.5)
             y = np.array([r[f"{metric}_{side}"] for r in mine])
-            ends = np.array([r["intervals"].get(f"{metric}_{side}", [v, v]) for r, v in zip(mine, y, strict=True)]).T
+            ends = np.array([r["intervals"][f"{metric}_{side}"] or [v, v] for r, v in zip(mine, y, strict=True)]).T
             ax.errorbar(
                 x,
                 y,
@@ -270,7 +273,7 @@ def _grid(results: Sequence[Result], lengths: Sequence[int], places: Sequence[fl
     return grid
 
 
-def _map(axes: Axes, values: np.ndarray, norm: Normalize, colours: Colormap, form: str) -> None:
+def _map(axes: Axes, values: np.ndarray, norm: Normalize, colours: Colormap) -> None:
     image = colours(norm(values))
     axes.imshow(image, aspect="auto", interpolation="nearest")
     axes.tick_params(labelsize=SMALL, length=0, colors=INK)
@@ -279,6 +282,4 @@ def _map(axes: Axes, values: np.ndarray, norm: Normalize, colours: Colormap, for
     if values.shape[1] <= 12:
         for (row, column), value in np.ndenumerate(values):
             dark = float(np.dot(image[row, column, :3], (0.299, 0.587, 0.114))) < 0.55
-            axes.text(
-                column, row, form.format(value), size=SMALL, ha="center", va="center", color="white" if dark else INK
-            )
+            axes.text(column, row, f"{value:.2f}", size=SMALL, ha="center", va="center", color="white" if dark else INK)

@@ -97,6 +97,7 @@ def task_result(
         result[f"score_{side}"] = float(np.mean([p.score for p in some]))
         result[f"logprob_{side}"] = float(np.mean(logprobs[side]))
         intervals[f"score_{side}"] = wilson(result[f"score_{side}"], len(samples))
+        intervals[f"logprob_{side}"] = mean_interval(logprobs[side], seed)
     gains = {
         "score_difference": [(p.score or 0.0) - (d.score or 0.0) for d, p in zip(dense, parts, strict=True)],
         "logprob_difference": [p - d for d, p in zip(logprobs["dense"], logprobs["sparse"], strict=True)],

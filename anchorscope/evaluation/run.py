@@ -38,7 +38,7 @@ from anchorscope.capture import (
 from anchorscope.capture.memory import free_bytes
 from anchorscope.capture.models import check_config, max_positions, name_of, require_transformers
 from anchorscope.capture.prompts import tokenize, unique_names
-from anchorscope.capture.run import CHUNKED_TOKENS, check_chunking, probe
+from anchorscope.capture.run import CHUNKED_TOKENS, check_chunking
 from anchorscope.devices import resolve_backend_name
 from anchorscope.errors import DumpError, InputError, RunFailure
 from anchorscope.evaluation.lanes import DENSE, Arm, Lane, Options, group_multiple, run_prompt, run_sample, spans
@@ -59,6 +59,7 @@ from anchorscope.evaluation.text import OWN_TEXT, Pieces, own_text
 from anchorscope.locks import folder_lock
 from anchorscope.params import AnchorParams
 from anchorscope.profiles import write_atomic
+from anchorscope.selection import describe_indices
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -215,9 +216,10 @@ def evaluate(
         loaded = LoadedModel(model, tokenizer, name_of(model), None)
         check_config(model.config, loaded.name)
     facts = model_facts(loaded.model, loaded.name, loaded.revision)
-    ready = _arms(loaded, arms, params, facts, force)
+    layers = _layers(loaded.model)
+    ready = _arms(arms, params, layers, facts, force)
     units = _units(loaded, inputs, tasks, lengths, depths, samples, seed, chat)
-    size = _chunk(loaded, ready, units, chunk, tell)
+    size = _chunk(loaded, layers, ready, units, chunk, tell)
     request = _Request(
         loaded,
         ready,
@@ -328,41 +330,47 @@ def _check_folder(path: Path, overwrite: bool) -> None:
         )
 
 
+@dataclass(frozen=True)
+class _Layer:
+    """An attention layer of the model."""
+
+    heads: int
+    slides: bool
+
+
+def _layers(model: PreTrainedModel) -> dict[int, _Layer]:
+    """The attention layers, from a trial run."""
+    found: dict[int, _Layer] = {}
+
+    def look(call: AttentionCall) -> None:
+        if call.layer is not None:
+            found[call.layer] = _Layer(call.q.shape[1], bool(call.options.get("sliding_window")))
+
+    with intercept(model, look):
+        prefill(model, (0, 0))
+    return found
+
+
 def _arms(
-    loaded: LoadedModel,
     arms: Mapping[str, AnchorConfig | float],
     params: AnchorParams | None,
+    layers: Mapping[int, _Layer],
     facts: Mapping[str, Any],
     force: bool,
 ) -> tuple[Arm, ...]:
-    """Every arm with a configuration that fits the model."""
-    heads = _full_heads(loaded.model) if any(not isinstance(a, AnchorConfig) for a in arms.values()) else {}
+    """Every arm with a configuration that fits the model; a theta is for all layers without a sliding window."""
     ready = []
     for name, arm in arms.items():
         if not isinstance(arm, AnchorConfig):
             groups, theta = params or AnchorParams(), float(arm)
-            arm = AnchorConfig(
-                tuple(LayerAnchors(layer, groups, (theta,) * count) for layer, count in sorted(heads.items()))
-            )
+            chosen = [(i, x.heads) for i, x in sorted(layers.items()) if not x.slides]
+            arm = AnchorConfig(tuple(LayerAnchors(i, groups, (theta,) * heads) for i, heads in chosen))
         try:
             arm.check_model(facts, force=force)
         except InputError as error:
             raise InputError(f"{name}: {error}") from None
         ready.append(Arm(name, arm))
     return tuple(ready)
-
-
-def _full_heads(model: PreTrainedModel) -> dict[int, int]:
-    """Query heads of every attention layer without a sliding window: where one theta for all applies."""
-    found: dict[int, int] = {}
-
-    def look(call: AttentionCall) -> None:
-        if call.layer is not None and not call.options.get("sliding_window"):
-            found[call.layer] = call.q.shape[1]
-
-    with intercept(model, look):
-        prefill(model, (0, 0))
-    return found
 
 
 def _units(
@@ -413,7 +421,12 @@ def _cut(
 
 
 def _chunk(
-    loaded: LoadedModel, arms: Sequence[Arm], units: Sequence[Unit], chunk: int, tell: Callable[[str], None]
+    loaded: LoadedModel,
+    layers: Mapping[int, _Layer],
+    arms: Sequence[Arm],
+    units: Sequence[Unit],
+    chunk: int,
+    tell: Callable[[str], None],
 ) -> int | None:
     """The chunk that keeps every group in place, or None where the model has to run whole."""
     multiple = group_multiple(arms)
@@ -422,8 +435,7 @@ def _chunk(
     if size >= len(longest):
         return size
     try:
-        layers = sorted(probe(loaded.model, longest[:2], None))
-        check_chunking(loaded.model, longest[:CHUNKED_TOKENS], layers)
+        check_chunking(loaded.model, longest[:CHUNKED_TOKENS], sorted(layers))
     except InputError:
         vocabulary = int(getattr(loaded.model.config.get_text_config(decoder=True), "vocab_size", 0))
         prompts = [u for u in units if isinstance(u, LongPrompt)]
@@ -436,6 +448,12 @@ def _chunk(
             ) from None
         tell(f"{loaded.name} cannot prefill in chunks: prompts run whole")
         return None
+    named = {x.layer for arm in arms if arm.config is not None for x in arm.config.layers}
+    if sliding := [i for i in sorted(named) if i in layers and layers[i].slides]:
+        tell(
+            f"warning: layers {describe_indices(sliding)} have sliding windows, and run dense after the first chunk;"
+            " --chunk as long as the prompts runs them sparse"
+        )
     if size != chunk:
         tell(f"chunks of {size:,} tokens instead of {chunk:,}: multiples of every layer's groups")
     return size

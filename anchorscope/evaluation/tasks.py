@@ -1,7 +1,7 @@
 """Synthetic tasks in the manner of RULER (Hsieh et al., COLM 2024): written here, seeded, of an exact length.
 
 Every task hides something in running text, or in a list of words, and asks for it at the end. What is hidden depends on
-the seed, the length and the sample's number alone, never on the depth or the arm: all of these see the same puzzle.
+the seed and the sample's number alone: every length, depth and arm sees the same puzzles.
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ def make_sample(
     Raises:
         InputError: the length is too short for the task.
     """
-    rng = random.Random(f"{seed}/{task}/{length}/{index}")
+    rng = random.Random(f"{seed}/{task}/{index}")
     first = rng.randrange(len(prose.sentences))
     puzzle = TASKS[task](rng, depth)
     head = [*pieces.opening, *pieces.encode(puzzle.intro)]
