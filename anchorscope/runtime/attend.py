@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,14 +17,24 @@ from anchorscope.devices import resolve_backend_name
 from anchorscope.errors import InputError
 from anchorscope.kernels import torch_backend
 from anchorscope.kernels.pipeline import Attention, anchor_attention
-from anchorscope.runtime.masks import View, Views, window_of
+from anchorscope.runtime.masks import View, Views, assumed, window_of
 from anchorscope.runtime.pairs import has_candidates, region_pairs, stripe_pairs, visible_pairs
 from anchorscope.runtime.pieces import Heads, Piece, pieces_of, split_heads
 from anchorscope.runtime.plan import Plan, cannot
 from anchorscope.runtime.usage import LayerUse, Tally
 
-# Set while a context calls the model's own attention: contexts around it must not make that sparse.
-_own_only: ContextVar[bool] = ContextVar("own_only", default=False)
+# What contexts around the one at work may do with a call: anything, only count it, or nothing (a trial run).
+_outer: ContextVar[Literal["act", "count", "pass"]] = ContextVar("outer", default="act")
+
+
+@contextlib.contextmanager
+def outer_contexts(may: Literal["count", "pass"]) -> Iterator[None]:
+    """Keep the contexts around from making calls sparse, or from seeing them at all."""
+    token = _outer.set(may)
+    try:
+        yield
+    finally:
+        _outer.reset(token)
 
 
 class _NoBackward(torch.autograd.Function):
@@ -108,17 +120,15 @@ class SparseRun:
         Raises:
             InputError: a layer with anchors makes a call that the kernels would compute wrongly.
         """
-        if self._plan is None:  # only counting
-            return self._dense(call, own)
-        if _own_only.get():
+        may = _outer.get()
+        if may == "pass" or (may == "count" and self._plan is not None):
             return own(call.q, call.k, call.v)
+        if self._plan is None:
+            return self._dense(call, own)
 
         def alone(q: Tensor, k: Tensor, v: Tensor) -> Any:
-            token = _own_only.set(True)
-            try:
+            with outer_contexts("count"):
                 return own(q, k, v)
-            finally:
-                _own_only.reset(token)
 
         anchors = None if call.q.shape[2] == 1 else self._plan.layer(call)
         if anchors is None:
@@ -133,14 +143,14 @@ class SparseRun:
 
     def _dense(self, call: AttentionInputs, own: Own, view: View | None = None) -> Any:
         """Leave a call to the model, and count it by its shapes, or by `view` where that is known."""
-        batch, heads, n, _ = call.q.shape
+        _, heads, n, _ = call.q.shape
         if n == 1:
             return own(call.q, call.k, call.v)
-        keys, window = call.k.shape[2], window_of(call)
+        window = window_of(call)
         tally = self._tally(call)
         with tally.clock.running(call.q.device):
             result = own(call.q, call.k, call.v)
-        for piece in pieces_of(view or View(keys - n, ((0, keys),) * batch), n):
+        for piece in pieces_of(view or assumed(call), n):
             tally.queries += piece.prompts * piece.size
             pairs = piece.prompts * heads * visible_pairs(piece.size, piece.offset, window)
             tally.visible += pairs

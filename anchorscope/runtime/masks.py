@@ -62,6 +62,15 @@ def window_of(call: AttentionInputs) -> int | None:
     return int(window)
 
 
+def assumed(call: AttentionInputs) -> View:
+    """Positions by shapes alone: no padding, the queries at the end of the keys."""
+    batch, _, n, _ = call.q.shape
+    keys = call.k.shape[2]
+    if call.implementation == "sdpa" and call.mask is None:
+        keys = n  # with more keys it is the first call with a static cache: sdpa's is_causal begins at the first key
+    return View(keys - n, ((0, keys),) * batch)
+
+
 def _unmasked(call: AttentionInputs) -> View:
     """A call without a mask, or with what FlashAttention takes instead: a (B, keys) tensor, one per real token."""
     batch, _, n, _ = call.q.shape
@@ -74,9 +83,9 @@ def _unmasked(call: AttentionInputs) -> View:
         return View(keys - n, _runs(call, call.mask.bool()))
     if call.mask is not None:
         raise refuse(call, f"its mask is a {type(call.mask).__name__}, which is not read (use sdpa)")
-    if keys != n and "flash" not in call.implementation:
+    if keys != n and "flash" not in call.implementation and call.implementation != "sdpa":
         raise refuse(call, f"{keys} keys for {n} queries come without a mask")
-    return View(keys - n, ((0, keys),) * batch)
+    return assumed(call)
 
 
 def _masked(call: AttentionInputs, mask: Tensor, window: int | None) -> View:
@@ -101,7 +110,7 @@ def _masked(call: AttentionInputs, mask: Tensor, window: int | None) -> View:
         expected = (j <= i) & real[:, None]
         if window is not None:
             expected &= i - j < window
-        wrong |= ((part != expected) & (i >= bounds[:, :1, None])).any()  # queries that are padding see anything
+        wrong |= (part != expected).any()
     if offset < 0 or bool(wrong):
         kind = "(chunked, prefix or bidirectional attention, or several prompts in a row)"
         raise refuse(call, f"its mask is not causal with padding and at most a sliding window {kind}")

@@ -11,7 +11,7 @@ from anchorscope.capture.hook import AttentionInputs, Own, divert, register
 from anchorscope.capture.models import require_transformers
 from anchorscope.devices import BACKENDS
 from anchorscope.errors import InputError
-from anchorscope.runtime.attend import SparseRun
+from anchorscope.runtime.attend import SparseRun, outer_contexts
 from anchorscope.runtime.plan import Configuration, Plan
 
 if TYPE_CHECKING:
@@ -60,7 +60,8 @@ def sparse_attention(
         raise InputError(f"backend {backend!r} is unknown; use one of {', '.join(BACKENDS)}")
     model = _loaded(model)
     plan = Plan(config)
-    plan.check(model, force)
+    with outer_contexts("pass"):
+        plan.check(model, force)
     run = SparseRun(plan, backend, measure)
     with divert(model, run.attend):
         yield run
@@ -139,11 +140,13 @@ def _loaded(model: Any) -> PreTrainedModel:
     """The model itself, behind torch.compile.
 
     Raises:
-        InputError: not a model of transformers.
+        InputError: not a decoder-only model of transformers.
     """
     from transformers import PreTrainedModel
 
     model = getattr(model, "_orig_mod", model)
     if not isinstance(model, PreTrainedModel):
         raise InputError(f"sparse attention needs a loaded transformers model, not {type(model).__name__}")
+    if model.config.is_encoder_decoder:
+        raise InputError(f"{type(model).__name__} is an encoder-decoder: only decoder-only models can run sparse")
     return model

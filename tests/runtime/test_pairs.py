@@ -1,0 +1,138 @@
+"""Counts and positions of one call against brute-force masks; what FlashAttention hands over instead of a mask."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+
+from anchorscope.capture.check import Unrepresentable
+from anchorscope.capture.hook import AttentionInputs
+from anchorscope.kernels import reference, torch_backend
+from anchorscope.params import AnchorParams
+from anchorscope.runtime.masks import View, Views, window_of
+from anchorscope.runtime.pairs import has_candidates, region_pairs, stripe_pairs, visible_pairs
+from anchorscope.runtime.pieces import pieces_of
+
+
+@pytest.mark.parametrize(
+    ("n", "offset", "window", "shape"),
+    list(
+        itertools.product(
+            (1, 7, 37, 64),
+            (0, 5, 40),
+            (None, 1, 9, 1000),
+            (AnchorParams(4, 2), AnchorParams(8, 1, 3, 11), AnchorParams(5, 3, 0, 0), AnchorParams(128, 16)),
+        )
+    ),
+)
+def test_counts_are_those_of_the_masks(n: int, offset: int, window: int | None, shape: AnchorParams) -> None:
+    generator = torch.Generator().manual_seed(n + offset)
+    q, k = (torch.randn(2, h, m, 8, generator=generator) * 2 for h, m in ((4, n), (2, offset + n)))
+    place: dict[str, Any] = {
+        "block": shape.block,
+        "step": shape.step,
+        "init": shape.init,
+        "lookback": shape.lookback,
+        "window": window,
+    }
+    geo = reference.geometry(q, k, **place)
+    assert visible_pairs(n, offset, window) == int(reference.visible_mask(geo).sum())
+    assert region_pairs(n, offset, shape, window) == int(reference.anchor_mask(geo).sum())
+    assert has_candidates(n, offset, shape) == bool(reference.candidate_mask(geo).any())
+    keep = reference.keep_mask(reference.margins(q, k, geo, scale=8**-0.5), 1.0, geo)
+    state = torch_backend.anchor(q, k, k, **place)
+    stripes = torch_backend.identify(state, k, theta=1.0, queries=n, **place)
+    counted = 8 * region_pairs(n, offset, shape, window) + int(stripe_pairs(stripes, n, offset, shape, window))
+    assert counted == int(keep.sum())
+
+
+def call(
+    n: int, keys: int, mask: Any, *, implementation: str = "sdpa", batch: int = 2, **options: Any
+) -> AttentionInputs:
+    q, k = torch.zeros(batch, 4, n, 8), torch.zeros(batch, 2, keys, 8)
+    return AttentionInputs(torch.nn.Identity(), 0, implementation, q, k, k, mask, 1.0, options)
+
+
+def mask_of(view: View, n: int, keys: int, window: int | None = None) -> torch.Tensor:
+    i, j = torch.arange(n)[:, None] + view.offset, torch.arange(keys)
+    seen = (j <= i) & (i - j < (window or keys))
+    return torch.stack([seen & (j >= start) & (j < stop) for start, stop in view.spans])[:, None]
+
+
+@pytest.mark.parametrize("additive", [False, True])
+@pytest.mark.parametrize(
+    ("view", "n", "keys"),
+    [
+        (View(0, ((0, 20), (0, 20))), 20, 20),
+        (View(0, ((0, 20), (6, 20))), 20, 20),  # padding on the left
+        (View(0, ((0, 20), (0, 13))), 20, 20),  # on the right
+        (View(12, ((0, 20), (5, 20))), 8, 20),  # a later chunk
+        (View(0, ((0, 8), (3, 8))), 8, 20),  # a static cache
+        (View(4, ((0, 12), (3, 12))), 8, 20),  # its second chunk
+        (View(4, ((0, 12), (7, 12))), 8, 20),  # one that begins with padding
+    ],
+)
+def test_positions_are_read_off_a_mask(view: View, n: int, keys: int, additive: bool) -> None:
+    def form(mask: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min) if additive else mask
+
+    mask = mask_of(view, n, keys)
+    assert Views()(call(n, keys, form(mask)), None) == view
+    for piece in pieces_of(view, n):
+        assert piece.offset + piece.size == piece.keys.stop - piece.keys.start
+    assert sum(p.prompts * p.size for p in pieces_of(view, n)) == sum(
+        max(min(stop, view.offset + n) - max(start, view.offset), 0) for start, stop in view.spans
+    )
+    for key in range(keys):  # one wrong element anywhere is seen
+        wrong = mask.clone()
+        wrong[1, 0, n - 2, key] ^= True
+        with pytest.raises(Unrepresentable):
+            Views()(call(n, keys, form(wrong)), None)
+
+
+def test_windows() -> None:
+    view = View(0, ((0, 20), (0, 20)))
+    mask = mask_of(view, 20, 20, 6)
+    windowed = call(20, 20, mask, sliding_window=6)
+    assert window_of(windowed) == 6
+    assert Views()(windowed, 6) == view
+    with pytest.raises(Unrepresentable, match="not causal"):
+        Views()(windowed, 7)
+    with pytest.raises(Unrepresentable, match="not causal"):
+        Views()(windowed, None)
+    assert window_of(call(20, 20, None, sliding_window=6)) is None  # the option has no effect there
+    assert window_of(call(20, 20, None, sliding_window=40)) == 40
+    assert window_of(call(20, 20, None, sliding_window=6, implementation="flash_attention_2")) == 6
+
+
+def test_masks_are_compared_once() -> None:
+    views, mask = Views(), mask_of(View(0, ((0, 20), (6, 20))), 20, 20)
+    first = views(call(20, 20, mask), None)
+    assert views(call(20, 20, mask), None) is first
+    assert views(call(20, 20, mask.clone()), None) is not first
+
+
+def test_calls_without_a_mask() -> None:
+    views = Views()
+    assert views(call(20, 20, None), None) == View(0, ((0, 20), (0, 20)))
+    assert views(call(8, 20, None), None) == View(0, ((0, 8), (0, 8)))  # sdpa's is_causal begins at the first key
+    assert views(call(8, 20, None, implementation="flash_attention_2"), None) == View(12, ((0, 20), (0, 20)))
+    flash = torch.ones(2, 20, dtype=torch.long)
+    flash[1, :5] = 0
+    padded = call(8, 20, flash, implementation="flash_attention_2")
+    assert views(padded, None) == View(12, ((0, 20), (5, 20)))
+    for bad, message in (
+        (call(20, 20, None, implementation="eager"), "bidirectional"),
+        (call(20, 20, None, is_causal=False), "bidirectional"),
+        (call(8, 20, None, implementation="custom"), "20 keys for 8 queries come without a mask"),
+        (call(20, 20, object(), implementation="flex_attention"), "its mask is a object"),
+        (call(20, 20, torch.ones(2, 4, 20, 20, dtype=torch.bool)), "not one for all heads"),
+        (call(20, 20, torch.ones(2, 1, 20, 20)), "holds a bias"),
+        (call(20, 20, torch.zeros(2, 1, 20, 20, dtype=torch.bool)), "or all of it"),
+        (call(20, 20, torch.ones(2, 1, 20, 20, dtype=torch.bool)), "not causal"),
+    ):
+        with pytest.raises(Unrepresentable, match=message):
+            views(bad, None)
