@@ -71,6 +71,7 @@ class Menu:
         heads: the heads.
         value, cost: (K,) float64.
         picks: index into `value` -> (len(heads),) index of each head's point.
+        theta: (K,) float64, the theta that all heads share, nats; NaN where each has its own.
     """
 
     params: AnchorParams
@@ -78,6 +79,7 @@ class Menu:
     value: np.ndarray
     cost: np.ndarray
     picks: Callable[[int], np.ndarray]
+    theta: np.ndarray
 
 
 class Ladder(NamedTuple):
@@ -165,9 +167,18 @@ class Problem:
 
     def choice(self, menu: Menu, index: int) -> Choice:
         """The settings behind one entry of a menu."""
-        own = self.points[menu.params]
-        picks = menu.picks(index)
-        return {h: Setting(menu.params, own[h].setting(int(i))) for h, i in zip(menu.heads, picks, strict=True)}
+        return self.settings(dict.fromkeys(menu.heads, menu.params), menu, index)
+
+    def settings(self, groups: Mapping[Head, AnchorParams], menu: Menu, index: int) -> Choice:
+        """The settings behind one entry of a menu whose heads have the kinds of groups given."""
+        found: Choice = {}
+        for (head, params), pick in zip(groups.items(), menu.picks(index).tolist(), strict=True):
+            theta = self.points[params][head].setting(pick)
+            # A head that changes nothing between its own theta and the shared one still gets the shared one.
+            if theta is not None and not math.isnan(menu.theta[index]):
+                theta = float(menu.theta[index])
+            found[head] = Setting(params, theta)
+        return found
 
 
 def reach(problem: Problem, target: float, by: By) -> Choice:
@@ -260,14 +271,14 @@ def hull(cost: np.ndarray, value: np.ndarray) -> np.ndarray:
 
 
 def shared_menu(params: AnchorParams, points: Mapping[Head, Points]) -> Menu:
-    """One theta for all heads: an entry per theta at which any of them changes."""
+    """One theta for all heads: an entry per theta at which any of them changes. Heads may differ in kind of group."""
     heads = tuple(points)
     # Curves of one grid start at the same theta, so every head has a point at or below each of these.
     thetas = np.unique(np.concatenate([p.theta for p in points.values()]))
     at = np.stack([np.searchsorted(p.theta, thetas, side="right") - 1 for p in points.values()])
     value = sum((p.value[i] for p, i in zip(points.values(), at, strict=True)), np.zeros(len(thetas)))
     cost = sum((p.cost[i] for p, i in zip(points.values(), at, strict=True)), np.zeros(len(thetas)))
-    return Menu(params, heads, value, cost, lambda k: at[:, k])
+    return Menu(params, heads, value, cost, lambda k: at[:, k], thetas)
 
 
 def equal_slope_menu(params: AnchorParams, points: Mapping[Head, Points]) -> Menu:
@@ -292,7 +303,8 @@ def equal_slope_menu(params: AnchorParams, points: Mapping[Head, Points]) -> Men
             now[h] = p
         return now
 
-    return Menu(params, heads, total("value", gain), total("cost", extra), picks)
+    own = np.full(len(order) + 1, math.nan)
+    return Menu(params, heads, total("value", gain), total("cost", extra), picks, own)
 
 
 def one_theta(problem: Problem, groups: Mapping[Head, AnchorParams], budget: float) -> tuple[float, Choice] | None:
@@ -306,13 +318,7 @@ def one_theta(problem: Problem, groups: Mapping[Head, AnchorParams], budget: flo
     if not within.size:
         return None
     index = int(within[-1])
-    thetas = np.unique(np.concatenate([p.theta for p in points.values()]))
-    picks = menu.picks(index)
-    settings = {
-        head: Setting(params, points[head].setting(int(i)))
-        for (head, params), i in zip(groups.items(), picks, strict=True)
-    }
-    return float(thetas[index]), settings
+    return float(menu.theta[index]), problem.settings(groups, menu, index)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -329,7 +335,7 @@ def _least(problem: Problem, params: AnchorParams, heads: tuple[Head, ...], targ
     if by == "head":
         picks = np.array([int(np.argmax(p.value >= target)) for p in points.values()])
         cost = sum(float(p.cost[i]) for p, i in zip(points.values(), picks, strict=True))
-        return Menu(params, heads, np.array([math.nan]), np.array([cost]), lambda _: picks), 0
+        return Menu(params, heads, np.array([math.nan]), np.array([cost]), lambda _: picks, np.array([math.nan])), 0
     menu = shared_menu(params, points)
     # The last entry is dense throughout; a mean of ones may round to just below 1.
     reached = np.flatnonzero(menu.value / len(heads) >= target)
@@ -339,7 +345,9 @@ def _least(problem: Problem, params: AnchorParams, heads: tuple[Head, ...], targ
 def _ladder_of_one(problem: Problem, params: AnchorParams, head: Head) -> Ladder:
     points = problem.points[params][head]
     at = points.corners
-    menu = Menu(params, (head,), points.value, points.cost, lambda k: np.array([k]))
+    menu = Menu(
+        params, (head,), points.value, points.cost, lambda k: np.array([k]), np.full(len(points.theta), math.nan)
+    )
     return Ladder([menu], np.zeros(len(at), dtype=int), at, points.cost[at], points.value[at])
 
 
@@ -355,5 +363,7 @@ def _value(problem: Problem, choice: Choice) -> float:
     total = 0.0
     for head, (params, theta) in choice.items():
         points = problem.points[params][head]
-        total += float(points.value[-1 if theta is None else np.searchsorted(points.theta, theta)])
+        total += float(
+            points.value[-1 if theta is None else int(np.searchsorted(points.theta, theta, side="right")) - 1]
+        )
     return total

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 
+from anchorscope.calibration.tables import aim
 from anchorscope.report.style import (
     BLUE,
     FAINT,
@@ -84,7 +85,7 @@ def theta_map(report: Report) -> Figure:
         max(0.5 * min(len(heads), 24) + 3.4, 8.2),
         cell * len(layers) + 2.0,
         "Theta of every head",
-        f"{_aim(report)}  |  {span}; {int(dense.sum())} of {len(rows)} heads dense",
+        f"{aim(report['settings'])}  |  {span}; {int(dense.sum())} of {len(rows)} heads dense",
     )
     axes = figure.subplots()
     colours = matplotlib.colormaps["viridis"]
@@ -133,7 +134,7 @@ def fitted_held_out(report: Report) -> Figure:
     broken = np.array([r["kept"] is False for r in rows], dtype=bool)
     found = report["promise"]
     said = "" if found is None else f"  |  {found['heads_missed']} of {len(report['heads'])} heads below the target"
-    figure = new_figure(11.4, 5.6, "Do the thetas hold on prompts they never saw?", f"{_aim(report)}{said}")
+    figure = new_figure(11.4, 5.6, "Do the thetas hold on prompts they never saw?", f"{aim(report['settings'])}{said}")
     panels = figure.subplots(1, 2)
     for axes, name, words in ((panels[0], key, f"{s['statistic']} recall"), (panels[1], "density", "density")):
         x, y = (np.array([r[f"{part}_{name}"] for r in rows], dtype=float) for part in ("fitted", "held_out"))
@@ -169,7 +170,7 @@ def recall_density(report: Report) -> Figure:
         12.2,
         6.0,
         "Per-head thetas against one theta for all heads",
-        f"{_aim(report)}  |  on the {where} prompts; further up and left is better",
+        f"{aim(report['settings'])}  |  on the {where} prompts; further up and left is better",
     )
     panels = figure.subplots(1, 2)
     lines = _lines(found, part)
@@ -216,12 +217,12 @@ def length_matrix(report: Report) -> Figure:
     statistic = report["settings"]["statistic"]
     maps = [("value", f"{statistic} recall, mean over heads", "cividis"), ("density", "density", "viridis")]
     if report["settings"]["target"] is not None:
-        maps.append(("heads_missed_share", "share of heads below the target", "magma"))
+        maps.append(("heads_missed_share", "share of heads below the target", "magma_r"))
     figure = new_figure(
         max((0.85 * len(at) + 1.6) * len(maps), 9.0),
         0.62 * len(fits) + 2.3,
         "Do thetas fitted at one length hold at another?",
-        f"{_aim(report)}  |  evaluated on held-out prompts where the length has any (* else on fitting ones)",
+        f"{aim(report['settings'])}  |  on held-out prompts of that length, if any (* else on fitting ones)",
     )
     for axes, (key, title, cmap) in zip(figure.subplots(1, len(maps), squeeze=False)[0], maps, strict=True):
         grid = np.full((len(fits), len(at)), math.nan)
@@ -248,13 +249,6 @@ def length_matrix(report: Report) -> Figure:
 
 
 # ----------------------------------------------------------------------------------------------------------------
-
-
-def _aim(report: Report) -> str:
-    s = report["settings"]
-    if s["target"] is None:
-        return f"density {s['budget_density']:g} shared out, by {s['by']}"
-    return f"{s['statistic']} recall {s['target']:g} in every {s['by']}"
 
 
 def _nats(value: float) -> str:
@@ -297,7 +291,12 @@ def _lines(found: Report, part: str) -> list[tuple[str, list[Any], dict[str, Any
     ]
     groups = dict.fromkeys(r["group"] for b in found["budgets"] for r in b["rows"] if "group" in r)
     for i, group in enumerate(groups):
-        look = {"color": SKY if i == 0 else MUTED, "linewidth": 1.4, "linestyle": GROUP_DASHES[i % len(GROUP_DASHES)]}
+        look = {
+            "color": SKY if i == 0 else MUTED,
+            "linewidth": 1.4,
+            "linestyle": GROUP_DASHES[i % len(GROUP_DASHES)],
+            "zorder": 5,  # over the line of mixed groups, with which one of them may coincide
+        }
         lines.append((f"one theta, all {group}", of("one theta, one group", group), look))
     return [line for line in lines if line[1]]
 

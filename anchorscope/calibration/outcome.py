@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -219,7 +218,7 @@ def against_one_theta(
 
     density = _measured(problem, choice, [])["fitted"]["density"]
     at_choice = [row("calibrated", choice)]
-    if by == "head":
+    if by == "head" and target is not None:  # a budget by heads is shared out by equal slope already
         at_choice.append(row("equal slope", spend(free, density, "head")))
     at_choice += uniform(choice, density)
 
@@ -263,9 +262,3 @@ def gain(comparison: Mapping[str, Any], part: str) -> dict[str, float] | None:
         return None
     rival = max(others, key=lambda r: float(r["fitted"]["value"]))[part]
     return {key: own[key] - rival[key] for key in ("value", "value_worst_head", "value_heads_p05", "density")}
-
-
-def theta_range(choice: Choice) -> tuple[float, float] | None:
-    """Smallest and largest theta of the sparse heads, nats."""
-    thetas = [s.theta for s in choice.values() if s.theta is not None and math.isfinite(s.theta)]
-    return (min(thetas), max(thetas)) if thetas else None

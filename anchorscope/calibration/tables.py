@@ -29,6 +29,14 @@ COLUMNS = (
 )
 
 
+def aim(settings: dict[str, Any]) -> str:
+    """What was asked for, in words: `mean recall 0.95 in every head`."""
+    if settings["target"] is None:
+        return f"density {settings['budget_density']:g} on average, thetas by {settings['by']}"
+    where = {"head": "every head", "layer": "every layer's mean", "model": "the mean over all heads"}[settings["by"]]
+    return f"{settings['statistic']} recall {settings['target']:g} in {where}"
+
+
 def head_rows(
     choice: Choice, fitted: Outcome, held_out: Outcome | None, statistic: Statistic, target: float | None
 ) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ SHORT_ROWS = 8
 
 def calibrate(
     sources: Annotated[
-        list[Path], typer.Argument(help="Dumps of one model, or finished `analyze` folders.", metavar="DIR...")
+        list[Path], typer.Argument(help="Dumps of one model, or finished `analyze` folders.", metavar="DIR")
     ],
     out: Annotated[Path, typer.Option("--out", help="Folder for the results; new, or an unfinished run to continue.")],
     target_recall: Annotated[
@@ -130,15 +130,12 @@ def _duration(seconds: float) -> str:
 
 def print_summary(result: Calibration) -> None:
     """The tables a calibration ends with, at most 80 columns wide."""
+    from anchorscope.calibration.tables import aim
+
     console, report = stdout_console(), result.report
     s = report["settings"]
-    what = (
-        f"density {s['budget_density']:g} on average"
-        if s["target"] is None
-        else f"{s['statistic']} recall {s['target']:g} in every {s['by']}"
-    )
     held = sum(p["held_out"] for p in report["prompts"])
-    console.print(f"{what}; {len(report['prompts']) - held} prompts fitted, {held} held out")
+    console.print(f"{aim(s)}; {len(report['prompts']) - held} prompts fitted, {held} held out")
     console.print(_layer_table(report))
     console.print(_pooled_table(report))
     _print_promise(console, report)
@@ -195,12 +192,13 @@ def _print_promise(console: Console, report: dict[str, Any]) -> None:
         if report["held_out"] is None:
             console.print("Nothing was held out: the promise is not checked.\n")
         return
-    units = {"head": "heads", "layer": "layers", "model": "model"}[p["to"]]
     console.print(
-        f"Held out, pooled {p['statistic']} recall is {p['pooled']:.3f} for {p['target']:g};"
-        f" {p['broken']} of {p['units']} {units} miss it,\n{p['broken_clearly']} by more than 0.01."
-        + ("" if p["to"] == "head" else f" {p['heads_missed']} of {len(report['heads'])} single heads lie below it.")
+        f"Held out, {p['statistic']} recall is {p['pooled']:.3f} over all heads, for {p['target']:g} promised."
     )
+    if p["to"] != "model":
+        console.print(f"{p['broken']} of {p['units']} {p['to']}s miss it, {p['broken_clearly']} by more than 0.01.")
+    if p["to"] != "head":
+        console.print(f"{p['heads_missed']} of {len(report['heads'])} single heads lie below it.")
     if p["shortfalls"] and p["to"] == "head":
         shown = p["shortfalls"][:SHORT_ROWS]
         lines = ["  ".join(f"{x['layer']}:{x['head']} {x['value']:.3f}" for x in shown[i : i + 4]) for i in (0, 4)]
@@ -227,6 +225,12 @@ def _print_comparison(console: Console, report: dict[str, Any]) -> None:
         cells = ("value", "value_worst_head", "value_heads_p05", "density")
         table.add_row(name, _nats(row["theta"]), *(_share(value[c]) for c in cells))
     console.print(table)
+    better = found["gain"][part]
+    if better is not None:
+        console.print(
+            f"Against the best of those: mean {better['value']:+.3f}, worst head {better['value_worst_head']:+.3f},"
+            f" density {better['density']:+.3f}.\n"
+        )
 
 
 def _length_table(report: dict[str, Any]) -> Table:
