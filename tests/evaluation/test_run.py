@@ -1,0 +1,359 @@
+"""`evaluate` end to end: files, resume, refusals, the command line."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import jsonschema
+import pytest
+from byte_model import byte_model
+
+from anchorscope.anchors import AnchorConfig
+from anchorscope.capture import PromptInput, model_facts
+from anchorscope.cli import main
+from anchorscope.errors import DumpError, InputError, RunFailure
+from anchorscope.evaluation import evaluate, load_evaluation, results
+from anchorscope.evaluation import run as run_module
+from anchorscope.params import AnchorParams
+
+ROOT = Path(__file__).parents[2]
+PARAMS = AnchorParams(16, 2)
+ARMS = {"all": math.inf, "none": -math.inf}
+REQUEST = {
+    "arms": ARMS,
+    "params": PARAMS,
+    "prompts": [PromptInput("p", token_ids=tuple(1 + i * i % 250 for i in range(650)))],
+    "tasks": ["perplexity", "needle", "common-words"],
+    "lengths": [600],
+    "depths": [0.0, 1.0],
+    "samples": 2,
+    "chunk": 224,
+}
+
+
+def short_words(monkeypatch):
+    """Lists of words that fit into a few hundred bytes."""
+    from anchorscope.evaluation import tasks
+
+    monkeypatch.setattr(tasks, "NOUNS", tuple(f"w{i}" for i in range(60)))
+    monkeypatch.setattr(tasks, "ADJECTIVES", ("a", "b", "c", "d"))
+    monkeypatch.setattr(tasks, "LEAST_PROSE", 20)
+
+
+@pytest.fixture(scope="module")
+def finished(model, tokenizer, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        short_words(patch)
+        return evaluate(model, tmp_path_factory.mktemp("out") / "o", tokenizer=tokenizer, **REQUEST)
+
+
+def files(path):
+    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
+
+
+def rows(path):
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_everything_is_reported(finished):
+    report = finished.report
+    assert [(r["prompt"], r["length"], r["arm"]) for r in finished.prompts] == [
+        (p, 600, arm) for p in ("p", "alice") for arm in ARMS
+    ]
+    assert [(r["task"], r["arm"], r["samples"]) for r in finished.tasks] == [
+        ("needle", "all", 4),
+        ("needle", "none", 4),
+        ("common-words", "all", 2),
+        ("common-words", "none", 2),
+    ]
+    assert [(r["depth"], r["arm"], r["samples"]) for r in report["depths"]] == [
+        (d, arm, 2) for d in (0.0, 1.0) for arm in ARMS
+    ]
+    assert len(report["answers"]) == 3 * (4 + 2)
+    for r in (*finished.prompts, *finished.tasks):
+        for name in (
+            "perplexity_dense",
+            "perplexity_sparse",
+            "kl_mean",
+            "kl_p99",
+            "top1_agreement",
+            "recall",
+            "density",
+        ):
+            assert name in r
+        assert r["times"]["dense"]["prefill_seconds"] > 0
+        assert 0 < r["times"]["sparse"]["attention_share"] < 1
+        if r["arm"] == "all":
+            assert r["density"] == 1
+            assert r["kl_mean"] < 1e-5
+            assert r["perplexity_ratio"] == pytest.approx(1, abs=1e-4)
+        else:
+            assert r["density"] < 0.5
+            assert r["kl_mean"] > 1e-4
+    assert all(0 < r["recall"] <= 1 for r in finished.prompts)
+    assert all(r["recall"] is None for r in finished.tasks)
+    assert len(finished.prompts[0]["layers"]) == 3
+    assert load_evaluation(finished.path).report == json.loads(json.dumps(report))
+
+
+def test_report_follows_its_schema(finished):
+    schema = json.loads((ROOT / "docs" / "evaluation.schema.json").read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    report = json.loads((finished.path / "evaluation.json").read_text())
+    jsonschema.validate(report, schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({**report, "tasks": [{}]}, schema)
+
+
+def test_tables_hold_the_report(finished):
+    prompts, tasks, answers = (rows(finished.path / f"{n}.csv") for n in ("prompts", "tasks", "answers"))
+    assert tuple(prompts[0]) == results.PROMPT_COLUMNS
+    assert tuple(tasks[0]) == results.TASK_COLUMNS
+    assert tuple(answers[0]) == results.ANSWER_COLUMNS
+    assert (len(prompts), len(tasks), len(answers)) == (4, 4 + 4, 18)
+    first = finished.prompts[1]
+    assert float(prompts[1]["perplexity_sparse"]) == pytest.approx(first["perplexity_sparse"])
+    assert float(prompts[1]["perplexity_ratio_low"]) == pytest.approx(first["intervals"]["perplexity_ratio"][0])
+    assert [t["depth"] for t in tasks] == [""] * 4 + ["0", "0", "1", "1"]
+    assert [a["arm"] for a in answers[:3]] == ["dense", "all", "none"]
+    assert answers[0]["answer"] == answers[1]["answer"]  # everything selected: the same words
+
+
+def test_figures_are_those_of_the_results(finished):
+    names = {p.stem for p in finished.figures}
+    assert names == {
+        "perplexity",
+        "layers",
+        "prompt00-positions",
+        "prompt01-positions",
+        "needle-grid",
+        "needle-grid-logprob",
+        "tasks",
+        "tasks-logprob",
+    }
+    assert all(p.stat().st_size > 5000 for p in finished.figures)
+
+
+def test_chunks_change_nothing(finished, model, tokenizer, tmp_path):
+    request = {**REQUEST, "tasks": [], "chunk": 1000}
+    whole = evaluate(model, tmp_path / "o", tokenizer=tokenizer, figures=False, **request)
+    for a, b in zip(whole.prompts, finished.prompts, strict=False):
+        assert a["perplexity_sparse"] == pytest.approx(b["perplexity_sparse"], rel=1e-5)
+        assert a["density"] == pytest.approx(b["density"], abs=1e-4)
+        assert a["recall"] == pytest.approx(b["recall"], abs=1e-4)
+
+
+def test_an_interrupted_run_continues_and_ends_with_the_same_bytes(model, tokenizer, tmp_path, monkeypatch):
+    short_words(monkeypatch)
+    still = SimpleNamespace(perf_counter=lambda: 0.0)
+    monkeypatch.setattr("anchorscope.evaluation.lanes.time", still)
+    monkeypatch.setattr("anchorscope.runtime.usage.time", still)
+    monkeypatch.setattr(
+        run_module, "datetime", SimpleNamespace(now=lambda _: SimpleNamespace(isoformat=lambda **_: "t"))
+    )
+    request = {**REQUEST, "depths": [0.5], "samples": 1, "tokenizer": tokenizer, "figures": False}
+    whole = evaluate(model, tmp_path / "whole", **request)
+    for stop in (1, 3):
+
+        def interrupt(event, stop=stop):
+            if event.work >= stop * event.total / 5 and event.work < event.total:
+                raise KeyboardInterrupt
+
+        out = tmp_path / f"stopped{stop}"
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(model, out, **request, progress=interrupt)
+        assert not (out / "evaluation.json").exists()
+        done = files(out / "parts")
+        assert 0 < len(done) < len(files(whole.path / "parts"))
+        with pytest.raises(DumpError, match="no finished evaluation"):
+            load_evaluation(out)
+        broken = out / "parts" / sorted(done)[1]
+        broken.write_bytes(broken.read_bytes()[:100])  # a damaged part is made again, the others are kept
+        kept = (out / "parts" / sorted(done)[0]).stat().st_mtime_ns
+        assert evaluate(model, out, **request).report == whole.report
+        assert (out / "parts" / sorted(done)[0]).stat().st_mtime_ns == kept
+        assert files(out) == files(whole.path)
+
+
+def test_the_folder_is_guarded(finished, model, tokenizer, tmp_path, monkeypatch):
+    short_words(monkeypatch)
+    with pytest.raises(InputError, match="holds a finished evaluation; add --overwrite"):
+        evaluate(model, finished.path, tokenizer=tokenizer, **REQUEST)
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="holds no evaluation"):
+        evaluate(model, tmp_path, tokenizer=tokenizer, **REQUEST)
+    with pytest.raises(InputError, match="is a file"):
+        evaluate(model, tmp_path / "notes.txt", tokenizer=tokenizer, **REQUEST)
+
+    def interrupt(event):
+        if event.work:
+            raise KeyboardInterrupt
+
+    out = tmp_path / "o"
+    request = {"arms": ARMS, "params": PARAMS, "prompts": REQUEST["prompts"], "figures": False}
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(model, out, lengths=[100, 200], **request, progress=interrupt)
+    with pytest.raises(InputError, match="unfinished evaluation of something else"):
+        evaluate(model, out, lengths=[100], **request)
+    assert [r["length"] for r in evaluate(model, out, lengths=[100], overwrite=True, **request).prompts] == [100, 100]
+    assert len(files(out / "parts")) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"arms": {}}, "at least one sparse arm"),
+        ({"arms": {"dense": 1.0}}, "cannot be called dense"),
+        ({"arms": {"a": math.nan}}, "arm a: theta must be a number of nats"),
+        ({"prompts": []}, "nothing to evaluate"),
+        ({"tasks": ["needles"]}, "task 'needles' is unknown; there are needle, multi-needle"),
+        ({"tasks": ["needle", "needle"]}, "named twice"),
+        ({"lengths": [1]}, "at least 2 tokens, not 1"),
+        ({"lengths": [4096]}, "length 4,096 is beyond tiny's positions: at most 2,048 tokens"),
+        ({"lengths": [700]}, "prompt p has 650 tokens, fewer than the length 700"),
+        ({"tasks": ["needle"], "lengths": [100]}, "task needle needs at least [0-9]+ tokens"),
+        ({"tasks": ["needle"], "tokenizer": None}, "brings no tokenizer"),
+        ({"tasks": ["needle"], "depths": [1.5]}, "between 0 and 1, not 1.5"),
+        ({"samples": 0}, "at least 1"),
+        (
+            {"arms": {"a": AnchorConfig.uniform(1.0, [7], 6)}},
+            "a: these anchors name layer 7, but tiny has layers 0 to 2",
+        ),
+        ({"arms": {"a": AnchorConfig.uniform(1.0, [0], 5)}}, "a: these anchors have 5 heads in layer 0"),
+        ({"backend": "cuda"}, "--backend 'cuda' is unknown"),
+    ],
+)
+def test_mistakes_get_one_sentence(model, tokenizer, tmp_path, monkeypatch, change, message):
+    monkeypatch.setattr(run_module, "name_of", lambda _: "tiny")
+    request = {**REQUEST, "tasks": [], "tokenizer": tokenizer, **change}
+    with pytest.raises(InputError, match=message):
+        evaluate(model, tmp_path / "o", **request)
+    assert not (tmp_path / "o").exists()
+
+
+def test_another_models_anchors(model, tmp_path):
+    other = model_facts(byte_model(hidden_act="gelu"), "other")
+    anchors = AnchorConfig.uniform(1.0, [0], 6, PARAMS)
+    request = {**REQUEST, "tasks": [], "arms": {"a": AnchorConfig(anchors.layers, {**other, "fingerprint": "0" * 64})}}
+    with pytest.raises(InputError, match="a: these anchors are for another model"):
+        evaluate(model, tmp_path / "o", **request)
+    assert evaluate(model, tmp_path / "o", force=True, figures=False, **request).prompts[0]["density"] < 1
+
+
+def test_chunks_are_multiples_of_groups_and_windows_are_warned_of(tmp_path):
+    said: list[str] = []
+    request = {"prompts": REQUEST["prompts"], "figures": False, "notify": said.append}
+    net = byte_model("gemma3_text")
+    anchors = AnchorConfig.uniform(1.0, [1, 2], 6, AnchorParams(8, 5))
+    evaluate(net, tmp_path / "a", arms={"a": anchors}, chunk=100, **request)
+    assert any("chunks of 120 tokens instead of 100" in x for x in said)
+    assert any("layers 1 have sliding windows" in x for x in said)
+    said.clear()
+    evaluate(net, tmp_path / "b", arms={"a": 1.0}, chunk=1000, **request)
+    assert len(said) == 1
+    assert "2 prefills, 1,300 tokens in all" in said[0]
+    # one theta for all leaves sliding layers dense
+    assert [x["density"] == 1 for x in load_evaluation(tmp_path / "b").prompts[0]["layers"]] == [True, True, True]
+
+
+def test_a_model_without_chunks_runs_whole(tmp_path, monkeypatch):
+    said: list[str] = []
+    request = {"arms": {"a": 0.0}, "params": PARAMS, "prompts": REQUEST["prompts"], "figures": False}
+    net = byte_model("jamba")
+    found = evaluate(net, tmp_path / "a", chunk=96, notify=said.append, **request)
+    assert any("cannot prefill in chunks: prompts run whole" in x for x in said)
+    assert found.report["settings"]["chunk"] is None
+    monkeypatch.setattr(run_module, "free_bytes", lambda _: 1000)
+    with pytest.raises(InputError, match=r"its logits need \d+"):
+        evaluate(net, tmp_path / "b", chunk=96, **request)
+
+
+def test_out_of_memory_is_said(model, tmp_path, monkeypatch):
+    def burst(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(run_module, "run_prompt", burst)
+    with pytest.raises(RunFailure, match="out of memory: use a smaller --chunk"):
+        evaluate(model, tmp_path / "o", arms={"a": 1.0}, prompts=REQUEST["prompts"])
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# the command line
+
+
+def command(model_folder, out, *options):
+    return main(["evaluate", "--model", str(model_folder), "--device", "cpu", "--out", str(out), *map(str, options)])
+
+
+def test_the_command_line(model_folder, tmp_path, capsys):
+    text = tmp_path / "a prompt of a rather long name.txt"
+    text.write_text("It was a bright cold day in April, and the clocks were striking thirteen. " * 20)
+    for name, theta in (("a", 2.0), ("b", 6.0)):
+        AnchorConfig.uniform(theta, [0, 1, 2], 6, PARAMS).save(tmp_path / f"{name}.json")
+    options = ["--prompt", text, "--task", "needle,variable-tracking", "--lengths", "1200", "--samples", 1]
+    options += ["--depths", "0.5", "--config", tmp_path / "a.json", "--config", tmp_path / "b.json"]
+    assert command(model_folder, tmp_path / "o", *options, "--as", "calibrated at 0.95", "--as", "b") == 0
+    said = capsys.readouterr()
+    lines = [x for x in said.out.splitlines() if str(tmp_path) not in x]
+    assert max(map(len, lines)) <= 80
+    assert "\N{HORIZONTAL ELLIPSIS}" not in said.out
+    assert "calib~0.95" in said.out
+    assert "variabl~acking" in said.out
+    assert "Prefill of 1,200 tokens" in said.out
+    assert "prefills," in said.err
+    assert "warning" not in said.err
+    report = json.loads((tmp_path / "o" / "evaluation.json").read_text())
+    assert [a["name"] for a in report["arms"]] == ["calibrated at 0.95", "b"]
+
+    options = ["--prompt", text, "--lengths", "256,512", "--theta=-inf,6", "--block", "16", "--step", "2"]
+    assert command(model_folder, tmp_path / "p", *options, "--json", "--no-measure", "--no-figures") == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads((tmp_path / "p" / "evaluation.json").read_text())
+    assert [(r["length"], r["arm"]) for r in printed["prompts"]] == [
+        (n, arm) for n in (256, 512) for arm in ("theta -inf", "theta 6")
+    ]
+    assert printed["prompts"][0]["recall"] is None
+    assert not (tmp_path / "p" / "figures").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--task", "needle"], "give either --config anchors.json or --theta T"),
+        (["--task", "needle", "--theta", "1", "--config", "a.json"], "not both"),
+        (["--theta", "1"], "nothing to evaluate: give --prompt FILE or --task NAME"),
+        (["--theta", "nan", "--task", "needle"], "'nan' is not a number of nats"),
+        (["--theta", "1", "--task", "hay"], "task 'hay' is unknown"),
+        (["--theta", "1", "--prompt", "no.txt"], "prompt no.txt does not exist"),
+        (["--theta", "1", "--task", "needle", "--lengths", "2k"], "--lengths '2k' must be whole numbers"),
+        (["--theta", "1", "--task", "needle", "--lengths", "9000"], "beyond model0's positions: at most 2,048"),
+        (["--theta", "1", "--task", "needle", "--depths", "half"], "--depths 'half' must be numbers"),
+        (["--theta", "1", "--task", "needle", "--depths", "2"], "between 0 and 1"),
+        (["--config", "none.json", "--task", "needle"], "none.json cannot be read"),
+        (["--theta", "1", "--task", "needle", "--model-dtype", "int8"], "must be bf16, fp16 or fp32"),
+        (["--theta", "1", "--task", "needle", "--block", "0"], "block must be a whole number"),
+    ],
+)
+def test_command_line_mistakes(model_folder, tmp_path, capsys, options, message):
+    assert command(model_folder, tmp_path / "o", *options) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.count("error: ") == 1
+    assert message in said.err
+    assert not (tmp_path / "o").exists()
+
+
+def test_names_of_arms(model_folder, tmp_path, capsys):
+    (tmp_path / "x").mkdir()
+    for path in (tmp_path / "a.json", tmp_path / "x" / "a.json"):
+        AnchorConfig.uniform(1.0, [0], 6).save(path)
+    both = ["--task", "needle", "--config", tmp_path / "a.json", "--config", tmp_path / "x" / "a.json"]
+    assert command(model_folder, tmp_path / "o", *both) == 2
+    assert "two arms are called a: tell them apart with --as" in capsys.readouterr().err
+    assert command(model_folder, tmp_path / "o", *both, "--as", "one") == 2
+    assert "--as is given 1 times for 2 --config" in capsys.readouterr().err
