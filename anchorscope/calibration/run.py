@@ -174,7 +174,7 @@ def plan_calibration(
         "backend": analyses[0][1].backend.name if analyses else None,
         "device": analyses[0][1].backend.device.type if analyses else None,
     }
-    curves = len(found.prompts) * len(found.groups) * len(found.heads) * 25_000
+    curves = len(found.prompts) * len(found.groups) * len(found.heads) * 30_000
     return Plan(
         sources=found,
         held=tuple(held),

@@ -9,7 +9,17 @@ import math
 import numpy as np
 import pytest
 
-from anchorscope.calibration.choose import Ladder, Points, Problem, hull, one_theta, reach, share_out, shared_menu, spend
+from anchorscope.calibration.choose import (
+    Ladder,
+    Points,
+    Problem,
+    hull,
+    one_theta,
+    reach,
+    share_out,
+    shared_menu,
+    spend,
+)
 from anchorscope.calibration.costs import by_density
 from anchorscope.calibration.curves import HeadCurves
 from anchorscope.errors import InputError
@@ -46,7 +56,7 @@ def everything(p, by):
     if by == "model":
         for params in p.curves:
             for t in THETAS:
-                yield from total(p, {h: (params, t) for h in p.heads})
+                yield from total(p, dict.fromkeys(p.heads, (params, t)))
         return
     for groups in itertools.product(p.curves, repeat=len(layers)):
         of = {h: g for g, heads in zip(groups, layers.values(), strict=True) for h in heads}
@@ -222,7 +232,7 @@ def test_one_theta_is_the_largest_within_the_budget():
     menu = shared_menu(SMALL, p.points[SMALL])
     for budget in (0.3, 0.6, 0.9):
         found = one_theta(p, dict.fromkeys(p.heads, SMALL), budget)
-        costs = [next(total(p, {h: (SMALL, t) for h in p.heads}))[2] / 4 for t in menu.theta]
+        costs = [next(total(p, dict.fromkeys(p.heads, (SMALL, t))))[2] / 4 for t in menu.theta]
         allowed = [t for t, c in zip(menu.theta, costs, strict=True) if c <= budget]
         assert found is None if not allowed else found[0] == max(allowed)
 
