@@ -100,11 +100,13 @@ class Options:
         chunk: tokens prefilled at a time, or None for whole prompts.
         backend: of the sparse attention.
         force: accept a configuration of another model of that shape.
+        tick: called with the tokens of every chunk that an arm has prefilled.
     """
 
     chunk: int | None
     backend: str = "auto"
     force: bool = False
+    tick: Callable[[int], None] = lambda _: None
 
 
 @dataclass(frozen=True)
@@ -162,6 +164,7 @@ class Lane:
         for use in run.layers():
             self._add(use)
         self.work.tokens += len(ids)
+        self._options.tick(len(ids))
         return logits
 
     def decode(self, ids: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ import math
 import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -552,18 +552,26 @@ def _run(path: Path, key: str, request: _Request, report: ProgressCallback) -> N
         if missing and not warm:
             _warm_up(request, unit)
             warm = True
+        so_far = done
+
+        def tick(tokens: int, unit: Unit = unit) -> None:
+            nonlocal so_far
+            so_far += tokens
+            report(Progress("evaluate", so_far, total, unit.name))
+
+        options = replace(request.options, tick=tick)
         if missing and isinstance(unit, LongPrompt):
             wanted = [arms[i] for i in missing if i]
-            results = run_prompt(request.model, wanted, unit.token_ids, request.options, measure=request.measured(unit))
+            results = run_prompt(request.model, wanted, unit.token_ids, options, measure=request.measured(unit))
             for i in missing:
                 Part(*results[arms[i].name]).save(_part(path, index, i), key)
         elif missing:
-            _run_sample(path, key, request, index, missing)
+            _run_sample(path, key, request, options, index, missing)
         done += len(unit.token_ids) * len(arms)
     report(Progress("evaluate", total, total))
 
 
-def _run_sample(path: Path, key: str, request: _Request, index: int, missing: Sequence[int]) -> None:
+def _run_sample(path: Path, key: str, request: _Request, options: Options, index: int, missing: Sequence[int]) -> None:
     """One sample in the arms that are missing; dense always, since the others are compared with its logits."""
     unit = request.units[index]
     assert isinstance(unit, Sample)
@@ -581,7 +589,7 @@ def _run_sample(path: Path, key: str, request: _Request, index: int, missing: Se
             request.model,
             arm,
             unit,
-            request.options,
+            options,
             measure=request.measured(unit),
             dense=reference,
             decode=decode,
