@@ -15,7 +15,7 @@ import torch
 
 from anchorscope import runtime
 from anchorscope.anchors import AnchorConfig
-from anchorscope.evaluation.metrics import TokenScores, compare_tokens, token_nll
+from anchorscope.evaluation.metrics import Reference, TokenScores
 from anchorscope.evaluation.tasks import Sample
 
 if TYPE_CHECKING:
@@ -118,14 +118,14 @@ class Answer:
         score: share of the expected strings in it.
         scores: of the correct answer's tokens, given the prompt (and the answer so far), against dense.
         work: of the prefill; the answer is decoded with the model's own attention in every arm.
-        logits: (A, vocabulary) behind `scores`.
+        reference: the dense arm's logits at the answer.
     """
 
     text: str
     score: float
     scores: TokenScores
     work: Work
-    logits: torch.Tensor
+    reference: Reference
 
 
 class Lane:
@@ -235,12 +235,11 @@ def run_prompt(
     cached = len(chunks) > 1
     for start, stop in chunks:
         targets = ids[start + 1 : stop + 1]
-        reference = dense.step(ids[start:stop], every=True, cached=cached)[: len(targets)]
-        nll = token_nll(reference, targets)
-        scores[DENSE].append(TokenScores(nll, np.zeros_like(nll), np.ones_like(nll)))
+        reference = Reference(dense.step(ids[start:stop], every=True, cached=cached)[: len(targets)], targets)
+        scores[DENSE].append(reference.scores)
         for name, lane in lanes.items():
             logits = lane.step(ids[start:stop], every=True, cached=cached)[: len(targets)]
-            scores[name].append(compare_tokens(reference, logits, targets))
+            scores[name].append(reference.compare(logits))
             del logits  # before the next arm makes its own
     if measure:
         for lane in lanes.values():
@@ -276,10 +275,11 @@ def run_sample(
     logits = last if len(answer) == 1 else torch.cat([last, lane.decode(answer[:-1])])
     lane.cache = prompt_cache
     text = _greedy(lane, last, sample, decode, _stops(model))
-    scores = compare_tokens(logits if dense is None else dense.logits, logits, answer)
+    reference = Reference(logits, answer) if dense is None else dense.reference
+    scores = reference.scores if dense is None else reference.compare(logits)
     if measure and dense is not None:
         lane.work.leave_out_measuring(dense.work)
-    return Answer(text, sample.score(text), scores, lane.work, logits)
+    return Answer(text, sample.score(text), scores, lane.work, reference)
 
 
 def join_scores(parts: Sequence[TokenScores]) -> TokenScores:

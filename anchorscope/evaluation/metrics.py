@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-SLICE_BYTES = 64 << 20  # of float32 logits compared at a time
+SLICE_BYTES = 2 << 20
 CURVE_BINS = 32
 REPLICATES = 2000
 CONFIDENCE = 0.95
@@ -31,39 +31,42 @@ class TokenScores:
     agree: np.ndarray
 
 
-def token_nll(logits: torch.Tensor, targets: torch.Tensor) -> np.ndarray:
-    """Negative log-likelihood of the targets, nats, (T,) float64.
+class Reference:
+    """The dense arm's logits of some tokens, against which every sparse arm's are scored."""
 
-    Args:
-        logits: (T, vocabulary).
-        targets: (T,) int64.
-    """
-    parts = [
-        _lse(z) - z.gather(1, t[:, None])[:, 0].double()
-        for z, t in ((z.float(), t) for z, t in zip(_slices(logits), _slices(targets, logits), strict=True))
-    ]
-    return _joined(parts)
+    def __init__(self, logits: torch.Tensor, targets: torch.Tensor) -> None:
+        """Take what all comparisons share.
 
+        Args:
+            logits: (T, vocabulary).
+            targets: (T,) int64, the true next tokens.
+        """
+        self._logits, self._targets = logits, targets
+        parts = [(_lse(z), z.argmax(1)) for z in (logits[rows].float() for rows in _slices(logits))]
+        self._lse, self._first = (torch.cat(x) for x in zip(*parts, strict=True))
+        picked = logits.gather(1, targets[:, None])[:, 0].double()
+        self.nll: np.ndarray = (self._lse - picked).cpu().numpy()
 
-def compare_tokens(dense: torch.Tensor, sparse: torch.Tensor, targets: torch.Tensor) -> TokenScores:
-    """Score one arm's logits against the dense ones.
+    @property
+    def scores(self) -> TokenScores:
+        """Of the dense arm itself."""
+        return TokenScores(self.nll, np.zeros_like(self.nll), np.ones_like(self.nll))
 
-    The divergence is sum p (z - z') - (lse - lse'), exponentials summed in float64: equal logits give exactly 0 and
-    rounding stays below 1e-6 nats.
+    def compare(self, logits: torch.Tensor) -> TokenScores:
+        """Score another arm's logits (T, vocabulary) of the same positions.
 
-    Args:
-        dense, sparse: (T, vocabulary) of the same positions.
-        targets: (T,) int64, the true next tokens.
-    """
-    nll, kl, agree = [], [], []
-    for a, b, t in zip(_slices(dense), _slices(sparse), _slices(targets, dense), strict=True):
-        a, b = a.float(), b.float()
-        lse_a, lse_b = _lse(a), _lse(b)
-        nll.append(lse_b - b.gather(1, t[:, None])[:, 0].double())
-        agree.append((a.argmax(1) == b.argmax(1)).double())
-        p = (a - lse_a.float()[:, None]).exp_()
-        kl.append((p.mul_(a - b).sum(1).double() - (lse_a - lse_b)).clamp_(min=0))
-    return TokenScores(_joined(nll), _joined(kl), _joined(agree))
+        The divergence is sum p (z - z') - (lse - lse'), exponentials summed in float64: equal logits give exactly 0 and
+        rounding stays below 1e-6 nats.
+        """
+        lse, kl, agree = [], [], []
+        for rows in _slices(logits):
+            a, b = self._logits[rows].float(), logits[rows].float()
+            lse.append(_lse(b))
+            agree.append((b.argmax(1) == self._first[rows]).double())
+            p = (a - self._lse[rows].float()[:, None]).exp_()
+            kl.append((p.mul_(a - b).sum(1).double() - (self._lse[rows] - lse[-1])).clamp_(min=0))
+        picked = logits.gather(1, self._targets[:, None])[:, 0].double()
+        return TokenScores(*(x.cpu().numpy() for x in (torch.cat(lse) - picked, torch.cat(kl), torch.cat(agree))))
 
 
 def _lse(z: torch.Tensor) -> torch.Tensor:
@@ -72,13 +75,11 @@ def _lse(z: torch.Tensor) -> torch.Tensor:
     return (z - top).exp_().sum(1, dtype=torch.float64).log_() + top[:, 0].double()
 
 
-def _slices(x: torch.Tensor, like: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
-    width = (x if like is None else like).shape[1]
-    return x.split(max(1, SLICE_BYTES // (4 * width)))
-
-
-def _joined(parts: Sequence[torch.Tensor]) -> np.ndarray:
-    return torch.cat([x.cpu() for x in parts]).numpy() if parts else np.zeros(0)
+def _slices(logits: torch.Tensor) -> list[slice]:
+    """Rows to score at a time: float32 copies that stay in a CPU's cache, or keep a GPU busy."""
+    size = SLICE_BYTES if logits.device.type == "cpu" else 128 * SLICE_BYTES
+    rows = max(1, size // (4 * logits.shape[1]))
+    return [slice(i, i + rows) for i in range(0, logits.shape[0], rows)]
 
 
 def summarise_tokens(dense_nll: np.ndarray, scores: TokenScores) -> dict[str, float]:

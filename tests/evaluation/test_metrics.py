@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from anchorscope.evaluation import metrics
-from anchorscope.evaluation.metrics import TokenScores, compare_tokens, summarise_tokens, token_intervals, token_nll
+from anchorscope.evaluation.metrics import Reference, TokenScores, summarise_tokens, token_intervals
 
 
 def logits(rows=70, width=311, seed=0, scale=4.0):
@@ -20,11 +20,12 @@ def test_against_brute_force(monkeypatch, rows_at_a_time):
     dense, sparse = logits(), logits() + logits(seed=1, scale=0.7)
     targets = torch.randint(0, 311, (70,), generator=torch.Generator().manual_seed(2))
     p, q = (x.double().log_softmax(1) for x in (dense, sparse))
-    got = compare_tokens(dense, sparse, targets)
+    reference = Reference(dense, targets)
+    got = reference.compare(sparse)
     np.testing.assert_allclose(got.nll, -q.gather(1, targets[:, None])[:, 0], atol=1e-5)
     np.testing.assert_allclose(got.kl, (p.exp() * (p - q)).sum(1), atol=1e-6, rtol=1e-5)
     np.testing.assert_array_equal(got.agree, (p.argmax(1) == q.argmax(1)).double())
-    nll = token_nll(dense, targets)
+    nll = reference.nll
     np.testing.assert_allclose(nll, -p.gather(1, targets[:, None])[:, 0], atol=1e-5)
     summary = summarise_tokens(nll, got)
     assert summary["perplexity_dense"] == pytest.approx(float((-p.gather(1, targets[:, None])).mean().exp()), rel=1e-5)
@@ -38,22 +39,23 @@ def test_small_divergences_survive():
     p, q = (x.double().log_softmax(1) for x in (dense, sparse))
     want = (p.exp() * (p - q)).sum(1)
     assert 1e-8 < float(want.mean()) < 1e-4
-    got = compare_tokens(dense, sparse, torch.zeros(200, dtype=torch.long)).kl
+    got = Reference(dense, torch.zeros(200, dtype=torch.long)).compare(sparse).kl
     np.testing.assert_allclose(got, want, atol=1e-7)
 
 
 def test_equal_logits_are_exactly_equal():
-    same = compare_tokens(logits(), logits(), torch.zeros(70, dtype=torch.long))
-    assert not same.kl.any()
-    assert same.agree.all()
-    np.testing.assert_array_equal(same.nll, token_nll(logits(), torch.zeros(70, dtype=torch.long)))
+    reference = Reference(logits(), torch.zeros(70, dtype=torch.long))
+    same = reference.compare(logits())
+    for name in ("nll", "kl", "agree"):
+        np.testing.assert_array_equal(getattr(same, name), getattr(reference.scores, name))
 
 
 def test_sixteen_bit_logits_are_compared_in_float32():
     dense, sparse = logits().bfloat16(), (logits() + logits(seed=1)).bfloat16()
     targets = torch.arange(70)
-    a, b = compare_tokens(dense, sparse, targets), compare_tokens(dense.float(), sparse.float(), targets)
+    a, b = Reference(dense, targets).compare(sparse), Reference(dense.float(), targets).compare(sparse.float())
     np.testing.assert_array_equal(a.kl, b.kl)
+    np.testing.assert_array_equal(a.nll, b.nll)
 
 
 def correlated(rng, tokens, blocks=8):
