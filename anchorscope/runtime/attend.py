@@ -103,7 +103,7 @@ class SparseRun:
         self._backend = backend
         self._measure = measure
         self._views = Views()
-        self._heads: dict[tuple[int | None, torch.device], tuple[Heads | None, Heads | None]] = {}
+        self._heads: dict[tuple[LayerAnchors, int, torch.device], tuple[Heads | None, Heads | None]] = {}
         self._tallies: dict[int, Tally] = {}
 
     def layers(self) -> list[LayerUse]:
@@ -161,44 +161,55 @@ class SparseRun:
     def _planned(self, call: AttentionInputs, own: Own, anchors: LayerAnchors) -> Any:
         """Run a call of a layer with anchors: sparse, unless that is dense anyway."""
         check_inputs(call)
-        q, k, v = call.q, call.k, call.v
-        batch, all_heads, n, _ = q.shape
+        n, keys = call.q.shape[2], call.k.shape[2]
         window = window_of(call)
-        if window is not None and n < k.shape[2] and k.shape[2] - n >= window - 1:
+        if window is not None and n < keys and keys - n >= window - 1:
             return self._dense(call, own)  # the cache may have dropped the first keys, and with them the anchors
         if call.options.get("output_attentions"):
             raise Unrepresentable(call, "it is asked for its attention weights (output_attentions)")
         view = self._views(call, window)
         pieces = pieces_of(view, n)
-        key = call.layer, q.device
+        device = call.q.device
+        key = anchors, call.k.shape[1], device
         if key not in self._heads:
-            self._heads[key] = split_heads(anchors, k.shape[1], q.device)
+            self._heads[key] = split_heads(*key)
         sparse, dense = self._heads[key]
         if sparse is None or not any(has_candidates(p.size, p.offset, anchors.params) for p in pieces):
             return self._dense(call, own, view)
 
-        tally = self._tally(call)
-        pipeline = _Pipeline(call, anchors, window, resolve_backend_name(self._backend, q.device))
-        with tally.clock.running(q.device), torch.no_grad():
-            out = q.new_zeros(batch, n, all_heads, v.shape[-1])  # padding stays zero
+        pipeline = _Pipeline(call, anchors, window, resolve_backend_name(self._backend, device))
+        with self._tally(call).clock.running(device), torch.no_grad():
+            out = _room(call, pieces)
             if dense is not None:
-                dense.place(out, own(*dense.of(q, k, v))[0])
+                dense.place(out, own(*dense.of(call.q, call.k, call.v))[0])
             found = [pipeline.run(sparse, piece) for piece in pieces]
             for piece, attention in zip(pieces, found, strict=True):
                 sparse.place(out[piece.rows, piece.queries], attention.out.transpose(1, 2))
+        self._count(pipeline, sparse, pieces, found)
+        if torch.is_grad_enabled() and call.q.requires_grad:
+            out = _NoBackward.apply(out, call.q)
+        return out, None
+
+    def _count(self, pipeline: _Pipeline, sparse: Heads, pieces: list[Piece], found: list[Attention]) -> None:
+        tally, shape, window = self._tally(pipeline.call), pipeline.anchors.params, pipeline.window
+        heads = len(sparse.theta)
+        others = pipeline.call.q.shape[1] - heads
         tally.kind = "sparse"
         tally.calls += 1
-        heads = len(sparse.theta)
         for piece, attention in zip(pieces, found, strict=True):
             place = piece.size, piece.offset
-            visible, region = visible_pairs(*place, window), region_pairs(*place, anchors.params, window)
+            visible, region = visible_pairs(*place, window), region_pairs(*place, shape, window)
             tally.queries += piece.prompts * piece.size
-            tally.visible += piece.prompts * all_heads * visible
-            tally.kept += piece.prompts * (heads * region + (all_heads - heads) * visible)
-            tally.stripes(stripe_pairs(attention.stripes, *place, anchors.params, window))
+            tally.visible += piece.prompts * (heads + others) * visible
+            tally.kept += piece.prompts * (heads * region + others * visible)
+            tally.stripes(stripe_pairs(attention.stripes, *place, shape, window))
             if self._measure:
                 rows = torch.exp(attention.lse - pipeline.dense_lse(sparse, piece))
-                tally.mass(rows, piece.prompts * piece.size * (all_heads - heads))
-        if torch.is_grad_enabled() and q.requires_grad:
-            out = _NoBackward.apply(out, q)
-        return out, None
+                tally.mass(rows, piece.prompts * piece.size * others)
+
+
+def _room(call: AttentionInputs, pieces: list[Piece]) -> Tensor:
+    """The call's output (B, n, H, dv), to be written; zero where its queries are padding."""
+    batch, heads, n, _ = call.q.shape
+    padded = sum(p.prompts * p.size for p in pieces) < batch * n
+    return (call.q.new_zeros if padded else call.q.new_empty)(batch, n, heads, call.v.shape[-1])

@@ -16,6 +16,7 @@ import json
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,7 @@ def dense_backends(given: Tensors) -> dict[str, float]:
     q, k, v = given
     found = {}
     for name, backend in DENSE.items():
-        with sdpa_kernel(backend), contextlib.suppress(RuntimeError):
+        with sdpa_kernel(backend), contextlib.suppress(RuntimeError), warnings.catch_warnings(action="ignore"):
             found[name] = median_ms(lambda: scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True))
     return found
 

@@ -84,12 +84,12 @@ def test_generation_caches_and_batches() -> None:
         together = logits(model, batch, attention_mask=mask)
         counted = run.layers()
         run.reset()
-        assert error(together[:1], logits(model, ids(700))) < 1e-5
-        assert error(together[1:, 100:], logits(model, ids(600, 3))) < 1e-5
+        assert error(together[:1], logits(model, ids(700))) < 1e-4
+        assert error(together[1:, 100:], logits(model, ids(600, 3))) < 1e-4
         assert [x.kept_pairs for x in run.layers()] == [x.kept_pairs for x in counted]
         whole = logits(model, ids())
         cached = model(ids()[:, :1024], use_cache=True).past_key_values
-        assert error(logits(model, ids()[:, 1024:], past_key_values=cached), whole[:, 1024:]) < 1e-5
+        assert error(logits(model, ids()[:, 1024:], past_key_values=cached), whole[:, 1024:]) < 1e-4
 
 
 def test_softcap_and_windows() -> None:

@@ -280,8 +280,9 @@ def test_restored_after_an_exception(model: Any) -> None:
 
 
 @pytest.mark.parametrize("inside", [True, False])
-def test_compiled(model: Any, inside: bool) -> None:
+def test_compiled(inside: bool) -> None:
     torch._dynamo.reset()
+    model = tiny(num_hidden_layers=1)
     compiled = torch.compile(model, backend="eager")
     own = logits(model, ids(), use_cache=False)
     if not inside:
@@ -291,7 +292,7 @@ def test_compiled(model: Any, inside: bool) -> None:
         expected = logits(model, ids())
     with sparse_attention(compiled, config) as run:
         assert close(logits(compiled, ids(), use_cache=False), expected)
-    assert [x.calls for x in run.layers()] == [1] * 3
+    assert [x.calls for x in run.layers()] == [1]
     assert torch.equal(logits(compiled, ids(), use_cache=False), own)
     torch._dynamo.reset()
 
