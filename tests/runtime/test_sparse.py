@@ -279,7 +279,7 @@ def test_restored_after_an_exception(model: Any) -> None:
     assert torch.equal(logits(model, ids()), own)
 
 
-@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("inside", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_compiled(inside: bool) -> None:
     torch._dynamo.reset()
     model = tiny(num_hidden_layers=1)
