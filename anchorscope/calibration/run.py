@@ -268,7 +268,9 @@ def calibrate(
         request = {"sources": list(plan.sources.identity), "settings": plan.settings}
         state = FOLDER.begin(path, request, disk=plan.disk, overwrite=overwrite)
         curves = _gather(plan.sources, _measure(path, plan, overwrite, report))
+        report(Progress("choosing", 0, 1))
         config, result, rows = _calibrate(plan, curves, state["started"])
+        report(Progress("choosing", 1, 1))
         config.save(path / ANCHORS)
         write_atomic(path / TABLE, csv_text(COLUMNS, map(table_row, rows)).encode())
         drawn: list[Path] = []
@@ -345,7 +347,13 @@ def _warnings(sources: Sources, held: Sequence[bool], analyses: Sequence[tuple[R
         found.append(
             f"layers {describe_indices(sources.windowed)} have a sliding window: they are left out and run dense"
         )
-    model_heads = (sources.model or {}).get("query_heads")
+    model = sources.model or {}
+    depth, model_heads = model.get("layers"), model.get("query_heads")
+    if isinstance(depth, int) and len(sources.layers) < depth:
+        found.append(
+            f"{len(sources.layers)} of the model's {depth} layers are calibrated ({describe_indices(sources.layers)});"
+            " the others will run dense"
+        )
     for layer in sources.layers:
         have = sum(h[0] == layer for h in sources.heads)
         if isinstance(model_heads, int) and have < model_heads:

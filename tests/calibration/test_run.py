@@ -42,7 +42,7 @@ MODEL = {
 }
 
 
-def write(path, names=("story", "code", "mail"), *, n=N, layers=(2, 7), heads=4, model=MODEL, window=None):
+def write(path, names=("story", "code", "mail"), *, n=N, layers=(2, 7), heads=4, model=MODEL, windows=()):
     """Heads with a sink, stripes and a local part; each prompt is its own text, cut at n."""
     entries = []
     for name in names:
@@ -55,7 +55,9 @@ def write(path, names=("story", "code", "mail"), *, n=N, layers=(2, 7), heads=4,
             own = {"q": q[:heads, :n], "k": k[:, :n], "v": v[:, :n]} if heads == 4 else {
                 "q": q[:heads, :n], "k": k[: heads // 2, :n], "query_heads": list(range(heads)), "kv_heads": [0]
             }  # fmt: skip
-            entries.append({"prompt": name, "layer": layer, "scale": 0.7, "window": window, **own})
+            entries.append(
+                {"prompt": name, "layer": layer, "scale": 0.7, "window": 100 if layer in windows else None, **own}
+            )
     ids = {name: {"token_ids": [sum(name.encode()) + i for i in range(n)]} for name in names}
     write_dump(path, entries, prompts=ids, model=model)
     return path
@@ -255,15 +257,22 @@ def test_captured_heads_only(tmp_path):
     """A dump of half the heads: the model's others run dense, and are said to."""
     part = write(tmp_path / "part", ("a", "b"), heads=2)
     plan = plan_calibration(part, groups=GROUPS, thetas=THETAS)
+    assert "2 of the model's 9 layers are calibrated (2,7); the others will run dense" in plan.warnings
     assert "layer 2 holds 2 of 4 query heads; the others will run dense" in plan.warnings
     done = calibrate(part, tmp_path / "o", target_recall=0.8, plan=plan, figures=False)
     assert all(len(x.thetas) == 4 and x.dense[2:] == (True, True) for x in done.config.layers)
 
 
 def test_windowed_layers_are_left_out(tmp_path):
-    mixed = write(tmp_path / "w", ("a", "b"), window=100)
+    mixed = write(tmp_path / "w", ("a", "b"), windows=(2,))
+    plan = plan_calibration(mixed, groups=GROUPS)
+    assert plan.sources.layers == (7,)
+    assert "layers 2 have a sliding window: they are left out and run dense" in plan.warnings
+    assert {j.entry.layer for _, analysis in plan.analyses for j in analysis.jobs} == {7}
+    folder = analyze(mixed, tmp_path / "o", params=GROUPS[0], figures=False).path
+    assert plan_calibration(folder).sources.layers == (7,)
     with pytest.raises(InputError, match="sliding window and run dense"):
-        plan_calibration(mixed)
+        plan_calibration(mixed, layers=[2])
 
 
 def test_nothing_held_out_is_said(folders, tmp_path):
