@@ -115,7 +115,7 @@ def perplexity(results: Sequence[Result]) -> Figure:
     rows = list(dict.fromkeys((r["prompt"], r["length"]) for r in results))
     figure = new_figure(
         8.6,
-        1.9 + len(rows) * (0.25 + 0.17 * len(arms)),
+        2.2 + len(rows) * (0.25 + 0.17 * len(arms)),
         "Perplexity, sparse against dense",
         "95% intervals by a paired block bootstrap over tokens; 0% is dense",
     )
@@ -146,7 +146,7 @@ def perplexity(results: Sequence[Result]) -> Figure:
     axes.set_ylim(len(rows) - 0.45, -0.55)
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     label(axes, "change of perplexity", "")
-    legend(axes, loc="best")
+    _legend_below(figure, axes)
     return figure
 
 
@@ -229,8 +229,7 @@ def task_scores(results: Sequence[Result], metric: str = "score") -> Figure:
         label(ax, "length (tokens)", name)
     for ax in axes[len(tasks) :]:
         ax.set_visible(False)
-    handles, names = axes[0].get_legend_handles_labels()
-    legend(figure, handles=handles, labels=names, loc="outside lower left", ncols=5)
+    _legend_below(figure, axes[0])
     return figure
 
 
@@ -264,6 +263,11 @@ def draw_all(report: Result, out: Path | str) -> list[Path]:
 
 def _ordered(results: Sequence[Result], key: str) -> list[Any]:
     return list(dict.fromkeys(r[key] for r in results))
+
+
+def _legend_below(figure: Figure, axes: Axes) -> None:
+    handles, names = axes.get_legend_handles_labels()
+    legend(figure, handles=handles, labels=names, loc="outside lower left", ncols=5)
 
 
 def _grid(results: Sequence[Result], lengths: Sequence[int], places: Sequence[float], metric: str) -> np.ndarray:
