@@ -105,7 +105,7 @@ def median_ms(run: Callable[[], Any], repeats: int = 3) -> float:
 def dense_backends(given: Tensors) -> dict[str, float]:
     """Milliseconds of one layer's dense attention by each back end that runs."""
     q, k, v = given
-    found = {}
+    found: dict[str, float] = {}
     for name, backend in DENSE.items():
         with sdpa_kernel(backend), contextlib.suppress(RuntimeError), warnings.catch_warnings(action="ignore"):
             found[name] = median_ms(lambda: scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True))
@@ -222,7 +222,7 @@ def main() -> None:
                 flush=True,
             )
             record = {
-                "command": "python tests/runtime/prefill_timing.py " + " ".join(sys.argv[1:]),
+                "command": " ".join(["python tests/runtime/prefill_timing.py", Path(args.out).name, *sys.argv[2:]]),
                 "versions": {**versions(), "transformers": transformers.__version__},
                 "hardware": hardware(torch.device("cuda")),
                 "kernels_sha256": kernels_sha256(),
