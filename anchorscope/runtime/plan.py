@@ -7,8 +7,6 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from anchorscope.anchors import AnchorConfig, LayerAnchors
 from anchorscope.capture import AttentionCall, intercept, model_facts, prefill
 from anchorscope.capture.check import Unrepresentable, check_call, check_output, softcap_of, visible_window
@@ -131,8 +129,3 @@ class _Trial:
 def cannot(call: AttentionInputs, reason: str) -> InputError:
     """The error for attention that the kernels would compute wrongly."""
     return InputError(f"{call.name} cannot run sparse: {reason} (leave it out of the anchors, or take another model)")
-
-
-def thetas_on(device: torch.device, thetas: tuple[float | None, ...]) -> torch.Tensor:
-    """Thetas as (heads,) float32; dense heads get +inf, with which the kernels keep every key."""
-    return torch.tensor([math.inf if t is None else t for t in thetas], device=device)
