@@ -93,8 +93,8 @@ def multi_needle(rng: random.Random, _: float | None) -> Puzzle:
     return Puzzle(
         "The text below gives the secret numbers of some things. Read the text and remember the numbers.\n\n",
         f"\n\nQuestion: What are the secret numbers of {wanted}?\n",
-        f"Answer: The secret numbers of {wanted} are, in this order,",
-        " " + " and ".join(values[i] for i in asked),
+        f"Answer: The secret numbers of {wanted} are, in this order:",
+        " " + ", ".join(values[i] for i in asked),
         tuple(values[i] for i in asked),
         tuple(
             ((i + rng.random()) / HIDDEN, f" The secret number of the {keys[i]} is {values[i]}.") for i in range(HIDDEN)
@@ -116,8 +116,8 @@ def variable_tracking(rng: random.Random, _: float | None) -> Puzzle:
     return Puzzle(
         "The text below contains notes that set variables. Read the text and keep track of their values.\n\n",
         f"\n\nQuestion: Which variables have the value {values[0]}?\n",
-        f"Answer: The variables with the value {values[0]} are",
-        f" {', '.join(wanted[:-1])} and {wanted[-1]}",
+        f"Answer: The variables with the value {values[0]} are:",
+        " " + ", ".join(wanted),
         tuple(wanted),
         tuple(chains[0] + chains[1]),
     )
@@ -130,8 +130,8 @@ def common_words(rng: random.Random, _: float | None) -> Puzzle:
     return Puzzle(
         "Below is a list of words. A few of them appear much more often than the others.\n\n",
         f"\n\nQuestion: Which {COMMON} words appear most often in the list?\n",
-        f"Answer: The {COMMON} words that appear most often are",
-        f" {', '.join(common[:-1])} and {common[-1]}",
+        f"Answer: The {COMMON} words that appear most often are:",
+        " " + ", ".join(common),
         tuple(common),
         words=tuple((word, OFTEN if word in common else 1) for word in pool),
     )

@@ -169,3 +169,25 @@ def test_a_layer_left_dense_keeps_everything(model):
     with torch.inference_mode():
         lane.step(torch.tensor(ids(200)), every=False, cached=False)
     assert lane.work.recall is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_on_a_gpu(dtype):
+    """The same arms through the GPU kernels, logits compared there, times between synchronisations."""
+    net = byte_model(head_dim=64).to("cuda", dtype)
+    params = AnchorParams(64, 2)
+    arms = [arm(math.inf, "all", params=params), arm(-math.inf, "none", params=params)]
+    found = run_prompt(net, arms, ids(1500), Options(512, "triton"), measure=True)
+    assert found["all"][0].kl.mean() < 1e-3 < found["none"][0].kl.mean()
+    assert found["all"][1].density == 1 > found["none"][1].density
+    assert found["all"][1].recall == pytest.approx(1, abs=1e-3)
+    for _, work in found.values():
+        assert work.attention_seconds > 0
+    assert 0 < found[DENSE][1].attention_seconds < found[DENSE][1].seconds
+    dense, sparse = (
+        run_sample(net, each, sample(ids(900)), Options(512, "triton"), measure=False, dense=reference, decode=decode)
+        for each, reference in ((Arm(DENSE, None), None), (arms[1], None))
+    )
+    assert len(dense.text.split()) == len(sparse.text.split()) == 9
