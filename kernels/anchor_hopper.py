@@ -1,10 +1,9 @@
 """Stage 1 for Hopper: the pass of anchor.py, warp-specialised, in Gluon.
 
-A persistent program per multiprocessor walks its share of query tiles. One producer warp brings Q, K and V tiles by the
-bulk copy engine; two consumer warpgroups own 64 queries each and share the key tiles. Each consumer starts the next
-tile's QK product before the softmax of the current one, and the PV product runs beneath that softmax, so that tensor
-cores and exponentials overlap within a warpgroup and between the two. Scheduling after Shah et al., FlashAttention-3
-(NeurIPS 2024), section 3.
+A persistent program per multiprocessor walks its share of query tiles. One producer warp brings Q, K and V tiles by
+the bulk copy engine; two consumer warpgroups own 64 queries each and share the key tiles; two more warps pool the
+queries. A consumer's PV product runs beneath the softmax of the next tile, and the first QK product of the next query
+tile beneath the end of the current one. Scheduling after Shah et al., FlashAttention-3 (NeurIPS 2024), section 3.
 
 Head dimensions 64, 128 and 256, 16-bit, no window, no soft-cap, groups that are a multiple of 128 queries and blocks
 that are a multiple of 64; everything else runs the portable kernel.
@@ -30,29 +29,45 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .common import Problem, launch, processors
 
-# Triton 3.9 knows only the new name, 3.6 only the old one.
+# Triton 3.9 knows only the new names, 3.6 only the old ones.
 tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+reinterpret = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
 
 HALF = 64  # queries of one consumer warpgroup
 BM = 2 * HALF
+PIECE = 64  # keys, and columns, that the copy engine brings at a time
 LOG2E: gl.constexpr = gl.constexpr(1.4426950408889634)
 LN2: gl.constexpr = gl.constexpr(0.6931471805599453)
 
 
 @gluon.jit
-def _plan(item, n, offset, init, lookback, group, tiles, batch_heads, BN: gl.constexpr):
-    """Head, rows and key tiles of a work item. Tiles from `init_tiles` on start at `start`, those before at 0."""
-    bh = item % batch_heads
+def rounds(items):
+    """Work items of this program: number t is program_id + t * num_programs."""
+    return (items - gl.program_id(0) + gl.num_programs(0) - 1) // gl.num_programs(0)
+
+
+@gluon.jit
+def _rows(item, n, group, tiles, batch_heads):
+    """Head, first position of the group and rows of a work item."""
     order = item // batch_heads
-    g = order // tiles
-    row0 = g * group + (tiles - 1 - order % tiles) * 128  # the longest tile of a group first
-    row_end = gl.minimum(g * group + group, n)
-    start = gl.maximum(offset + g * group - lookback, 0)
+    base = order // tiles * group
+    here = gl.minimum(tiles, (n - base + 127) // 128)  # the last group may be short
+    row0 = base + (here - 1 - order % tiles) * 128  # the longest tile of a group first
+    return item % batch_heads, base, row0, gl.minimum(base + group, n)
+
+
+@gluon.jit
+def _keys(base, row0, row_end, offset, init, lookback, BN: gl.constexpr):
+    """Keys of a work item: first ones, start of the others, and number of tiles.
+
+    Keys come in pieces of 64: the first `init_pieces` from key 0 on, the others from `start` on. A tile is BN // 64 of
+    them, so that the two ranges share a tile where they meet.
+    """
+    start = gl.maximum(offset + base - lookback, 0)
     init_end = gl.minimum(init, start)
-    stop = offset + gl.minimum(row0 + 128, row_end)
-    init_tiles = (init_end + BN - 1) // BN
-    total = gl.where(row0 < row_end, init_tiles + (stop - start + BN - 1) // BN, 0)
-    return bh, row0, row_end, start, stop, init_end, init_tiles, total
+    init_pieces = (init_end + 63) // 64
+    pieces = init_pieces + (offset + gl.minimum(row0 + 128, row_end) - start + 63) // 64
+    return start, init_end, init_pieces, (pieces * 64 + BN - 1) // BN
 
 
 @gluon.jit
@@ -60,57 +75,102 @@ def _produce(
     q_desc, k_desc, v_desc, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
     n, offset, init, lookback, heads, repeats, group, tiles, batch_heads, items,
     qy_b, qy_h, qx_b, qx_h, ky_b, ky_h, kx_b, kx_h, vy_b, vy_h, vx_b, vx_h,
-    BN: gl.constexpr, STAGES: gl.constexpr,
+    D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, QUEUE: gl.constexpr,
 ):  # fmt: skip
     """The producer warp."""
     count = 0
-    turn = 0
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        bh, row0, _end, start, _stop, _init, init_tiles, total = _plan(
-            item, n, offset, init, lookback, group, tiles, batch_heads, BN
-        )
-        if total > 0:
-            b = bh // heads
-            h = bh % heads
-            hk = h // repeats
-            mbarrier.wait(q_empty, (turn & 1) ^ 1)
-            mbarrier.expect(q_full, 2 * q_desc.block_type.nbytes)
-            y = b * qy_b + h * qy_h + row0
-            x = b * qx_b + h * qx_h
-            tma_load(q_desc, [y, x], q_full, q_s.index(0))
-            tma_load(q_desc, [y + 64, x], q_full, q_s.index(1))
-            turn += 1
-            for it in range(total):
-                j = gl.where(it < init_tiles, it * BN, start + (it - init_tiles) * BN)
-                slot = count % STAGES
-                phase = ((count // STAGES) & 1) ^ 1
-                mbarrier.wait(k_empty.index(slot), phase)
-                mbarrier.expect(k_full.index(slot), k_desc.block_type.nbytes)
-                tma_load(k_desc, [b * ky_b + hk * ky_h + j, b * kx_b + hk * kx_h], k_full.index(slot), k_s.index(slot))
-                mbarrier.wait(v_empty.index(slot), phase)
-                mbarrier.expect(v_full.index(slot), v_desc.block_type.nbytes)
-                tma_load(v_desc, [b * vy_b + hk * vy_h + j, b * vx_b + hk * vx_h], v_full.index(slot), v_s.index(slot))
-                count += 1
+    for turn in range(rounds(items)):
+        item = gl.program_id(0) + turn * gl.num_programs(0)
+        bh, base, row0, row_end = _rows(item, n, group, tiles, batch_heads)
+        start, _init, init_pieces, total = _keys(base, row0, row_end, offset, init, lookback, BN)
+        b = bh // heads
+        h = bh % heads
+        hk = h // repeats
+        place = turn % QUEUE
+        mbarrier.wait(q_empty.index(place), ((turn // QUEUE) & 1) ^ 1)
+        mbarrier.expect(q_full.index(place), 2 * q_desc.block_type.nbytes)
+        y = b * qy_b + h * qy_h + row0
+        x = b * qx_b + h * qx_h
+        tma_load(q_desc, [y, x], q_full.index(place), q_s.index(2 * place))
+        tma_load(q_desc, [y + 64, x], q_full.index(place), q_s.index(2 * place + 1))
+        ky = b * ky_b + hk * ky_h
+        kx = b * kx_b + hk * kx_h
+        vy = b * vy_b + hk * vy_h
+        vx = b * vx_b + hk * vx_h
+        for it in range(total):
+            slot = count % STAGES
+            phase = ((count // STAGES) & 1) ^ 1
+            mbarrier.wait(k_empty.index(slot), phase)
+            _load(k_desc, k_s, k_full, slot, it, ky, kx, start, init_pieces, D, BN)
+            mbarrier.wait(v_empty.index(slot), phase)
+            _load(v_desc, v_s, v_full, slot, it, vy, vx, start, init_pieces, D, BN)
+            count += 1
 
 
 @gluon.jit
-def _masked(s, it, init_tiles, start, stop, init_end, first, BN: gl.constexpr, S_L: gl.constexpr):
-    """Hide what lies beyond the key range or after a query; `first` is the position of the consumer's first query."""
-    j = gl.where(it < init_tiles, it * BN, start + (it - init_tiles) * BN)
-    limit = gl.where(it < init_tiles, init_end, stop)
-    if (j + BN > limit) | (j + BN - 1 > first):
-        cols = j + gl.arange(0, BN, gl.SliceLayout(0, S_L))
-        pos = first + gl.arange(0, 64, gl.SliceLayout(1, S_L))
-        seen = (cols < limit)[None, :] & (cols[None, :] <= pos[:, None])
-        s = gl.where(seen, s, float("-inf"))
+def _load(desc, tiles_s, full, slot, it, y, x, start, init_pieces, D: gl.constexpr, BN: gl.constexpr):
+    """Bring a key tile, its pieces in panels of 64 columns, as the tensor cores read it."""
+    rows: gl.constexpr = BN // 64
+    panels: gl.constexpr = D // 64
+    mbarrier.expect(full.index(slot), rows * panels * desc.block_type.nbytes)
+    for u in gl.static_range(rows):
+        piece = it * rows + u
+        j = gl.where(piece < init_pieces, piece * 64, start + (piece - init_pieces) * 64)
+        for c in gl.static_range(panels):
+            tma_load(desc, [y + j, x + c * 64], full.index(slot), tiles_s.index((slot * panels + c) * rows + u))
+
+
+@gluon.jit
+def await_tile(full, number, pred, STAGES: gl.constexpr):
+    """Wait for the tile (or queries) of a running number in its ring of buffers."""
+    mbarrier.wait(full.index(number % STAGES), (number // STAGES) & 1, pred=pred)
+
+
+@gluon.jit
+def _masked(s, it, start, init_end, init_pieces, first, BN: gl.constexpr, S_L: gl.constexpr):
+    """Hide what lies after a query or beyond the first keys; `first` is the position of the consumer's first query.
+
+    Every query sees a key of the first tile, so its maximum is finite from there on.
+    """
+    c = gl.arange(0, BN, gl.SliceLayout(0, S_L))
+    edge = first - start + init_pieces * 64 - it * BN  # query i sees columns up to i + edge
+    if edge < BN - 1:
+        i = gl.arange(0, 64, gl.SliceLayout(1, S_L))
+        s = gl.where(c[None, :] <= i[:, None] + edge, s, float("-inf"))
+    if (init_end % 64 != 0) & (it == (init_pieces - 1) // (BN // 64)):
+        there = (c < init_end - it * BN) | (c >= init_pieces * 64 - it * BN)
+        s = gl.where(there[None, :], s, float("-inf"))
     return s
 
 
 @gluon.jit
+def _pool(
+    octets_s, q_full, q_empty, QSum, n, group, tiles, batch_heads, items, D: gl.constexpr, QUEUE: gl.constexpr,
+):  # fmt: skip
+    """Two warps that sum the queries, 64 at a time; `octets_s` are 8 queries by 64 columns each."""
+    L: gl.constexpr = gl.BlockedLayout([8, 1], [1, 32], [1, 2], [1, 0])
+    i = gl.arange(0, 8, gl.SliceLayout(1, L))
+    d = gl.arange(0, 64, gl.SliceLayout(0, L))
+    for turn in range(rounds(items)):
+        item = gl.program_id(0) + turn * gl.num_programs(0)
+        bh, _base, row0, row_end = _rows(item, n, group, tiles, batch_heads)
+        unit = bh.to(gl.int64) * ((n + 63) // 64) + row0 // 64
+        await_tile(q_full, turn, True, QUEUE)
+        for part in range(2 * (D // 64)):  # half of the queries, panel of columns
+            live = row_end - row0 - part // (D // 64) * 64
+            total = gl.zeros([64], gl.float32, gl.SliceLayout(0, L))
+            for u in range(8):
+                q = octets_s.index((turn % QUEUE * 2 * (D // 64) + part) * 8 + u).load(L).to(gl.float32)
+                total += gl.sum(gl.where((u * 8 + i < live)[:, None], q, 0.0), 0)
+            gl.store(QSum + unit * D + part * 64 + d, total, mask=(d >= 0) & (live > 0))
+        mbarrier.arrive(q_empty.index(turn % QUEUE), count=1)
+
+
+@gluon.jit
 def _consume(
-    half: gl.constexpr, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns, Out, Lse, QSum, ASum,
-    n, offset, init, lookback, heads, group, tiles, batch_heads, items, units, scale_log2,
-    D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr,
+    half: gl.constexpr, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, Out, Lse, Tops,
+    n, offset, init, lookback, group, tiles, batch_heads, items, scale_log2,
+    D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, QUEUE: gl.constexpr,
 ):  # fmt: skip
     """One consumer warpgroup: queries 64 * half ... of each tile."""
     S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
@@ -119,117 +179,109 @@ def _consume(
     ROW: gl.constexpr = gl.SliceLayout(1, S_L)
     OUT_L: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (D // 8), D // 8], [4, 1], [1, 0])
     dtype: gl.constexpr = k_s.dtype
-    q = q_s.index(half)
-    count = 0
-    turn = 0
-    passed = 0
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        bh, row0, row_end, start, stop, init_end, init_tiles, total_tiles = _plan(
-            item, n, offset, init, lookback, group, tiles, batch_heads, BN
-        )
-        if total_tiles > 0:
-            my0 = row0 + half * 64
-            first = offset + my0
-            live = my0 + gl.arange(0, 64, ROW) < row_end
-            unit = bh.to(gl.int64) * units + my0 // 64
-            mbarrier.wait(q_full, turn & 1)
-
-            slot = count % STAGES
-            mbarrier.wait(k_full.index(slot), (count // STAGES) & 1)
-            s = warpgroup_mma(
-                q, k_s.index(slot).permute((1, 0)), gl.zeros([64, BN], gl.float32, S_L), use_acc=False, is_async=True
-            )
-            # Pool the queries while the first product runs.
-            rows = my0 + gl.arange(0, 64, gl.SliceLayout(1, OUT_L))
-            q_sum = gl.sum(gl.where((rows < row_end)[:, None], q.load(OUT_L).to(gl.float32), 0.0), 0)
-            d_at = gl.arange(0, D, gl.SliceLayout(0, OUT_L))
-            gl.store(QSum + unit * D + d_at, q_sum, mask=(d_at >= 0) & (my0 < row_end))
-            s = warpgroup_mma_wait(0, deps=[s])
-            mbarrier.arrive(k_empty.index(slot), count=1)
-            s = _masked(s, 0, init_tiles, start, stop, init_end, first, BN, S_L)
-            top = gl.max(s, 1) * scale_log2
-            w = gl.exp2(s * scale_log2 - gl.where(top == float("-inf"), 0.0, top)[:, None])
-            total = gl.sum(w, 1)
-            p = gl.convert_layout(w.to(dtype), P_L)
-            acc = gl.zeros([64, D], gl.float32, A_L)
-            for it in range(1, total_tiles):
-                next_slot = (count + 1) % STAGES
-                mbarrier.wait(k_full.index(next_slot), ((count + 1) // STAGES) & 1)
-                if TURNS:  # one consumer's products run while the other is at its exponentials
-                    mbarrier.wait(turns.index(half), (passed & 1) ^ (1 - half))
-                    passed += 1
-                s_token = warpgroup_mma(
-                    q, k_s.index(next_slot).permute((1, 0)), gl.zeros([64, BN], gl.float32, S_L),
-                    use_acc=False, is_async=True,
-                )  # fmt: skip
-                mbarrier.wait(v_full.index(slot), (count // STAGES) & 1)
-                a_token = warpgroup_mma(p, v_s.index(slot), acc, is_async=True)
-                if TURNS:
-                    mbarrier.arrive(turns.index(1 - half), count=1)
-                s = warpgroup_mma_wait(1, deps=[s_token])
-                mbarrier.arrive(k_empty.index(next_slot), count=1)
-                s = _masked(s, it, init_tiles, start, stop, init_end, first, BN, S_L)
-                new = gl.maximum(top, gl.max(s, 1) * scale_log2)
-                shift = gl.where(new == float("-inf"), 0.0, new)
-                fade = gl.exp2(top - shift)
-                w = gl.exp2(s * scale_log2 - shift[:, None])
-                total = total * fade + gl.sum(w, 1)
-                top = new
-                acc = warpgroup_mma_wait(0, deps=[a_token])
-                mbarrier.arrive(v_empty.index(slot), count=1)
-                acc = acc * gl.convert_layout(fade, gl.SliceLayout(1, A_L))[:, None]
-                p = gl.convert_layout(w.to(dtype), P_L)
-                slot = next_slot
-                count += 1
-            mbarrier.arrive(q_empty, count=1)
-            mbarrier.wait(v_full.index(slot), (count // STAGES) & 1)
-            a_token = warpgroup_mma(p, v_s.index(slot), acc, is_async=True)
+    count = 0  # key tiles so far
+    mbarrier.wait(q_full.index(0), 0)
+    mbarrier.wait(k_full.index(0), 0)
+    s_token = warpgroup_mma(
+        q_s.index(half), k_s.index(0).permute((1, 0)), gl.zeros([64, BN], gl.float32, S_L), use_acc=False, is_async=True
+    )
+    s = warpgroup_mma_wait(0, deps=[s_token])
+    for turn in range(rounds(items)):
+        item = gl.program_id(0) + turn * gl.num_programs(0)
+        bh, base, row0, row_end = _rows(item, n, group, tiles, batch_heads)
+        start, init_end, init_pieces, total_tiles = _keys(base, row0, row_end, offset, init, lookback, BN)
+        q = q_s.index(2 * (turn % QUEUE) + half)
+        my0 = row0 + half * 64
+        first = offset + my0
+        live = my0 + gl.arange(0, 64, ROW) < row_end
+        mbarrier.arrive(k_empty.index(count % STAGES), count=1)
+        s = _masked(s, 0, start, init_end, init_pieces, first, BN, S_L)
+        top = gl.max(s, 1) * scale_log2
+        w = gl.exp2(s * scale_log2 - top[:, None])
+        total = gl.sum(w, 1)
+        p = gl.convert_layout(w.to(dtype), P_L)
+        acc = gl.zeros([64, D], gl.float32, A_L)
+        await_tile(k_full, count + 1, total_tiles > 1, STAGES)
+        for it in range(1, total_tiles):
+            s_token = warpgroup_mma(
+                q, k_s.index((count + 1) % STAGES).permute((1, 0)), gl.zeros([64, BN], gl.float32, S_L),
+                use_acc=False, is_async=True,
+            )  # fmt: skip
+            await_tile(v_full, count, True, STAGES)
+            a_token = warpgroup_mma(p, v_s.index(count % STAGES), acc, is_async=True)
+            s = warpgroup_mma_wait(1, deps=[s_token])
+            mbarrier.arrive(k_empty.index((count + 1) % STAGES), count=1)
+            s = _masked(s, it, start, init_end, init_pieces, first, BN, S_L)
+            new = gl.maximum(top, gl.max(s, 1) * scale_log2)
+            fade = gl.exp2(top - new)
+            w = gl.exp2(s * scale_log2 - new[:, None])
+            total = total * fade + gl.sum(w, 1)
+            top = new
+            # Waiting for the next keys here keeps the assembler from moving the exponentials behind the product.
+            await_tile(k_full, count + 2, it + 1 < total_tiles, STAGES)
             acc = warpgroup_mma_wait(0, deps=[a_token])
-            mbarrier.arrive(v_empty.index(slot), count=1)
+            mbarrier.arrive(v_empty.index(count % STAGES), count=1)
+            acc = acc * gl.convert_layout(fade, gl.SliceLayout(1, A_L))[:, None]
+            p = gl.convert_layout(w.to(dtype), P_L)
             count += 1
-            turn += 1
+        mbarrier.arrive(q_empty.index(turn % QUEUE), count=1)
+        await_tile(v_full, count, True, STAGES)
+        a_token = warpgroup_mma(p, v_s.index(count % STAGES), acc, is_async=True)
+        count += 1
+        # The next item's first product runs while this one is stored. After the last item nobody uses it.
+        more = item + gl.num_programs(0) < items
+        await_tile(q_full, turn + 1, more, QUEUE)
+        await_tile(k_full, count, more, STAGES)
+        s_token = warpgroup_mma(
+            q_s.index(2 * ((turn + 1) % QUEUE) + half), k_s.index(count % STAGES).permute((1, 0)),
+            gl.zeros([64, BN], gl.float32, S_L), use_acc=False, is_async=True,
+        )  # fmt: skip
+        acc = warpgroup_mma_wait(1, deps=[a_token])
+        mbarrier.arrive(v_empty.index((count - 1) % STAGES), count=1)
 
-            whole = gl.where(total > 0, total, 1.0)
-            at = bh.to(gl.int64) * n + my0
-            rows = gl.arange(0, 64, ROW)
-            gl.store(Lse + at + rows, gl.where(total > 0, (top + gl.log2(total)) * LN2, float("-inf")), mask=live)
-            gl.store(ASum + unit, gl.sum(gl.where(live, top * LN2, 0.0), 0), mask=my0 < row_end)
-            acc = acc * gl.convert_layout(1.0 / whole, gl.SliceLayout(1, A_L))[:, None]
-            o = gl.convert_layout(acc.to(dtype), OUT_L)
-            o_rows = gl.arange(0, 64, gl.SliceLayout(1, OUT_L))
-            o_at = Out + at * D + (o_rows[:, None] * D + gl.arange(0, D, gl.SliceLayout(0, OUT_L))[None, :])
-            gl.store(o_at, o, mask=(my0 + o_rows < row_end)[:, None])
+        at = bh.to(gl.int64) * n + my0
+        rows = gl.arange(0, 64, ROW)
+        gl.store(Lse + at + rows, (top + gl.log2(total)) * LN2, mask=live)
+        gl.store(Tops + at + rows, top * LN2, mask=live)
+        acc = acc * gl.convert_layout(1.0 / total, gl.SliceLayout(1, A_L))[:, None]
+        o = gl.convert_layout(acc.to(dtype), OUT_L)
+        o_rows = gl.arange(0, 64, gl.SliceLayout(1, OUT_L))
+        o_at = Out + at * D + (o_rows[:, None] * D + gl.arange(0, D, gl.SliceLayout(0, OUT_L))[None, :])
+        gl.store(o_at, o, mask=(my0 + o_rows < row_end)[:, None])
+        s = warpgroup_mma_wait(0, deps=[s_token])
 
 
 @gluon.jit(
     do_not_specialize=[
-        "n", "offset", "init", "lookback", "heads", "repeats", "group", "tiles", "batch_heads", "items", "units",
+        "n", "offset", "init", "lookback", "heads", "repeats", "group", "tiles", "batch_heads", "items",
         "qy_b", "qy_h", "qx_b", "qx_h", "ky_b", "ky_h", "kx_b", "kx_h", "vy_b", "vy_h", "vx_b", "vx_h",
     ]
 )  # fmt: skip
 def anchor_hopper_kernel(
-    q_desc, k_desc, v_desc, Out, Lse, QSum, ASum,
-    n, offset, init, lookback, heads, repeats, group, tiles, batch_heads, items, units, scale_log2,
+    q_desc, k_desc, v_desc, Out, Lse, Tops, QSum,
+    n, offset, init, lookback, heads, repeats, group, tiles, batch_heads, items, scale_log2,
     qy_b, qy_h, qx_b, qx_h, ky_b, ky_h, kx_b, kx_h, vy_b, vy_h, vx_b, vx_h,
-    D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, CONSUMER_REGS: gl.constexpr, TURNS: gl.constexpr,
+    D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, QUEUE: gl.constexpr, CONSUMER_REGS: gl.constexpr,
 ):  # fmt: skip
-    """Grid: one program per multiprocessor, 4 + 4 + 1 warps. Out: (B, H, n, D); QSum, ASum: units of 64 queries."""
+    """Grid: one program per multiprocessor, 4 + 4 + 2 + 1 warps. Out: (B, H, n, D); Tops: (B, H, n); QSum: (B, H,
+    units of 64 queries, D)."""
     dtype: gl.constexpr = k_desc.dtype
-    q_s = gl.allocate_shared_memory(dtype, [2, 64, D], q_desc.layout)
-    k_s = gl.allocate_shared_memory(dtype, [STAGES, BN, D], k_desc.layout)
-    v_s = gl.allocate_shared_memory(dtype, [STAGES, BN, D], v_desc.layout)
+    q_s = gl.allocate_shared_memory(dtype, [2 * QUEUE, 64, D], q_desc.layout)
+    tile: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BN, D], dtype)
+    k_s = gl.allocate_shared_memory(dtype, [STAGES, BN, D], tile)
+    v_s = gl.allocate_shared_memory(dtype, [STAGES, BN, D], tile)
+    octets: gl.constexpr = [2 * QUEUE * D // 64 * 8, 8, 64]
+    parts: gl.constexpr = [STAGES * BN // 64 * D // 64, 64, 64]
     bar: gl.constexpr = mbarrier.MBarrierLayout()
-    q_full = gl.allocate_shared_memory(gl.int64, [1], bar)
-    q_empty = gl.allocate_shared_memory(gl.int64, [1], bar)
+    q_full = gl.allocate_shared_memory(gl.int64, [QUEUE, 1], bar)
+    q_empty = gl.allocate_shared_memory(gl.int64, [QUEUE, 1], bar)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
-    turns = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
-    mbarrier.init(turns.index(0), count=1)
-    mbarrier.init(turns.index(1), count=1)
-    mbarrier.init(q_full, count=1)
-    mbarrier.init(q_empty, count=2)
+    for i in gl.static_range(QUEUE):
+        mbarrier.init(q_full.index(i), count=1)
+        mbarrier.init(q_empty.index(i), count=3)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=1)
         mbarrier.init(k_empty.index(i), count=2)
@@ -238,41 +290,48 @@ def anchor_hopper_kernel(
     gl.warp_specialize(
         [
             (_consume, (
-                0, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns, Out, Lse, QSum, ASum,
-                n, offset, init, lookback, heads, group, tiles, batch_heads, items, units, scale_log2,
-                D, BN, STAGES, TURNS,
+                0, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, Out, Lse, Tops,
+                n, offset, init, lookback, group, tiles, batch_heads, items, scale_log2,
+                D, BN, STAGES, QUEUE,
             )),
             (_consume, (
-                1, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns, Out, Lse, QSum, ASum,
-                n, offset, init, lookback, heads, group, tiles, batch_heads, items, units, scale_log2,
-                D, BN, STAGES, TURNS,
+                1, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, Out, Lse, Tops,
+                n, offset, init, lookback, group, tiles, batch_heads, items, scale_log2,
+                D, BN, STAGES, QUEUE,
+            )),
+            (_pool, (
+                reinterpret(q_s, dtype, octets, k_desc.layout), q_full, q_empty, QSum,
+                n, group, tiles, batch_heads, items, D, QUEUE,
             )),
             (_produce, (
-                q_desc, k_desc, v_desc, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                q_desc, k_desc, v_desc, q_s,
+                reinterpret(k_s, dtype, parts, k_desc.layout), reinterpret(v_s, dtype, parts, v_desc.layout),
+                q_full, q_empty, k_full, k_empty, v_full, v_empty,
                 n, offset, init, lookback, heads, repeats, group, tiles, batch_heads, items,
-                qy_b, qy_h, qx_b, qx_h, ky_b, ky_h, kx_b, kx_h, vy_b, vy_h, vx_b, vx_h, BN, STAGES,
+                qy_b, qy_h, qx_b, qx_h, ky_b, ky_h, kx_b, kx_h, vy_b, vy_h, vx_b, vx_h, D, BN, STAGES, QUEUE,
             )),
         ],
-        [4, 1],
-        [CONSUMER_REGS, 24],
+        [4, 2, 1],
+        [CONSUMER_REGS, 504 - 2 * CONSUMER_REGS, 504 - 2 * CONSUMER_REGS],
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["n", "units", "blocks", "parts"])
-def fold_kernel(QSum, ASum, QBar, ABar, n, units, blocks, parts, block, D: tl.constexpr):
-    """Grid: (blocks, B * H). Means over blocks from sums over units of 64 queries."""
+def fold_kernel(QSum, Tops, QBar, ABar, n, units, blocks, parts, block, D: tl.constexpr):
+    """Grid: (blocks, B * H). Means over blocks, from sums over units of 64 queries and from anchors."""
     t = tl.program_id(0)
     bh = tl.program_id(1).to(tl.int64)
     d = tl.arange(0, D)
+    i = tl.arange(0, 64)
     q = tl.zeros([D], tl.float32)
-    a = 0.0
+    a = tl.zeros([64], tl.float32)
     for u in tl.range(t * parts, tl.minimum((t + 1) * parts, units)):
         q += tl.load(QSum + (bh * units + u) * D + d)
-        a += tl.load(ASum + bh * units + u)
+        a += tl.load(Tops + bh * n + u * 64 + i, mask=u * 64 + i < n, other=0.0)
     share = 1.0 / tl.minimum(block, n - t * block).to(tl.float32)
     at = bh * blocks + t
     tl.store(QBar + at * D + d, (q * share).to(QBar.dtype.element_ty))
-    tl.store(ABar + at, a * share)
+    tl.store(ABar + at, tl.sum(a, 0) * share)
 
 
 @lru_cache(maxsize=64)
@@ -328,37 +387,36 @@ def suits(q: Tensor, k: Tensor, v: Tensor | None, p: Problem, precise: bool) -> 
 
 def anchor_hopper(q: Tensor, k: Tensor, v: Tensor, p: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """out, lse, q_bar, a_bar of `anchor` for a call that `suits`."""
-    # Short groups have few keys a tile: narrower key tiles waste less at the edges of the two ranges.
-    c = launch("anchor_hopper" if p.group >= 1024 else "anchor_hopper_short", q.device, 2, p.dim)
+    c = launch("anchor_hopper", q.device, 2, p.dim)
     units = triton.cdiv(p.queries, HALF)
     f32 = torch.float32
     out = q.new_empty(p.batch, p.heads, p.queries, p.dim)
     lse = q.new_empty(p.batch, p.heads, p.queries, dtype=f32)
+    tops = torch.empty_like(lse)
     q_sum = q.new_empty(p.batch, p.heads, units, p.dim, dtype=f32)
-    a_sum = q.new_empty(p.batch, p.heads, units, dtype=f32)
     q_bar = q.new_empty(p.batch, p.heads, p.blocks, p.dim)
     a_bar = q.new_empty(p.batch, p.heads, p.blocks, dtype=f32)
     descriptors = []
     steps: list[int] = []
-    for x, rows in ((q, HALF), (k, c["BN"]), (v, c["BN"])):
+    for x, columns in ((q, p.dim), (k, PIECE), (v, PIECE)):
         found = walk(x)
         assert found is not None, "ask suits() first"
         shape, strides, step = found
-        descriptors.append(TensorDescriptor(x, shape, strides, [rows, p.dim], shared_layout(rows, p.dim, x.dtype)))
+        descriptors.append(TensorDescriptor(x, shape, strides, [HALF, columns], shared_layout(HALF, columns, x.dtype)))
         steps += step
     tiles = p.group // BM
-    items = p.groups * tiles * p.batch * p.heads
+    items = triton.cdiv(p.queries, BM) * p.batch * p.heads
     with torch.cuda.device_of(q):
         programs = min(items, processors(q.device))
         anchor_hopper_kernel[(programs,)](
-            *descriptors, out, lse, q_sum, a_sum,
+            *descriptors, out, lse, tops, q_sum,
             p.queries, p.offset, p.init, p.lookback, p.heads, p.repeats, p.group, tiles, p.batch * p.heads,
-            items, units,
+            items,
             p.scale * 1.4426950408889634, *steps,
-            D=p.dim, BN=c["BN"], STAGES=c["STAGES"], CONSUMER_REGS=c["CONSUMER_REGS"], TURNS=bool(c["TURNS"]),
+            D=p.dim, BN=c["BN"], STAGES=c["STAGES"], QUEUE=c["QUEUE"], CONSUMER_REGS=c["CONSUMER_REGS"],
             num_warps=4, maxnreg=c["MAXNREG"],
         )  # fmt: skip
         fold_kernel[(p.blocks, p.batch * p.heads)](
-            q_sum, a_sum, q_bar, a_bar, p.queries, units, p.blocks, p.block // HALF, p.block, D=p.dim, num_warps=1
+            q_sum, tops, q_bar, a_bar, p.queries, units, p.blocks, p.block // HALF, p.block, D=p.dim, num_warps=1
         )
     return out, lse, q_bar, a_bar

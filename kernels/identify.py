@@ -14,10 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import Problem, launch, pooled_problem, theta_tensor, traced
+from .common import Problem, architecture, launch, pooled_problem, theta_tensor, traced
 from .types import AnchorState, Stripes
 
 PAD = 256  # columns of the bit mask are a multiple of this, and of every BC below
+SHARE = 256  # words of the bit mask that one program lists
 
 
 @triton.jit
@@ -137,17 +138,23 @@ def _span(g, offset, init, lookback, window, group, WINDOW: tl.constexpr):
     return low // 32, tl.where(low < limit, tl.cdiv(limit, 32), low // 32)
 
 
-@triton.jit(do_not_specialize=["offset", "init", "lookback", "window", "group", "groups", "words"])
-def count_kernel(Bits, Counts, offset, init, lookback, window, group, groups, words,
-                 WINDOW: tl.constexpr, BW: tl.constexpr):  # fmt: skip
-    """Grid: (B * H * groups,). Bits: (rows, words) int32."""
+@triton.jit(do_not_specialize=["offset", "init", "lookback", "window", "group", "groups", "words", "shares"])
+def count_kernel(Bits, Counts, Before, offset, init, lookback, window, group, groups, words, shares,
+                 WINDOW: tl.constexpr, SHARE: tl.constexpr, BS: tl.constexpr):  # fmt: skip
+    """Grid: (B * H * groups,). Bits: (rows, words) int32; Before: (rows, shares) bits set before each share."""
     row = tl.program_id(0)
     lo, hi = _span(row % groups, offset, init, lookback, window, group, WINDOW)
-    w = tl.arange(0, BW)
-    total = tl.zeros([BW], tl.int32)
-    for at in tl.range(lo, hi, BW):
-        total += _ones(tl.load(Bits + row.to(tl.int64) * words + at + w, mask=at + w < hi, other=0))
-    tl.store(Counts + row, tl.sum(total, 0))
+    i = tl.arange(0, BS)
+    w = i[:, None] * SHARE + tl.arange(0, SHARE)[None, :]
+    base = tl.zeros([], tl.int32)
+    for share in tl.range(lo // SHARE, tl.cdiv(hi, SHARE), BS):
+        at = share * SHARE + w
+        bits = tl.load(Bits + row.to(tl.int64) * words + at, mask=(at >= lo) & (at < hi), other=0)
+        ones = tl.sum(_ones(bits), 1)
+        before = base + tl.cumsum(ones, 0) - ones
+        tl.store(Before + row.to(tl.int64) * shares + share + i, before, mask=share + i < shares)
+        base += tl.sum(ones, 0)
+    tl.store(Counts + row, base)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -162,21 +169,35 @@ def scan_kernel(Counts, Offsets, rows, BW: tl.constexpr):
         base += tl.sum(counts, 0)
 
 
-@triton.jit(do_not_specialize=["offset", "init", "lookback", "window", "group", "groups", "words", "capacity"])
-def list_kernel(Bits, Offsets, Columns, offset, init, lookback, window, group, groups, words, capacity,
-                WINDOW: tl.constexpr, BC: tl.constexpr):  # fmt: skip
-    """Grid: (B * H * groups,). Writes each row's columns in ascending order, none beyond the capacity."""
+@triton.jit(
+    do_not_specialize=["offset", "init", "lookback", "window", "group", "groups", "words", "shares", "capacity"]
+)
+def list_kernel(Bits, Before, Offsets, Columns, offset, init, lookback, window, group, groups, words, shares, capacity,
+                WINDOW: tl.constexpr, SHARE: tl.constexpr, FEW: tl.constexpr):  # fmt: skip
+    """Grid: (B * H * groups, shares). Writes a share of a row's columns, ascending, none beyond the capacity."""
     row = tl.program_id(0)
+    share = tl.program_id(1)
     lo, hi = _span(row % groups, offset, init, lookback, window, group, WINDOW)
-    base = tl.load(Offsets + row)
-    c = tl.arange(0, BC)
-    for at in tl.range(lo * 32, hi * 32, BC):
-        col = at + c
-        bits = tl.load(Bits + row.to(tl.int64) * words + col // 32, mask=col < hi * 32, other=0)
-        got = (bits >> (col % 32)) & 1
-        to = base + tl.cumsum(got, 0) - 1
-        tl.store(Columns + to, col, mask=(got == 1) & (to < capacity))
-        base += tl.sum(got, 0)
+    if (share * SHARE >= hi) | ((share + 1) * SHARE <= lo):
+        return
+    word = share * SHARE + tl.arange(0, SHARE)
+    row_bits = Bits + row.to(tl.int64) * words
+    bits = tl.load(row_bits + word, mask=(word >= lo) & (word < hi), other=0)
+    ones = _ones(bits)
+    base = tl.load(Offsets + row) + tl.load(Before + row.to(tl.int64) * shares + share)
+    most = tl.max(ones, 0)
+    if most <= FEW:  # word by word, bit by bit
+        to = base + tl.cumsum(ones, 0) - ones
+        for _ in tl.range(0, most):
+            tl.store(Columns + to, word * 32 + _ones((bits & -bits) - 1), mask=(bits != 0) & (to < capacity))
+            bits = bits & (bits - 1)
+            to += 1
+    else:  # column by column, so that stores are contiguous
+        c = tl.arange(0, 32 * SHARE)
+        wide = share * SHARE + c // 32
+        got = (tl.load(row_bits + wide, mask=(wide >= lo) & (wide < hi), other=0) >> (c % 32)) & 1
+        at = base + tl.cumsum(got, 0) - 1
+        tl.store(Columns + at, share * SHARE * 32 + c, mask=(got == 1) & (at < capacity))
 
 
 def stacking(p: Problem, rows: int) -> tuple[int, int, int, bool]:
@@ -186,54 +207,75 @@ def stacking(p: Problem, rows: int) -> tuple[int, int, int, bool]:
     return rows // (sp * rc), rc, sp, p.step > sp
 
 
-def _bits(q_bar: Tensor, a_bar: Tensor, k: Tensor, theta: Tensor, p: Problem) -> tuple[Tensor, Tensor, Tensor]:
-    """Bit mask, counts and offsets; see `bits_op`."""
-    bits, counts, offsets = _outputs(q_bar, k, p.groups)
+def _bits(q_bar: Tensor, a_bar: Tensor, k: Tensor, theta: Tensor, p: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Bit mask, counts, offsets and counts before each share; see `bits_op`."""
+    bits, counts, offsets, before = _outputs(q_bar, k, p.groups)
+    _score(q_bar, a_bar, k, theta, bits, p)
+    with torch.cuda.device_of(k):
+        count_kernel[(bits.shape[0],)](
+            bits, counts, before, p.offset, p.init, p.lookback, p.window or 0, p.group, p.groups, bits.shape[1],
+            before.shape[1], WINDOW=p.window is not None, SHARE=SHARE, BS=8, num_warps=4,
+        )  # fmt: skip
+        scan_kernel[(1,)](counts, offsets, bits.shape[0], BW=2048, num_warps=8)
+    return bits, counts, offsets, before
+
+
+def _score(q_bar: Tensor, a_bar: Tensor, k: Tensor, theta: Tensor, bits: Tensor, p: Problem) -> None:
+    if architecture(k.device) == "sm90":
+        try:
+            from . import identify_hopper
+        except ImportError:  # Gluon came with Triton 3.4, the portable kernel does the same
+            pass
+        else:
+            if identify_hopper.suits(q_bar, k, p):
+                identify_hopper.score_hopper(q_bar, a_bar, k, theta, bits, p)
+                return
+    portable(q_bar, a_bar, k, theta, bits, p)
+
+
+def portable(q_bar: Tensor, a_bar: Tensor, k: Tensor, theta: Tensor, bits: Tensor, p: Problem) -> None:
+    """Launcher of `score_kernel`, which runs on every architecture: fills `bits` (B * H * groups, words) int32."""
     c = launch("identify", k.device, k.element_size(), p.dim_pad)
     tg, rc, sp, sub = stacking(p, c["ROWS"])
     chunks = triton.cdiv(p.repeats, rc)
-    words = bits.shape[1]
     # No group has candidates beyond this column.
     last = max(0, p.offset + (p.groups - 1) * p.group - p.lookback)
-    positions = (p.offset, p.init, p.lookback, p.window or 0)
-    windowed = p.window is not None
+    if last == 0:
+        return
     with torch.cuda.device_of(k):
-        if last > 0:
-            score_kernel[(p.batch * p.kv_heads * chunks, triton.cdiv(last, c["BC"]))](
-                q_bar, a_bar, k, theta, bits.view(torch.int16),
-                *q_bar.stride()[:3], *k.stride(),
-                p.keys, *positions, p.heads, p.repeats, p.group, p.groups, p.block, p.blocks, p.step, chunks, words * 2,
-                p.scale, p.cap,
-                DIM=p.dim, D=p.dim_pad, BC=c["BC"], TG=tg, RC=rc, SP=sp, SUB=sub, WINDOW=windowed, SOFTCAP=p.cap > 0,
-                PRECISION="ieee", num_warps=c["num_warps"], num_stages=c["num_stages"],
-            )  # fmt: skip
-        count_kernel[(bits.shape[0],)](
-            bits, counts, *positions, p.group, p.groups, words, WINDOW=windowed, BW=1024, num_warps=4
-        )
-        scan_kernel[(1,)](counts, offsets, bits.shape[0], BW=2048, num_warps=8)
-    return bits, counts, offsets
+        score_kernel[(p.batch * p.kv_heads * chunks, triton.cdiv(last, c["BC"]))](
+            q_bar, a_bar, k, theta, bits.view(torch.int16),
+            *q_bar.stride()[:3], *k.stride(),
+            p.keys, p.offset, p.init, p.lookback, p.window or 0, p.heads, p.repeats, p.group, p.groups, p.block,
+            p.blocks, p.step, chunks, bits.shape[1] * 2, p.scale, p.cap,
+            DIM=p.dim, D=p.dim_pad, BC=c["BC"], TG=tg, RC=rc, SP=sp, SUB=sub, WINDOW=p.window is not None,
+            SOFTCAP=p.cap > 0, PRECISION="ieee", num_warps=c["num_warps"], num_stages=c["num_stages"],
+        )  # fmt: skip
 
 
 @torch.library.custom_op("anchorscope::stripe_bits", mutates_args=())
 def bits_op(
     q_bar: Tensor, a_bar: Tensor, k: Tensor, theta: Tensor, queries: int, block: int, step: int, init: int,
     lookback: int, scale: float, window: int | None, softcap: float | None, offset: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Bit mask (B * H * groups, words) int32 over columns, counts (B, H, groups) int32 and offsets; see `identify`.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Bit mask (B * H * groups, words) int32 over columns, counts (B, H, groups) int32, offsets, and bits set before
+    each share of a row (B * H * groups, shares) int32; see `identify`.
 
-    Words outside a group's candidates are not written.
+    Words outside a group's candidates, and shares without any, are not written.
     """
     p = pooled_problem(q_bar, k, queries, block, step, init, lookback, scale, window, softcap, offset)
     return _bits(q_bar, a_bar, k, theta, p)
 
 
-def _outputs(q_bar: Tensor, k: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+def _outputs(q_bar: Tensor, k: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, heads = q_bar.shape[:2]
     words = (k.shape[2] + PAD - 1) // PAD * (PAD // 32)
+    rows = batch * heads * groups
     return (
-        q_bar.new_empty(batch * heads * groups, words, dtype=torch.int32),
+        q_bar.new_empty(rows, words, dtype=torch.int32),
         q_bar.new_empty(batch, heads, groups, dtype=torch.int32),
-        q_bar.new_empty(batch * heads * groups + 1, dtype=torch.int64),
+        q_bar.new_empty(rows + 1, dtype=torch.int64),
+        q_bar.new_empty(rows, (words + SHARE - 1) // SHARE, dtype=torch.int32),
     )
 
 
@@ -243,16 +285,16 @@ def _(q_bar, a_bar, k, theta, queries, block, step, init, lookback, scale, windo
 
 
 def _list(
-    bits: Tensor, offsets: Tensor, capacity: int, group: int, groups: int, init: int, lookback: int, window: int | None,
-    offset: int,
+    bits: Tensor, before: Tensor, offsets: Tensor, capacity: int, group: int, groups: int, init: int, lookback: int,
+    window: int | None, offset: int,
 ) -> Tensor:  # fmt: skip
     """Columns (capacity,) int32 of the bit mask of `bits_op`, row r starting at offsets[r]; see `identify`."""
     columns = bits.new_empty(capacity)
     if capacity:
         with torch.cuda.device_of(bits):
-            list_kernel[(bits.shape[0],)](
-                bits, offsets, columns, offset, init, lookback, window or 0, group, groups, bits.shape[1], capacity,
-                WINDOW=window is not None, BC=2048, num_warps=4,
+            list_kernel[before.shape](
+                bits, before, offsets, columns, offset, init, lookback, window or 0, group, groups, bits.shape[1],
+                before.shape[1], capacity, WINDOW=window is not None, SHARE=SHARE, FEW=8, num_warps=8,
             )  # fmt: skip
     return columns
 
@@ -261,7 +303,7 @@ list_op = torch.library.custom_op("anchorscope::stripe_list", mutates_args=())(_
 
 
 @list_op.register_fake
-def _(bits, offsets, capacity, group, groups, init, lookback, window, offset):
+def _(bits, before, offsets, capacity, group, groups, init, lookback, window, offset):
     return bits.new_empty(capacity)
 
 
@@ -330,14 +372,14 @@ def identify(
     q_bar, a_bar, limit = q_bar.contiguous(), a_bar.contiguous(), theta_tensor(theta, p, k.device)
     traces = traced(q_bar, k)
     if traces:
-        bits, counts, offsets = bits_op(
+        bits, counts, offsets, before = bits_op(
             q_bar, a_bar, k, limit, queries, p.block, p.step, p.init, p.lookback, p.scale, p.window, p.cap or None,
             p.offset,
         )  # fmt: skip
     else:
-        bits, counts, offsets = _bits(q_bar, a_bar, k, limit, p)
+        bits, counts, offsets, before = _bits(q_bar, a_bar, k, limit, p)
     room = int(offsets[-1]) if capacity is None else capacity
     columns = (list_op if traces else _list)(
-        bits, offsets, room, p.group, p.groups, p.init, p.lookback, p.window, p.offset
+        bits, before, offsets, room, p.group, p.groups, p.init, p.lookback, p.window, p.offset
     )
     return Stripes(columns, offsets, counts)

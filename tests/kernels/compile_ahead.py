@@ -33,7 +33,7 @@ BUDGET = Path(__file__).with_name("spills.json")
 PLAIN = {"WINDOW": False, "SOFTCAP": False, "PRECISION": "ieee"}
 POINTERS = {
     "Lse": "*fp32", "Tops": "*fp32", "ABar": "*fp32", "Theta": "*fp32", "Mass": "*fp32", "Margin": "*fp32",
-    "QSum": "*fp32", "ASum": "*fp32", "Bits": "*i16", "Columns": "*i32", "Offsets": "*i64",
+    "QSum": "*fp32", "Need": "*fp32", "ASum": "*fp32", "Bits": "*i16", "Columns": "*i32", "Offsets": "*i64",
 }  # fmt: skip
 # op of the launch table -> kernel, further constants; None stands for a tile size of the table
 KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -48,7 +48,7 @@ KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "dense_lse": (profile.dense_kernel, {"HAS_V": False, "SPLIT": False, **PLAIN}),
     "column_mass": (profile.mass_kernel, PLAIN),
 }
-HOPPER = ("anchor_hopper", "anchor_hopper_short", "sparse_hopper")
+HOPPER = ("anchor_hopper", "identify_hopper", "sparse_hopper")
 
 
 def signature(kernel: Any, constants: dict[str, Any], own: dict[str, str]) -> tuple[dict, dict, dict]:
@@ -78,14 +78,22 @@ def build(op: str, arch: str, dim: int) -> tuple[int, int]:
     if op in HOPPER:
         from triton.experimental.gluon._runtime import GluonASTSource
 
-        from anchorscope.kernels import anchor_hopper, sparse_hopper
+        from anchorscope.kernels import anchor_hopper, identify_hopper, sparse_hopper
 
-        kernel = sparse_hopper.sparse_hopper_kernel if op == "sparse_hopper" else anchor_hopper.anchor_hopper_kernel
+        kernel = {
+            "anchor_hopper": anchor_hopper.anchor_hopper_kernel,
+            "identify_hopper": identify_hopper.score_hopper_kernel,
+            "sparse_hopper": sparse_hopper.sparse_hopper_kernel,
+        }[op]
         options = {"num_warps": 4, "maxnreg": config.pop("MAXNREG")}
-        constants = {"D": dim, **config, "TURNS": bool(config["TURNS"])}
-        for name, rows in (("q_desc", 64), ("k_desc", config["BN"]), ("v_desc", config["BN"])):
-            layout = anchor_hopper.shared_layout(rows, dim, anchor_hopper.torch.bfloat16)
-            own[name] = f"tensordesc<bf16[{rows}, {dim}],{layout!r}>"
+        boxes = {"q_desc": (64, dim), "k_desc": (64, 64), "v_desc": (64, 64)}
+        if op == "identify_hopper":
+            config |= {"TG": 2, "RC": 4, "SP": 16}
+            boxes = {"q_desc": (32, 64), "k_desc": (64, dim)}
+        constants = {"D": dim, **config}
+        for name, box in boxes.items():
+            layout = anchor_hopper.shared_layout(*box, anchor_hopper.torch.bfloat16)
+            own[name] = f"tensordesc<bf16[{box[0]}, {box[1]}],{layout!r}>"
         source: Any = GluonASTSource(kernel, *signature(kernel, constants, own))
     else:
         kernel, extra = KERNELS[op]

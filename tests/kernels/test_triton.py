@@ -436,7 +436,8 @@ HOPPER = GPU and not INTERPRET and torch.cuda.get_device_capability()[0] == 9
 @pytest.mark.parametrize("transposed", [False, True])
 def test_hopper_equals_portable(dim: int, n: int, keys: int, block: int, step: int, transposed: bool) -> None:
     """The Hopper kernels are used where they fit, and agree with the portable ones within rounding."""
-    from anchorscope.kernels import anchor_hopper, common, sparse_hopper
+    from anchorscope.kernels import anchor_hopper, common, identify_hopper, sparse_hopper
+    from anchorscope.kernels import identify as stage_two
     from anchorscope.kernels.anchor import portable as portable_anchor
     from anchorscope.kernels.sparse import portable as portable_sparse
 
@@ -451,6 +452,20 @@ def test_hopper_equals_portable(dim: int, n: int, keys: int, block: int, step: i
         close(a, b.double(), tol, name)
     grid = {"block": p.block, "step": p.step}
     stripes = identify((ours[2], ours[3]), k, theta=10.0, queries=n, init=p.init, lookback=p.lookback, **grid)
+    if p.step in (4, 8, 16, 32, 64):
+        assert identify_hopper.suits(ours[2], k, p)
+        theta = torch.full(q.shape[:2], 10.0, device=q.device)
+        theta[0, 0], theta[1, 5] = -INF, INF
+        masks = [torch.zeros_like(stage_two._outputs(ours[2], k, p.groups)[0]) for _ in range(2)]
+        stage_two.portable(ours[2], ours[3], k, theta, masks[0], p)
+        identify_hopper.score_hopper(ours[2], ours[3], k, theta, masks[1], p)
+        rows = [m.view(2, 6, p.groups, -1) for m in masks]  # beyond the candidates a mask is not defined
+        limit = p.offset + torch.arange(p.groups, device=q.device) * p.group - p.lookback
+        inside = torch.arange(32 * masks[0].shape[1], device=q.device) < limit[:, None]
+        bits = [((m[..., None] >> torch.arange(32, device=q.device)) & 1).flatten(-2).bool() & inside for m in rows]
+        assert torch.equal(bits[0][0, 0], bits[1][0, 0])
+        assert torch.equal(bits[0][1, 5], bits[1][1, 5])
+        assert (bits[0] != bits[1]).sum() <= 1e-4 * bits[0].sum() + 2  # sums of products in another order
     assert sparse_hopper.suits(ours[0], ours[1], q, k, v, p)
     mine, other = (ours[0].clone(), ours[1].clone()), (ours[0].clone(), ours[1].clone())
     sparse_hopper.sparse_hopper(*mine, q, k, v, stripes.columns, stripes.offsets, p)

@@ -24,8 +24,8 @@ from anchorscope.planted import planted
 
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "anchor_hopper": [
-        {"BN": n, "STAGES": s, "CONSUMER_REGS": 240, "MAXNREG": 168, "TURNS": t}
-        for n, s, t in ((128, 2, 0), (128, 2, 1), (64, 4, 1))
+        {"BN": n, "STAGES": s, "QUEUE": 2, "CONSUMER_REGS": r, "MAXNREG": 168}
+        for n, s, r in ((128, 2, 232), (128, 2, 224), (64, 4, 232))
     ],
     "anchor": [
         {"BM": m, "BN": n, "num_warps": w, "num_stages": s}
@@ -35,8 +35,8 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         )
     ],
     "sparse_hopper": [
-        {"BN": n, "STAGES": s, "CONSUMER_REGS": r, "PRODUCER_REGS": 504 - 2 * r, "MAXNREG": 168, "TURNS": t}
-        for n, s, r, t in ((64, 4, 208, 0), (64, 4, 208, 1), (128, 2, 200, 0), (128, 2, 200, 1))
+        {"BN": n, "STAGES": s, "QUEUE": 2, "CONSUMER_REGS": r, "PRODUCER_REGS": 504 - 2 * r, "MAXNREG": 168}
+        for n, s, r in ((128, 2, 208), (128, 2, 216), (64, 4, 208))
     ],
     "sparse": [
         {"BM": m, "BN": n, "num_warps": w, "num_stages": s}

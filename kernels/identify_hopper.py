@@ -1,0 +1,304 @@
+"""Stage 2 for Hopper: the product of identify.py, warp-specialised, in Gluon.
+
+A persistent program holds BC keys of one kv head on the chip and streams the pooled queries of all groups past them: a
+producer warp brings stacks of 128 pooled queries (several heads and groups, as in identify.py) by the bulk copy engine;
+two consumer warpgroups multiply them with half of the keys each and reduce hits to bits. Twice the keys per stack halve
+what comes through L2, and one warpgroup's products run while the other reduces.
+
+Head dimensions 64, 128 and 256, 16-bit, no window, no soft-cap, groups of 4, 8, 16, 32 or 64 blocks; everything else
+runs the portable kernel.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from .anchor_hopper import HALF, PIECE, await_tile, reinterpret, rounds, shared_layout, tma_load, walk
+from .common import Problem, launch, processors
+from .sparse_hopper import gather
+
+ROWS = 128  # pooled queries in a stack
+
+
+@triton.jit(do_not_specialize=["heads", "repeats", "groups", "step", "blocks", "chunks", "stacks"])
+def need_kernel(
+    ABar, Theta, Need, heads, repeats, groups, step, blocks, chunks, stacks, scale,
+    RC: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Grid: (stacks, B * Hkv * chunks). Least product that makes a stripe, in the order of the stacks."""
+    stack = tl.program_id(0)
+    part = tl.program_id(1)
+    r = tl.arange(0, ROWS)
+    head_in = part % chunks * RC + r // (ROWS // RC)
+    head = part // chunks * repeats + head_in
+    at = stack * (ROWS // RC) + r % (ROWS // RC)
+    ok = (head_in < repeats) & (at < blocks)
+    a = tl.load(ABar + head.to(tl.int64) * blocks + at, mask=ok, other=0.0)
+    need = (a - tl.load(Theta + head, mask=ok, other=0.0)) / scale
+    tl.store(Need + (part.to(tl.int64) * stacks + stack) * ROWS + r, tl.where(ok, need, float("inf")))
+
+
+@gluon.jit
+def _either(a, b):
+    return a | b
+
+
+@gluon.jit
+def _plan(item, parts, first, offset, lookback, group, BC: gl.constexpr, TG: gl.constexpr):
+    """Part (kv head and chunk of its heads), first column and first stack of a work item; the longest come first."""
+    c0 = (first + item // parts) * BC
+    low = c0 + lookback - offset
+    return item % parts, c0, gl.where(low < 0, 0, low // group + 1) // TG
+
+
+@gluon.jit
+def _produce(
+    q_desc, k_desc, Need, q_s, k_s, need_s, q_full, q_empty, k_full, k_empty,
+    offset, lookback, kv_heads, repeats, group, blocks, chunks, stacks, first, parts, items,
+    ky_b, ky_h, kx_b, kx_h,
+    D: gl.constexpr, BC: gl.constexpr, TG: gl.constexpr, RC: gl.constexpr, KEEP: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """The producer warp."""
+    L: gl.constexpr = gl.BlockedLayout([4], [32], [1], [0])
+    panels: gl.constexpr = D // 64
+    rows: gl.constexpr = 128 // RC
+    number = 0  # stacks so far
+    for turn in range(rounds(items)):
+        item = gl.program_id(0) + turn * gl.num_programs(0)
+        part, c0, begin = _plan(item, parts, first, offset, lookback, group, BC, TG)
+        kv = part // chunks
+        b = kv // kv_heads
+        hk = kv % kv_heads
+        place = turn % KEEP
+        mbarrier.wait(k_empty.index(place), ((turn // KEEP) & 1) ^ 1)
+        mbarrier.expect(k_full.index(place), BC // 64 * k_desc.block_type.nbytes)
+        for u in gl.static_range(BC // 64):
+            tma_load(
+                k_desc, [b * ky_b + hk * ky_h + c0 + u * 64, b * kx_b + hk * kx_h], k_full.index(place),
+                k_s.index(place * (BC // 64) + u),
+            )  # fmt: skip
+        head0 = kv * repeats
+        for stack in range(begin, stacks):
+            slot = number % STAGES
+            mbarrier.wait(q_empty.index(slot), ((number // STAGES) & 1) ^ 1)
+            mbarrier.expect(q_full.index(slot), RC * panels * q_desc.block_type.nbytes)
+            for u in gl.static_range(RC):
+                head = head0 + gl.minimum(part % chunks * RC + u, repeats - 1)
+                for c in gl.static_range(panels):
+                    tma_load(
+                        q_desc, [head * blocks + stack * rows, c * 64], q_full.index(slot),
+                        q_s.index((slot * panels + c) * RC + u),
+                    )  # fmt: skip
+            gather(need_s.index(slot), Need + (part.to(gl.int64) * stacks + stack) * 128 + gl.arange(0, 128, L))
+            async_copy.mbarrier_arrive(q_full.index(slot), increment_count=False)
+            number += 1
+
+
+@gluon.jit
+def _consume(
+    half: gl.constexpr, q_s, k_s, need_s, q_full, q_empty, k_full, k_empty, Bits,
+    offset, init, lookback, kv_heads, repeats, group, groups, chunks, stacks, first, parts, items, words,
+    D: gl.constexpr, BC: gl.constexpr, TG: gl.constexpr, RC: gl.constexpr, SP: gl.constexpr, KEEP: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """One consumer warpgroup: half of the keys, 64 at a time."""
+    S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
+    PARTS: gl.constexpr = BC // 128
+    number = 0
+    for turn in range(rounds(items)):
+        item = gl.program_id(0) + turn * gl.num_programs(0)
+        part, c0, begin = _plan(item, parts, first, offset, lookback, group, BC, TG)
+        base = (part // chunks * repeats + part % chunks * RC).to(gl.int64) * groups
+        spare = repeats - part % chunks * RC  # heads of this chunk that exist
+        await_tile(k_full, turn, True, KEEP)
+        at = turn % KEEP * (BC // 64) + half * PARTS
+        await_tile(q_full, number, True, STAGES)
+        s = warpgroup_mma_wait(0, deps=[_product(k_s, at, q_s, number % STAGES, S_L)])
+        for stack in range(begin, stacks):
+            need = need_s.index(number % STAGES).load(gl.SliceLayout(0, S_L))
+            if PARTS == 2:
+                token = _product(k_s, at + 1, q_s, number % STAGES, S_L)
+                _mark(
+                    s, need, Bits, c0 + half * 128, stack * TG, base, spare,
+                    offset, init, lookback, group, groups, words, TG, RC, SP, S_L,
+                )  # fmt: skip
+                # Over long ago: any wait keeps the assembler from moving the reduction behind the product.
+                await_tile(k_full, turn, True, KEEP)
+                s = warpgroup_mma_wait(0, deps=[token])
+            mbarrier.arrive(q_empty.index(number % STAGES), count=1)
+            await_tile(q_full, number + 1, stack + 1 < stacks, STAGES)
+            if PARTS == 2:  # the next stack's product runs beneath the reduction; after the last one nobody uses it
+                token = _product(k_s, at, q_s, (number + 1) % STAGES, S_L)
+            _mark(
+                s, need, Bits, c0 + (half + 1) * PARTS * 64 - 64, stack * TG, base, spare,
+                offset, init, lookback, group, groups, words, TG, RC, SP, S_L,
+            )  # fmt: skip
+            if PARTS == 1:
+                token = _product(k_s, at, q_s, (number + 1) % STAGES, S_L)
+            await_tile(k_full, turn, True, KEEP)
+            s = warpgroup_mma_wait(0, deps=[token])
+            number += 1
+        mbarrier.arrive(k_empty.index(turn % KEEP), count=1)
+
+
+@gluon.jit
+def _product(k_s, part, q_s, slot, S_L: gl.constexpr):
+    """Start the product of 64 keys and a stack."""
+    return warpgroup_mma(
+        k_s.index(part), q_s.index(slot).permute((1, 0)), gl.zeros([64, 128], gl.float32, S_L),
+        use_acc=False, is_async=True,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _mark(
+    s, need, Bits, c0, g0, base, spare, offset, init, lookback, group, groups, words,
+    TG: gl.constexpr, RC: gl.constexpr, SP: gl.constexpr, S_L: gl.constexpr,
+):  # fmt: skip
+    """Bits of 64 columns from c0 on, for every unit (head and group) of a stack: any block of the group has a hit.
+
+    A warp has 16 columns of all units, 16 bits each, so two units share a word in the reduction over the warp. Then a
+    lane cuts and stores one unit's bits.
+    """
+    PAIRS: gl.constexpr = RC * TG // 2
+    row = gl.arange(0, 64, gl.SliceLayout(1, S_L))
+    n = gl.arange(0, 128, gl.SliceLayout(0, S_L))
+    bit = (1 << (row % 16))[:, None] << (n // SP % 2 * 16)[None, :]
+    bits = gl.reshape(gl.where(s >= need[None, :], bit, 0), [4, 16, PAIRS, 2 * SP])
+    word = gl.reduce(gl.reshape(gl.permute(bits, [0, 2, 1, 3]), [4, PAIRS, 32 * SP]), 2, _either)
+    L: gl.constexpr = gl.BlockedLayout([1, PAIRS, 1], [1, 1, 32], [4, 1, 1], [2, 1, 0])
+    pair = gl.arange(0, PAIRS, gl.SliceLayout(0, gl.SliceLayout(2, L)))
+    unit = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, L)))
+    mine = pair[None, :][:, :, None] == (unit // 2)[None, :][:, None, :]
+    word = gl.reduce(gl.where(mine, gl.convert_layout(word, gl.SliceLayout(2, L))[:, :, None], 0), 1, _either)
+    word = word >> (unit % 2 * 16)[None, :]
+    col = c0 + 16 * gl.arange(0, 4, gl.SliceLayout(1, gl.SliceLayout(1, L)))
+    g = g0 + unit % TG
+    # Cut to the candidates of each group.
+    limit = (offset + g * group - lookback)[None, :] - col[:, None]
+    word = word & ((1 << gl.minimum(gl.maximum(limit, 0), 16)) - 1)
+    word = word & (0xFFFF << gl.minimum(gl.maximum(init - col, 0), 16))[:, None]
+    to = Bits + (base + unit // TG * groups + g)[None, :] * words + (col // 16)[:, None]
+    there = (unit < RC * TG) & (unit // TG < spare) & (g < groups)
+    gl.store(to, word.to(gl.int16), mask=there[None, :] & (col >= 0)[:, None])
+
+
+@gluon.jit(
+    do_not_specialize=[
+        "offset", "init", "lookback", "kv_heads", "repeats", "group", "groups", "blocks", "chunks", "stacks", "first",
+        "parts", "items", "words", "ky_b", "ky_h", "kx_b", "kx_h",
+    ]
+)  # fmt: skip
+def score_hopper_kernel(
+    q_desc, k_desc, Need, Bits,
+    offset, init, lookback, kv_heads, repeats, group, groups, blocks, chunks, stacks, first, parts, items, words,
+    ky_b, ky_h, kx_b, kx_h,
+    D: gl.constexpr, BC: gl.constexpr, TG: gl.constexpr, RC: gl.constexpr, SP: gl.constexpr, KEEP: gl.constexpr,
+    STAGES: gl.constexpr, CONSUMER_REGS: gl.constexpr,
+):  # fmt: skip
+    """Grid: one program per multiprocessor, 4 + 4 + 1 warps. Bits: (B * H * groups, words) int16, 16 columns each."""
+    dtype: gl.constexpr = k_desc.dtype
+    q_s = gl.allocate_shared_memory(dtype, [STAGES, 128, D], gl.NVMMASharedLayout.get_default_for([128, D], dtype))
+    k_s = gl.allocate_shared_memory(dtype, [KEEP * BC // 64, 64, D], k_desc.layout)
+    need_s = gl.allocate_shared_memory(gl.float32, [STAGES, 128], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    boxes: gl.constexpr = [STAGES * D // 64 * RC, 128 // RC, 64]
+    bar: gl.constexpr = mbarrier.MBarrierLayout()
+    q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    q_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    k_full = gl.allocate_shared_memory(gl.int64, [KEEP, 1], bar)
+    k_empty = gl.allocate_shared_memory(gl.int64, [KEEP, 1], bar)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(q_full.index(i), count=33)  # the copy engine, and every lane of the producer for Need
+        mbarrier.init(q_empty.index(i), count=2)
+    for i in gl.static_range(KEEP):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(k_empty.index(i), count=2)
+    gl.warp_specialize(
+        [
+            (_consume, (
+                0, q_s, k_s, need_s, q_full, q_empty, k_full, k_empty, Bits,
+                offset, init, lookback, kv_heads, repeats, group, groups, chunks, stacks, first, parts, items, words,
+                D, BC, TG, RC, SP, KEEP, STAGES,
+            )),
+            (_consume, (
+                1, q_s, k_s, need_s, q_full, q_empty, k_full, k_empty, Bits,
+                offset, init, lookback, kv_heads, repeats, group, groups, chunks, stacks, first, parts, items, words,
+                D, BC, TG, RC, SP, KEEP, STAGES,
+            )),
+            (_produce, (
+                q_desc, k_desc, Need, reinterpret(q_s, dtype, boxes, q_desc.layout), k_s, need_s,
+                q_full, q_empty, k_full, k_empty,
+                offset, lookback, kv_heads, repeats, group, blocks, chunks, stacks, first, parts, items,
+                ky_b, ky_h, kx_b, kx_h, D, BC, TG, RC, KEEP, STAGES,
+            )),
+        ],
+        [4, 1],
+        [CONSUMER_REGS, 24],
+    )  # fmt: skip
+
+
+def stacking(p: Problem) -> tuple[int, int, int]:
+    """(TG groups, RC heads, SP blocks) stacked to 128 pooled queries."""
+    rc = min(triton.next_power_of_2(p.repeats), ROWS // p.step, 16)
+    return ROWS // (rc * p.step), rc, p.step
+
+
+def suits(q_bar: Tensor, k: Tensor, p: Problem) -> bool:
+    """Whether `score_hopper` can run a call, on a Hopper GPU."""
+    return (
+        k.dtype != torch.float32
+        and q_bar.dtype == k.dtype
+        and p.dim in (64, 128, 256)
+        and p.window is None
+        and p.cap == 0
+        and p.step in (4, 8, 16, 32, 64)
+        and walk(k) is not None
+    )
+
+
+def score_hopper(q_bar: Tensor, a_bar: Tensor, k: Tensor, theta: Tensor, bits: Tensor, p: Problem) -> None:
+    """Fill `bits` (B * H * groups, words) int32 for a call that `suits`."""
+    c = launch("identify_hopper", k.device, 2, p.dim)
+    tg, rc, sp = stacking(p)
+    found = walk(k)
+    assert found is not None, "ask suits() first"
+    shape, strides, steps = found
+    chunks = triton.cdiv(p.repeats, rc)
+    parts = p.batch * p.kv_heads * chunks
+    stacks = triton.cdiv(p.groups, tg)
+    first = p.init // c["BC"]
+    # No group has candidates beyond the last one's.
+    tiles = triton.cdiv(max(0, p.offset + (p.groups - 1) * p.group - p.lookback), c["BC"]) - first
+    if tiles <= 0:
+        return
+    need = a_bar.new_empty(parts, stacks, ROWS)
+    pooled = q_bar.view(-1, p.dim)
+    rows = ROWS // rc
+    with torch.cuda.device_of(k):
+        need_kernel[(stacks, parts)](
+            a_bar, theta, need, p.heads, p.repeats, p.groups, p.step, p.blocks, chunks, stacks, p.scale,
+            RC=rc, ROWS=ROWS, num_warps=4,
+        )  # fmt: skip
+        score_hopper_kernel[(min(parts * tiles, processors(k.device)),)](
+            TensorDescriptor(
+                pooled, list(pooled.shape), list(pooled.stride()), [rows, PIECE], shared_layout(rows, PIECE, k.dtype)
+            ),
+            TensorDescriptor(k, shape, strides, [HALF, p.dim], shared_layout(HALF, p.dim, k.dtype)),
+            need, bits.view(torch.int16),
+            p.offset, p.init, p.lookback, p.kv_heads, p.repeats, p.group, p.groups, p.blocks, chunks, stacks, first,
+            parts, parts * tiles, bits.shape[1] * 2, *steps,
+            D=p.dim, BC=c["BC"], TG=tg, RC=rc, SP=sp, KEEP=c["KEEP"], STAGES=c["STAGES"],
+            CONSUMER_REGS=c["CONSUMER_REGS"], num_warps=4, maxnreg=c["MAXNREG"],
+        )  # fmt: skip
