@@ -8,10 +8,10 @@ does, these functions do:
 - `analyze`, `redraw`, `load_report`, `iter_profiles`: measure a dump, and read the results again.
 - `diagnose`, `load_diagnosis`: what kind of head each one is.
 - `compare_methods`: score other selection rules on the same heads.
-- `evaluate`: run a model dense and sparse side by side, on prompts and on tasks.
-- `calibrate`: choose groups and thetas of every head, checked on held-out prompts.
 - `run_bench`: time sparse against dense attention.
-- `sparse_attention`, `register_attention`: prefill a model with anchor attention; `attention_clock` times its own.
+- `calibrate`: choose groups and thetas of every head, checked on held-out prompts; `AnchorConfig` is what comes out.
+- `sparse_attention`, `register_attention`: prefill a model with it; `attention_clock` times the model's own.
+- `evaluate`, `load_evaluation`: a model dense and sparse side by side, on prompts and on tasks.
 
 Importing this package loads nothing heavy; names are resolved on first use.
 """
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         plan_analysis,
         redraw,
     )
+    from anchorscope.anchors import AnchorConfig
     from anchorscope.bench import run_bench
     from anchorscope.calibration import Calibration, calibrate, plan_calibration
     from anchorscope.capture import PromptInput, capture_model, intercept
@@ -46,8 +47,8 @@ if TYPE_CHECKING:
         MissingBackendError,
         RunFailure,
     )
-    from anchorscope.heads import diagnose, load_diagnosis
     from anchorscope.evaluation import Evaluation, evaluate, load_evaluation
+    from anchorscope.heads import diagnose, load_diagnosis
     from anchorscope.methods import Method, line_up
     from anchorscope.params import AnchorParams
     from anchorscope.profiles import HeadProfile
@@ -63,14 +64,15 @@ _HOMES = {
         "plan_analysis",
         "redraw",
     ),
+    "anchorscope.anchors": ("AnchorConfig",),
     "anchorscope.bench": ("run_bench",),
     "anchorscope.calibration": ("Calibration", "calibrate", "plan_calibration"),
     "anchorscope.capture": ("PromptInput", "capture_model", "intercept"),
     "anchorscope.compare": ("load_comparison",),
     "anchorscope.dumps": ("Dump", "Entry", "LayerTensors", "open_dump", "verify", "write_dump"),
     "anchorscope.errors": ("AnchorScopeError", "DumpError", "InputError", "MissingBackendError", "RunFailure"),
-    "anchorscope.heads": ("diagnose", "load_diagnosis"),
     "anchorscope.evaluation": ("Evaluation", "evaluate", "load_evaluation"),
+    "anchorscope.heads": ("diagnose", "load_diagnosis"),
     "anchorscope.methods": ("Method", "line_up"),
     "anchorscope.params": ("AnchorParams",),
     "anchorscope.profiles": ("HeadProfile",),
@@ -81,6 +83,7 @@ _HOME_OF["compare_methods"] = ("anchorscope.compare", "compare")
 
 __all__ = [
     "Analysis",
+    "AnchorConfig",
     "AnchorParams",
     "AnchorScopeError",
     "Calibration",
@@ -105,11 +108,13 @@ __all__ = [
     "capture_model",
     "compare_methods",
     "diagnose",
+    "evaluate",
     "intercept",
     "iter_profiles",
     "line_up",
     "load_comparison",
     "load_diagnosis",
+    "load_evaluation",
     "load_report",
     "open_dump",
     "plan_analysis",

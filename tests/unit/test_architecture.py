@@ -126,6 +126,7 @@ def test_package_list_equals_the_disk():
 def test_lazy_names_resolve():
     import anchorscope
 
+    assert set(anchorscope.__all__) == {"__version__", *anchorscope._HOME_OF}
     for name in anchorscope.__all__:
         assert getattr(anchorscope, name) is not None
     with pytest.raises(AttributeError, match="nonsense"):
