@@ -56,7 +56,9 @@ def evaluate(
     depths: Annotated[str, typer.Option(help="Where the needle is, shares of the text.")] = "0,0.25,0.5,0.75,1",
     samples: Annotated[int, typer.Option(help="Questions per task, length and depth.")] = 4,
     seed: Annotated[int, typer.Option(help="Of the tasks and intervals.")] = 0,
-    chunk: Annotated[int, typer.Option(help="Tokens prefilled at a time.")] = 2048,
+    chunk: Annotated[
+        int | None, typer.Option(help="Tokens prefilled at a time.  [default: prompts 2048; tasks whole]")
+    ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put tasks into the model's chat template.")] = False,
     measure: Annotated[
         bool | None,
@@ -175,9 +177,9 @@ def print_summary(result: Evaluation) -> None:
     """The tables a run ends with, at most 80 columns wide."""
     console = stdout_console()
     if result.prompts:
-        _print_prompts(console, result.prompts)
+        _print_prompts(console, result.prompts, result.report["settings"]["chunk"]["prompts"])
     if result.tasks:
-        _print_tasks(console, result.tasks)
+        _print_tasks(console, result.tasks, result.report["settings"]["chunk"]["tasks"])
     console.print(f"Tables: {result.path}", soft_wrap=True, highlight=False)
     if result.figures:
         console.print(f"Figures: {result.path / 'figures'}", soft_wrap=True, highlight=False)
@@ -196,7 +198,7 @@ def _table(title: str, left: list[str], right: list[str]) -> Any:
     return table
 
 
-def _print_prompts(console: Any, prompts: list[dict[str, Any]]) -> None:
+def _print_prompts(console: Any, prompts: list[dict[str, Any]], chunk: int | None) -> None:
     table = _table(
         "Prompts: sparse against dense",
         ["prompt", "arm"],
@@ -217,10 +219,10 @@ def _print_prompts(console: Any, prompts: list[dict[str, Any]]) -> None:
             _share(r["top1_agreement"]),
         )
     console.print(table)
-    _print_times(console, prompts)
+    _print_times(console, prompts, chunk)
 
 
-def _print_tasks(console: Any, tasks: list[dict[str, Any]]) -> None:
+def _print_tasks(console: Any, tasks: list[dict[str, Any]], chunk: int | None) -> None:
     table = _table(
         "Tasks: score, and log-probability of the answer (nats per token)",
         ["task", "arm"],
@@ -241,10 +243,10 @@ def _print_tasks(console: Any, tasks: list[dict[str, Any]]) -> None:
             f"{r['logprob_sparse']:.2f}",
         )
     console.print(table)
-    _print_times(console, tasks)
+    _print_times(console, tasks, chunk)
 
 
-def _print_times(console: Any, results: list[dict[str, Any]]) -> None:
+def _print_times(console: Any, results: list[dict[str, Any]], chunk: int | None) -> None:
     """Seconds of a prefill at the largest length, arm by arm."""
     longest = max(r["length"] for r in results)
     found: dict[str, list[dict[str, float]]] = {}
@@ -252,7 +254,8 @@ def _print_times(console: Any, results: list[dict[str, Any]]) -> None:
         if r["length"] == longest:
             found.setdefault("dense", []).append(r["times"]["dense"])
             found.setdefault(r["arm"], []).append(r["times"]["sparse"])
-    console.print(f"Prefill of {longest:,} tokens, means:")
+    how = f"in chunks of {chunk:,}" if chunk is not None and chunk < longest else "whole"
+    console.print(f"Prefill of {longest:,} tokens {how}, means:")
     for arm, times in found.items():
         seconds, attention = (sum(t[k] for t in times) for k in ("prefill_seconds", "attention_seconds"))
         console.print(

@@ -100,12 +100,14 @@ class Options:
         chunk: tokens prefilled at a time, or None for whole prompts.
         backend: of the sparse attention.
         force: accept a configuration of another model of that shape.
+        stepwise: decode one token at a time: a recurrent layer may carry its state through single ones only.
         tick: called with the tokens of every chunk that an arm has prefilled.
     """
 
     chunk: int | None
     backend: str = "auto"
     force: bool = False
+    stepwise: bool = False
     tick: Callable[[int], None] = lambda _: None
 
 
@@ -169,8 +171,7 @@ class Lane:
 
     def decode(self, ids: torch.Tensor) -> torch.Tensor:
         """Continue with the model's own attention: logits (n, vocabulary) of every one of the ids (n,)."""
-        # a recurrent layer may carry its state through single tokens only
-        pieces = ids.split(1) if self._options.chunk is None else [ids]
+        pieces = ids.split(1) if self._options.stepwise else [ids]
         return torch.cat([self._forward(piece, True, True) for piece in pieces])
 
     def _forward(self, ids: torch.Tensor, every: bool, cached: bool) -> torch.Tensor:

@@ -89,6 +89,10 @@ class LongPrompt:
 Unit = LongPrompt | Sample
 
 
+def _kind(unit: Unit) -> str:
+    return "tasks" if isinstance(unit, Sample) else "prompts"
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """A finished run.
@@ -122,7 +126,6 @@ class _Request:
     arms: tuple[Arm, ...]
     units: tuple[Unit, ...]
     options: Options
-    measure: dict[str, bool]  # of prompts, of tasks
     seed: int
     settings: dict[str, Any]
 
@@ -130,8 +133,11 @@ class _Request:
     def model(self) -> PreTrainedModel:
         return self.loaded.model
 
+    def options_of(self, unit: Unit) -> Options:
+        return replace(self.options, chunk=self.settings["chunk"][_kind(unit)])
+
     def measured(self, unit: Unit) -> bool:
-        return self.measure["tasks" if isinstance(unit, Sample) else "prompts"]
+        return bool(self.settings["measure"][_kind(unit)])
 
 
 def evaluate(
@@ -145,7 +151,7 @@ def evaluate(
     depths: Sequence[float] = DEPTHS,
     samples: int = SAMPLES,
     seed: int = 0,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
     chat: bool = False,
     measure: bool | None = None,
     params: AnchorParams | None = None,
@@ -174,8 +180,8 @@ def evaluate(
         depths: of the needle, shares from 0 (before the text) to 1 (behind it).
         samples: questions per task, length and depth.
         seed: of tasks and intervals.
-        chunk: tokens prefilled at a time, rounded up to what keeps the groups of all arms in place. Models that cannot
-            prefill in chunks run whole.
+        chunk: tokens prefilled at a time, rounded up to what keeps the groups of all arms in place; by default 2,048
+            for prompts, whose logits take memory, and tasks whole. Models that cannot prefill in chunks run whole.
         chat: put tasks into the tokenizer's chat template.
         measure: measure the recall reached while running, in an extra exact pass; by default for prompts only.
         params: groups of arms given as a theta.
@@ -219,13 +225,12 @@ def evaluate(
     layers = _layers(loaded.model)
     ready = _arms(arms, params, layers, facts, force)
     units = _units(loaded, inputs, tasks, lengths, depths, samples, seed, chat)
-    size = _chunk(loaded, layers, ready, units, chunk, tell)
+    *sizes, carries = _chunking(loaded, layers, ready, units, chunk, tell)
     request = _Request(
         loaded,
         ready,
         units,
-        Options(size, resolve_backend_name(backend, loaded.model.device), force),
-        {"prompts": measure is not False, "tasks": bool(measure)},
+        Options(None, resolve_backend_name(backend, loaded.model.device), force, stepwise=not carries),
         seed,
         {
             "lengths": sorted({u.length for u in units}),
@@ -234,7 +239,7 @@ def evaluate(
             "samples": samples,
             "seed": seed,
             "chat": chat,
-            "chunk": size,
+            "chunk": dict(zip(("prompts", "tasks"), sizes, strict=True)),
             "measure": {"prompts": measure is not False, "tasks": bool(measure)},
             "backend": resolve_backend_name(backend, loaded.model.device),
             "device": loaded.model.device.type,
@@ -291,7 +296,7 @@ def _check_request(
     lengths: Sequence[int] | None,
     depths: Sequence[float],
     samples: int,
-    chunk: int,
+    chunk: int | None,
 ) -> None:
     """What can be refused before a model is loaded."""
     if not arms:
@@ -312,7 +317,7 @@ def _check_request(
     for depth in depths:
         if not 0 <= depth <= 1:
             raise InputError(f"a depth must be between 0 and 1, not {depth:g}")
-    if samples < 1 or chunk < 1 or not depths or (lengths is not None and not lengths):
+    if samples < 1 or (chunk is not None and chunk < 1) or not depths or (lengths is not None and not lengths):
         raise InputError("samples and chunk must be at least 1, and lengths and depths name at least one")
 
 
@@ -420,43 +425,50 @@ def _cut(
     return [LongPrompt(prompt.name, n, ready.token_ids[:n]) for n in lengths or (found,)]
 
 
-def _chunk(
+def _chunking(
     loaded: LoadedModel,
     layers: Mapping[int, _Layer],
     arms: Sequence[Arm],
     units: Sequence[Unit],
-    chunk: int,
+    chunk: int | None,
     tell: Callable[[str], None],
-) -> int | None:
-    """The chunk that keeps every group in place, or None where the model has to run whole."""
+) -> tuple[int | None, int | None, bool]:
+    """The chunks of prompts and of tasks (None: whole), and whether the model carries its state over a chunk.
+
+    Chunks are multiples of every layer's groups, which then stay in place.
+    """
     multiple = group_multiple(arms)
-    size = math.ceil(chunk / multiple) * multiple
-    longest = max(units, key=lambda u: len(u.token_ids)).token_ids
-    if size >= len(longest):
-        return size
+    sizes = [None if x is None else math.ceil(x / multiple) * multiple for x in (chunk or CHUNK, chunk)]
+    longest = [max((u.token_ids for u in units if isinstance(u, k)), key=len, default=()) for k in (LongPrompt, Sample)]
+    cut = any(size is not None and size < len(ids) for size, ids in zip(sizes, longest, strict=True))
     try:
-        check_chunking(loaded.model, longest[:CHUNKED_TOKENS], sorted(layers))
+        check_chunking(loaded.model, max(longest, key=len)[:CHUNKED_TOKENS], sorted(layers))
     except InputError:
-        vocabulary = int(getattr(loaded.model.config.get_text_config(decoder=True), "vocab_size", 0))
-        prompts = [u for u in units if isinstance(u, LongPrompt)]
-        needed = max((2 * u.length * vocabulary * loaded.model.dtype.itemsize for u in prompts), default=0)
-        free = free_bytes(loaded.model.device)
-        if free is not None and needed > free:
-            raise InputError(
-                f"{loaded.name} cannot prefill in chunks, and its logits need {needed / 1e9:.1f} GB where"
-                f" {free / 1e9:.1f} GB are free: lower --lengths"
-            ) from None
-        tell(f"{loaded.name} cannot prefill in chunks: prompts run whole")
-        return None
+        if cut:
+            _check_logits(loaded, len(longest[0]))
+            tell(f"{loaded.name} cannot prefill in chunks: everything runs whole")
+        return None, None, False
     named = {x.layer for arm in arms if arm.config is not None for x in arm.config.layers}
-    if sliding := [i for i in sorted(named) if i in layers and layers[i].slides]:
+    sliding = [i for i in sorted(named) if i in layers and layers[i].slides]
+    if cut and sliding:
         tell(
             f"warning: layers {describe_indices(sliding)} have sliding windows, and run dense after the first chunk;"
             " --chunk as long as the prompts runs them sparse"
         )
-    if size != chunk:
-        tell(f"chunks of {size:,} tokens instead of {chunk:,}: multiples of every layer's groups")
-    return size
+    if cut and sizes[0] != (chunk or CHUNK):
+        tell(f"chunks of {sizes[0]:,} tokens instead of {chunk or CHUNK:,}: multiples of every layer's groups")
+    return sizes[0], sizes[1], True
+
+
+def _check_logits(loaded: LoadedModel, tokens: int) -> None:
+    """Refuse a prompt whose logits, of two arms, do not fit at once."""
+    vocabulary = int(getattr(loaded.model.config.get_text_config(decoder=True), "vocab_size", 0))
+    needed, free = 2 * tokens * vocabulary * loaded.model.dtype.itemsize, free_bytes(loaded.model.device)
+    if free is not None and needed > free:
+        raise InputError(
+            f"{loaded.name} cannot prefill in chunks, and its logits need {needed / 1e9:.1f} GB where"
+            f" {free / 1e9:.1f} GB are free: lower --lengths"
+        )
 
 
 def _outlook(request: _Request) -> Iterator[str]:
@@ -466,9 +478,12 @@ def _outlook(request: _Request) -> Iterator[str]:
     prefills = len(request.units) * (1 + len(request.arms))
     tokens = sum(len(u.token_ids) for u in request.units) * (1 + len(request.arms))
     longest = max(len(u.token_ids) for u in request.units)
-    piece = longest if request.options.chunk is None else min(longest, request.options.chunk)
+    rows = max(
+        (min(u.length, request.options_of(u).chunk or u.length) for u in request.units if isinstance(u, LongPrompt)),
+        default=1,
+    )
     facts = model_facts(model)
-    logits = 2 * piece * int(getattr(config, "vocab_size", 0)) * model.dtype.itemsize
+    logits = 2 * rows * int(getattr(config, "vocab_size", 0)) * model.dtype.itemsize
     sentence = f"{prefills} prefills, {tokens:,} tokens in all; logits take {logits / 1e9:.2f} GB"
     if None not in (facts["layers"], facts["kv_heads"], facts["head_dim"]):
         cache = 2 * facts["layers"] * facts["kv_heads"] * facts["head_dim"] * longest * model.dtype.itemsize
@@ -545,13 +560,13 @@ def _run(path: Path, key: str, request: _Request, report: ProgressCallback) -> N
     arms = (Arm(DENSE, None), *request.arms)
     total = sum(len(u.token_ids) for u in request.units) * len(arms)
     done = 0
-    warm = request.model.device.type != "cuda"
+    warm = set() if request.model.device.type == "cuda" else {"prompts", "tasks"}
     for index, unit in enumerate(request.units):
         missing = [i for i in range(len(arms)) if Part.load(_part(path, index, i), key) is None]
         report(Progress("evaluate", done, total, unit.name))
-        if missing and not warm:
+        if missing and _kind(unit) not in warm:
             _warm_up(request, unit)
-            warm = True
+            warm.add(_kind(unit))
         so_far = done
 
         def tick(tokens: int, unit: Unit = unit) -> None:
@@ -559,7 +574,7 @@ def _run(path: Path, key: str, request: _Request, report: ProgressCallback) -> N
             so_far += tokens
             report(Progress("evaluate", so_far, total, unit.name))
 
-        options = replace(request.options, tick=tick)
+        options = replace(request.options_of(unit), tick=tick)
         if missing and isinstance(unit, LongPrompt):
             wanted = [arms[i] for i in missing if i]
             results = run_prompt(request.model, wanted, unit.token_ids, options, measure=request.measured(unit))
@@ -604,8 +619,8 @@ def _warm_up(request: _Request, unit: Unit) -> None:
     ids = torch.tensor(unit.token_ids, dtype=torch.long, device=request.model.device)
     with torch.inference_mode():
         for arm in (Arm(DENSE, None), *request.arms):
-            lane = Lane(request.model, arm, request.options, measure=False)
-            for start, stop in spans(len(ids), request.options.chunk)[:2]:
+            lane = Lane(request.model, arm, request.options_of(unit), measure=False)
+            for start, stop in spans(len(ids), request.options_of(unit).chunk)[:2]:
                 lane.step(ids[start:stop], every=False, cached=True)
 
 

@@ -139,10 +139,11 @@ def test_an_answer_ends_when_everything_is_found_or_the_model_ends_it(model):
 
 
 def test_models_without_chunks_decode_token_by_token():
-    """Some recurrent layers carry their state through single tokens only."""
     net = byte_model("jamba")
     tokens = ids(40)
-    found = run_sample(net, Arm(DENSE, None), sample(tokens), Options(None), measure=False, dense=None, decode=decode)
+    found = run_sample(
+        net, Arm(DENSE, None), sample(tokens), Options(None, stepwise=True), measure=False, dense=None, decode=decode
+    )
     with torch.inference_mode():
         logits = net(torch.tensor([[*tokens, 5, 6]]), use_cache=False).logits[0, -3:]
     want = -logits.double().log_softmax(-1).gather(1, torch.tensor([[5], [6], [7]]))[:, 0]

@@ -156,7 +156,8 @@ def test_an_interrupted_run_continues_and_ends_with_the_same_bytes(model, tokeni
     monkeypatch.setattr(
         run_module, "datetime", SimpleNamespace(now=lambda _: SimpleNamespace(isoformat=lambda **_: "t"))
     )
-    request = {**REQUEST, "depths": [0.5], "samples": 1, "tokenizer": tokenizer, "figures": False}
+    request = {**REQUEST, "tasks": ["needle", "common-words"], "depths": [0.5], "samples": 1, "figures": False}
+    request["tokenizer"] = tokenizer
     whole = evaluate(model, tmp_path / "whole", **request)
     parts = len(files(whole.path / "parts"))
     for stop in (1, parts // 2):  # after the first part, amid a sample
@@ -267,8 +268,8 @@ def test_a_model_without_chunks_runs_whole(tmp_path, monkeypatch):
     request = {"arms": {"a": 0.0}, "params": PARAMS, "prompts": REQUEST["prompts"], "figures": False}
     net = byte_model("jamba")
     found = evaluate(net, tmp_path / "a", chunk=96, notify=said.append, **request)
-    assert any("cannot prefill in chunks: prompts run whole" in x for x in said)
-    assert found.report["settings"]["chunk"] is None
+    assert any("cannot prefill in chunks: everything runs whole" in x for x in said)
+    assert found.report["settings"]["chunk"] == {"prompts": None, "tasks": None}
     monkeypatch.setattr(run_module, "free_bytes", lambda _: 1000)
     with pytest.raises(InputError, match=r"its logits need \d+"):
         evaluate(net, tmp_path / "b", chunk=96, **request)
@@ -297,7 +298,7 @@ def test_the_command_line(model_folder, tmp_path, capsys):
     for name, theta in (("a", 2.0), ("b", 6.0)):
         AnchorConfig.uniform(theta, [0, 1, 2], 6, PARAMS).save(tmp_path / f"{name}.json")
     options = ["--prompt", text, "--task", "needle,variable-tracking", "--lengths", "1200", "--samples", 1]
-    options += ["--depths", "0.5", "--config", tmp_path / "a.json", "--config", tmp_path / "b.json"]
+    options += ["--depths", "0.5", "--config", tmp_path / "a.json", "--config", tmp_path / "b.json", "--no-figures"]
     assert command(model_folder, tmp_path / "o", *options, "--as", "calibrated at 0.95", "--as", "b") == 0
     said = capsys.readouterr()
     lines = [x for x in said.out.splitlines() if str(tmp_path) not in x]
@@ -305,7 +306,7 @@ def test_the_command_line(model_folder, tmp_path, capsys):
     assert "\N{HORIZONTAL ELLIPSIS}" not in said.out
     assert "calib~0.95" in said.out
     assert "variabl~acking" in said.out
-    assert "Prefill of 1,200 tokens" in said.out
+    assert "Prefill of 1,200 tokens whole" in said.out
     assert "prefills," in said.err
     assert "warning" not in said.err
     report = json.loads((tmp_path / "o" / "evaluation.json").read_text())
