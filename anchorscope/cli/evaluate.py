@@ -42,7 +42,7 @@ def evaluate(
     ] = None,
     names: Annotated[
         list[str] | None,
-        typer.Option("--as", help="Name of the arm of each --config, in order.  [default: the file's]", metavar="NAME"),
+        typer.Option("--as", help="Name of the arm of each --config, in order. (default: the file's)", metavar="NAME"),
     ] = None,
     theta: Annotated[
         str | None, typer.Option(help="One threshold for all heads instead, nats; several make several arms.")
@@ -51,20 +51,20 @@ def evaluate(
     step: Annotated[int, typer.Option(help="With --theta: query blocks that share one selection.")] = 16,
     lengths: Annotated[
         str | None,
-        typer.Option(help="Tokens, like 2048,8192.  [default: whole prompts; tasks at 2048,4096,8192]"),
+        typer.Option(help="Tokens, like 2048,8192. (default: whole prompts; tasks at 2048,4096,8192)"),
     ] = None,
     depths: Annotated[str, typer.Option(help="Where the needle is, shares of the text.")] = "0,0.25,0.5,0.75,1",
     samples: Annotated[int, typer.Option(help="Questions per task, length and depth.")] = 4,
     seed: Annotated[int, typer.Option(help="Of the tasks and intervals.")] = 0,
     chunk: Annotated[
-        int | None, typer.Option(help="Tokens prefilled at a time.  [default: prompts 2048; tasks whole]")
+        int | None, typer.Option(help="Tokens prefilled at a time. (default: prompts 2048; tasks whole)")
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put tasks into the model's chat template.")] = False,
     measure: Annotated[
         bool | None,
         typer.Option(
             "--measure/--no-measure",
-            help="Measure recall while running, by an extra exact pass.  [default: for prompts only]",
+            help="Measure recall while running, by an extra exact pass. (default: for prompts only)",
             show_default=False,
         ),
     ] = None,
@@ -72,7 +72,7 @@ def evaluate(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
     model_dtype: Annotated[
         str | None,
-        typer.Option(help="What the model computes in: bf16, fp16, fp32.  [default: its checkpoint's; fp32 for GGUF]"),
+        typer.Option(help="What the model computes in: bf16, fp16, fp32. (default: its checkpoint's; fp32 for GGUF)"),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hugging Face id.")] = None,
     trust_remote_code: Annotated[

@@ -253,7 +253,11 @@ def evaluate(
             tell(sentence)
         try:
             _run(path, key, request, report)
-        except (torch.OutOfMemoryError, MemoryError):
+        except (MemoryError, RuntimeError) as error:
+            if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(
+                error
+            ):
+                raise
             raise RunFailure(
                 "out of memory: use a smaller --chunk, shorter --lengths or fewer arms at a time"
             ) from None

@@ -275,12 +275,20 @@ def test_a_model_without_chunks_runs_whole(tmp_path, monkeypatch):
         evaluate(net, tmp_path / "b", chunk=96, **request)
 
 
-def test_out_of_memory_is_said(model, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (MemoryError(), RunFailure, "out of memory: use a smaller --chunk"),
+        (RuntimeError("you tried: can't allocate memory"), RunFailure, "out of memory: use a smaller --chunk"),
+        (RuntimeError("shapes"), RuntimeError, "^shapes$"),
+    ],
+)
+def test_out_of_memory_is_said(model, tmp_path, monkeypatch, error, kind, message):
     def burst(*_, **__):
-        raise MemoryError
+        raise error
 
     monkeypatch.setattr(run_module, "run_prompt", burst)
-    with pytest.raises(RunFailure, match="out of memory: use a smaller --chunk"):
+    with pytest.raises(kind, match=message):
         evaluate(model, tmp_path / "o", arms={"a": 1.0}, prompts=REQUEST["prompts"])
 
 
