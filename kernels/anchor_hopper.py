@@ -194,6 +194,9 @@ def _consume(
         my0 = row0 + half * 64
         first = offset + my0
         live = my0 + gl.arange(0, 64, ROW) < row_end
+        mine = total_tiles
+        if BN == 64:  # the last tile may lie after all queries of the first half
+            mine -= (start + (total_tiles - 1 - init_pieces) * 64 > first + 63).to(gl.int32)
         mbarrier.arrive(k_empty.index(count % STAGES), count=1)
         s = _masked(s, 0, start, init_end, init_pieces, first, BN, S_L)
         top = gl.max(s, 1) * scale_log2
@@ -201,8 +204,8 @@ def _consume(
         total = gl.sum(w, 1)
         p = gl.convert_layout(w.to(dtype), P_L)
         acc = gl.zeros([64, D], gl.float32, A_L)
-        await_tile(k_full, count + 1, total_tiles > 1, STAGES)
-        for it in range(1, total_tiles):
+        await_tile(k_full, count + 1, mine > 1, STAGES)
+        for it in range(1, mine):
             s_token = warpgroup_mma(
                 q, k_s.index((count + 1) % STAGES).permute((1, 0)), gl.zeros([64, BN], gl.float32, S_L),
                 use_acc=False, is_async=True,
@@ -218,7 +221,7 @@ def _consume(
             total = total * fade + gl.sum(w, 1)
             top = new
             # Waiting for the next keys here keeps the assembler from moving the exponentials behind the product.
-            await_tile(k_full, count + 2, it + 1 < total_tiles, STAGES)
+            await_tile(k_full, count + 2, it + 1 < mine, STAGES)
             acc = warpgroup_mma_wait(0, deps=[a_token])
             mbarrier.arrive(v_empty.index(count % STAGES), count=1)
             acc = acc * gl.convert_layout(fade, gl.SliceLayout(1, A_L))[:, None]
@@ -227,7 +230,14 @@ def _consume(
         mbarrier.arrive(q_empty.index(turn % QUEUE), count=1)
         await_tile(v_full, count, True, STAGES)
         a_token = warpgroup_mma(p, v_s.index(count % STAGES), acc, is_async=True)
+        acc_slot = count % STAGES
         count += 1
+        if mine < total_tiles:
+            await_tile(k_full, count, True, STAGES)
+            mbarrier.arrive(k_empty.index(count % STAGES), count=1)
+            await_tile(v_full, count, True, STAGES)
+            mbarrier.arrive(v_empty.index(count % STAGES), count=1)
+            count += 1
         # The next item's first product runs while this one is stored. After the last item nobody uses it.
         more = item + gl.num_programs(0) < items
         await_tile(q_full, turn + 1, more, QUEUE)
@@ -237,7 +247,7 @@ def _consume(
             gl.zeros([64, BN], gl.float32, S_L), use_acc=False, is_async=True,
         )  # fmt: skip
         acc = warpgroup_mma_wait(1, deps=[a_token])
-        mbarrier.arrive(v_empty.index((count - 1) % STAGES), count=1)
+        mbarrier.arrive(v_empty.index(acc_slot), count=1)
 
         at = bh.to(gl.int64) * n + my0
         rows = gl.arange(0, 64, ROW)
@@ -387,7 +397,8 @@ def suits(q: Tensor, k: Tensor, v: Tensor | None, p: Problem, precise: bool) -> 
 
 def anchor_hopper(q: Tensor, k: Tensor, v: Tensor, p: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """out, lse, q_bar, a_bar of `anchor` for a call that `suits`."""
-    c = launch("anchor_hopper", q.device, 2, p.dim)
+    # Short groups end in the diagonal so often that narrow tiles pay: half of a diagonal tile is left out.
+    c = launch("anchor_hopper" if p.group >= 1024 else "anchor_hopper_short", q.device, 2, p.dim)
     units = triton.cdiv(p.queries, HALF)
     f32 = torch.float32
     out = q.new_empty(p.batch, p.heads, p.queries, p.dim)

@@ -18,7 +18,7 @@ from .common import Problem, architecture, launch, pooled_problem, theta_tensor,
 from .types import AnchorState, Stripes
 
 PAD = 256  # columns of the bit mask are a multiple of this, and of every BC below
-SHARE = 256  # words of the bit mask that one program lists
+SHARE = 1024  # words of the bit mask that one program lists
 
 
 @triton.jit
@@ -173,7 +173,7 @@ def scan_kernel(Counts, Offsets, rows, BW: tl.constexpr):
     do_not_specialize=["offset", "init", "lookback", "window", "group", "groups", "words", "shares", "capacity"]
 )
 def list_kernel(Bits, Before, Offsets, Columns, offset, init, lookback, window, group, groups, words, shares, capacity,
-                WINDOW: tl.constexpr, SHARE: tl.constexpr, FEW: tl.constexpr):  # fmt: skip
+                WINDOW: tl.constexpr, SHARE: tl.constexpr, FEW: tl.constexpr, BC: tl.constexpr):  # fmt: skip
     """Grid: (B * H * groups, shares). Writes a share of a row's columns, ascending, none beyond the capacity."""
     row = tl.program_id(0)
     share = tl.program_id(1)
@@ -193,11 +193,14 @@ def list_kernel(Bits, Before, Offsets, Columns, offset, init, lookback, window, 
             bits = bits & (bits - 1)
             to += 1
     else:  # column by column, so that stores are contiguous
-        c = tl.arange(0, 32 * SHARE)
-        wide = share * SHARE + c // 32
-        got = (tl.load(row_bits + wide, mask=(wide >= lo) & (wide < hi), other=0) >> (c % 32)) & 1
-        at = base + tl.cumsum(got, 0) - 1
-        tl.store(Columns + at, share * SHARE * 32 + c, mask=(got == 1) & (at < capacity))
+        end = tl.minimum((share + 1) * SHARE, hi)
+        for c0 in tl.range(share * SHARE * 32, end * 32, BC):
+            c = c0 + tl.arange(0, BC)
+            wide = c // 32
+            got = (tl.load(row_bits + wide, mask=(wide >= lo) & (wide < end), other=0) >> (c % 32)) & 1
+            at = base + tl.cumsum(got, 0) - 1
+            tl.store(Columns + at, c, mask=(got == 1) & (at < capacity))
+            base += tl.sum(got, 0)
 
 
 def stacking(p: Problem, rows: int) -> tuple[int, int, int, bool]:
@@ -214,7 +217,7 @@ def _bits(q_bar: Tensor, a_bar: Tensor, k: Tensor, theta: Tensor, p: Problem) ->
     with torch.cuda.device_of(k):
         count_kernel[(bits.shape[0],)](
             bits, counts, before, p.offset, p.init, p.lookback, p.window or 0, p.group, p.groups, bits.shape[1],
-            before.shape[1], WINDOW=p.window is not None, SHARE=SHARE, BS=8, num_warps=4,
+            before.shape[1], WINDOW=p.window is not None, SHARE=SHARE, BS=4, num_warps=4,
         )  # fmt: skip
         scan_kernel[(1,)](counts, offsets, bits.shape[0], BW=2048, num_warps=8)
     return bits, counts, offsets, before
@@ -294,7 +297,7 @@ def _list(
         with torch.cuda.device_of(bits):
             list_kernel[before.shape](
                 bits, before, offsets, columns, offset, init, lookback, window or 0, group, groups, bits.shape[1],
-                before.shape[1], capacity, WINDOW=window is not None, SHARE=SHARE, FEW=8, num_warps=8,
+                before.shape[1], capacity, WINDOW=window is not None, SHARE=SHARE, FEW=8, BC=4096, num_warps=8,
             )  # fmt: skip
     return columns
 

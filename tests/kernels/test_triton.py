@@ -384,6 +384,22 @@ def test_capacity_and_overflow() -> None:
     assert torch.equal(tight.stripes.columns, chosen[: total - 5])
 
 
+@pytest.mark.parametrize("theta", [2.0, 4.0, INF])
+def test_shares_of_the_mask(monkeypatch: pytest.MonkeyPatch, theta: float) -> None:
+    """A long mask is listed in shares: few bits a word or many, the columns are those of one share."""
+    from anchorscope.kernels import identify as stage_two
+
+    case = Case(n=600, block=16, step=4)
+    q, k, _ = case.tensors()
+    state = anchor(q, k, None, **case.params)
+    whole = identify(state, k, theta=theta, queries=case.n, **case.params)
+    monkeypatch.setattr(stage_two, "SHARE", 4)
+    parts = identify(state, k, theta=theta, queries=case.n, **case.params)
+    assert whole.columns.numel() > 0
+    assert torch.equal(whole.columns, parts.columns)
+    assert torch.equal(whole.offsets, parts.offsets)
+
+
 def test_repeatable() -> None:
     """Two runs agree bit for bit."""
     case = Case(n=80 if INTERPRET else 3001, heads=4, kv_heads=2, dim=32 if INTERPRET else 128, dtype=F16, theta=4.0)

@@ -19,7 +19,17 @@ from typing import Any
 
 import torch
 
-from anchorscope.kernels import anchor, anchor_hopper, common, identify, pipeline, profile, sparse, sparse_hopper
+from anchorscope.kernels import (
+    anchor,
+    anchor_hopper,
+    common,
+    identify,
+    identify_hopper,
+    pipeline,
+    profile,
+    sparse,
+    sparse_hopper,
+)
 from anchorscope.planted import planted
 
 VARIANTS: dict[str, list[dict[str, Any]]] = {
@@ -44,6 +54,9 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
             (128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 8, 4), (128, 128, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3),
             (128, 32, 8, 3), (128, 32, 8, 4), (128, 64, 4, 2), (256, 64, 8, 2), (256, 32, 8, 3),
         )
+    ],
+    "identify_hopper": [
+        {"BC": 256, "KEEP": k, "STAGES": s, "CONSUMER_REGS": 240, "MAXNREG": 168} for k, s in ((2, 3), (2, 2), (1, 4))
     ],
     "identify": [
         {"BC": c, "ROWS": r, "num_warps": w, "num_stages": s}
@@ -146,12 +159,10 @@ def main() -> None:
     lse = state.lse
     room = stripes.columns.numel()
     out, final = (x.clone() for x in (state.out, state.lse))
-    scale = args.dim**-0.5
     limit = torch.full(q.shape[:2], args.theta, device="cuda")
-    bits_args = (state.q_bar, state.a_bar, k, limit, n, args.block, args.step,
-                 args.block, args.block, scale, None, None, 0)  # fmt: skip
     fine = anchor.anchor(q[:, :4], k[:, :1], None, precise=True, **grid)
     fit = common.problem(q, k, v, **grid)
+    bits = identify._outputs(state.q_bar, k, fit.groups)[0]
     calls: dict[str, Callable[[], object]] = {
         "anchor_hopper": lambda: anchor_hopper.anchor_hopper(q, k, v, fit),
         "anchor": lambda: anchor.portable(q, k, v, fit, False),
@@ -159,7 +170,8 @@ def main() -> None:
             out, final, q, k, v, stripes.columns, stripes.offsets, fit
         ),
         "sparse": lambda: sparse.portable(out, final, q, k, v, stripes.columns, stripes.offsets, fit),
-        "identify": lambda: identify.bits_op(*bits_args),
+        "identify_hopper": lambda: identify_hopper.score_hopper(state.q_bar, state.a_bar, k, limit, bits, fit),
+        "identify": lambda: identify.portable(state.q_bar, state.a_bar, k, limit, bits, fit),
         "margins": lambda: profile.margins(fine, k[:, :1], queries=n, **grid),
         "column_mass": lambda: profile.column_mass(q[:, :4], k[:, :1], lse[:, :4], **grid),
         "dense_lse": lambda: profile.dense_lse(q[:, :4], k[:, :1], None),
