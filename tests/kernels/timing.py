@@ -273,19 +273,21 @@ def report(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, theta: float, g
     )
 
 
-def report_profile(q: torch.Tensor, k: torch.Tensor, dense: float) -> None:
-    """One line: everything that the all-theta curves need, one kv head at a time, against dense attention."""
+def run_profile(q: torch.Tensor, k: torch.Tensor) -> None:
+    """Everything that the all-theta curves need, one kv head at a time."""
     ratio, n = q.shape[1] // k.shape[1], q.shape[2]
+    for h in range(k.shape[1]):
+        mine, keys = q[:, h * ratio : (h + 1) * ratio], k[:, h : h + 1]
+        lse = profile.dense_lse(mine, keys, None)[1]
+        state = anchor.anchor(mine, keys, None, precise=True)
+        profile.margins(state, keys, queries=n)
+        profile.column_mass(mine, keys, lse)
 
-    def run() -> None:
-        for h in range(k.shape[1]):
-            mine, keys = q[:, h * ratio : (h + 1) * ratio], k[:, h : h + 1]
-            lse = profile.dense_lse(mine, keys, None)[1]
-            state = anchor.anchor(mine, keys, None, precise=True)
-            profile.margins(state, keys, queries=n)
-            profile.column_mass(mine, keys, lse)
 
-    total = median(run, 3)
+def report_profile(q: torch.Tensor, k: torch.Tensor, dense: float) -> None:
+    """One line: the profile against dense attention."""
+    n = q.shape[2]
+    total = median(lambda: run_profile(q, k), 3)
     print(f"profile of {q.shape[1]} heads, n {n}: {total:.1f} ms, {total / dense:.2f}x dense ({dense:.1f})", flush=True)
 
 
