@@ -13,14 +13,12 @@ import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from anchorscope._version import __version__
 from anchorscope.analysis.jobs import Progress, ProgressCallback, json_bytes, make_folder
 from anchorscope.analysis.run import versions
 from anchorscope.analysis.tables import csv_text, jsonable
@@ -59,6 +57,7 @@ from anchorscope.evaluation.text import OWN_TEXT, Pieces, own_text
 from anchorscope.locks import folder_lock
 from anchorscope.params import AnchorParams
 from anchorscope.profiles import write_atomic
+from anchorscope.runfolder import RunFolder
 from anchorscope.selection import describe_indices
 
 if TYPE_CHECKING:
@@ -67,6 +66,15 @@ if TYPE_CHECKING:
 STATE, REPORT, PARTS, FIGURES = "run.json", "evaluation.json", "parts", "figures"
 TABLES = ("prompts.csv", "tasks.csv", "answers.csv")
 VERSION = 1
+FOLDER = RunFolder(
+    what="an evaluation",
+    format="anchorscope-evaluation-run",
+    version=VERSION,
+    state=STATE,
+    report=REPORT,
+    tables=TABLES,
+    parts=((PARTS, "*-arm*.safetensors"), (FIGURES, "*.png")),
+)
 LENGTHS = (2048, 4096, 8192)
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 SAMPLES, CHUNK = 4, 2048
@@ -247,7 +255,7 @@ def evaluate(
     )
     make_folder(path)
     with folder_lock(path):
-        state = _begin(path, request, facts, overwrite)
+        state = FOLDER.begin(path, _identity(request, facts), disk=_disk(request), overwrite=overwrite)
         key = hashlib.sha256(json.dumps(state["request"]).encode()).hexdigest()
         for sentence in _outlook(request):
             tell(sentence)
@@ -331,8 +339,8 @@ def _check_folder(path: Path, overwrite: bool) -> None:
         raise InputError(f"--out {path} is a file; name a folder")
     if not path.is_dir() or all(x.name.startswith(".") for x in path.iterdir()):
         return
-    if _state(path) is None:
-        raise InputError(f"--out {path} exists and holds no evaluation; name a new folder")
+    if FOLDER.read(path) is None:
+        raise InputError(f"--out {path} exists and is not an evaluation; name a new folder")
     if (path / REPORT).exists() and not overwrite:
         raise InputError(
             f"--out {path} holds a finished evaluation; add --overwrite to replace it, or name a new folder"
@@ -499,12 +507,9 @@ def _outlook(request: _Request) -> Iterator[str]:
 # folder
 
 
-def _begin(path: Path, request: _Request, facts: Mapping[str, Any], overwrite: bool) -> dict[str, Any]:
-    """Start or continue: settle what the folder holds, and write down what this run is."""
+def _identity(request: _Request, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes two runs the same."""
     identity = {
-        "format": "anchorscope-evaluation-run",
-        "version": VERSION,
-        "anchorscope": __version__,
         "request": {
             "model": dict(facts),
             "arms": {arm.name: arm.config.sha256 for arm in request.arms if arm.config is not None},
@@ -513,41 +518,14 @@ def _begin(path: Path, request: _Request, facts: Mapping[str, Any], overwrite: b
             "names": [u.name for u in request.units],
         },
     }
-    started = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    state = _state(path)
-    if state is not None:
-        same = {k: v for k, v in state.items() if k != "started"} == json.loads(json.dumps(identity))
-        if (path / REPORT).exists() or not same:
-            if not overwrite:
-                raise InputError(
-                    f"--out {path} holds an unfinished evaluation of something else; add --overwrite to replace it, or"
-                    " name a new folder"
-                )
-            _clear(path)
-        else:
-            started = state["started"]
-    state = {**identity, "started": started}
-    write_atomic(path / STATE, json_bytes(state))
-    make_folder(path / PARTS)
-    return state
+    found: dict[str, Any] = json.loads(json.dumps(identity))
+    return found
 
 
-def _state(path: Path) -> dict[str, Any] | None:
-    try:
-        state = json.loads((path / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    good = isinstance(state, dict) and state.get("format") == "anchorscope-evaluation-run" and "started" in state
-    return state if good else None
-
-
-def _clear(path: Path) -> None:
-    """Remove what an earlier run wrote, its report first, and nothing else."""
-    for name in (REPORT, STATE, *TABLES):
-        (path / name).unlink(missing_ok=True)
-    for folder, pattern in ((PARTS, "*-arm*.safetensors"), (FIGURES, "*.png")):
-        for file in (path / folder).glob(pattern):
-            file.unlink()
+def _disk(request: _Request) -> int:
+    """Bytes a run may write: parts hold three numbers a token, in text and figures there is little more."""
+    tokens = sum(len(u.token_ids) for u in request.units)
+    return 32 * tokens * len(request.arms) + 20_000_000
 
 
 def _part(path: Path, index: int, arm: int) -> Path:

@@ -12,6 +12,7 @@ import jsonschema
 import pytest
 from byte_model import byte_model
 
+from anchorscope import runfolder
 from anchorscope.anchors import AnchorConfig
 from anchorscope.capture import PromptInput, model_facts
 from anchorscope.cli import main
@@ -154,7 +155,7 @@ def test_an_interrupted_run_continues_and_ends_with_the_same_bytes(model, tokeni
     monkeypatch.setattr("anchorscope.evaluation.lanes.time", still)
     monkeypatch.setattr("anchorscope.runtime.usage.time", still)
     monkeypatch.setattr(
-        run_module, "datetime", SimpleNamespace(now=lambda _: SimpleNamespace(isoformat=lambda **_: "t"))
+        runfolder, "datetime", SimpleNamespace(now=lambda _: SimpleNamespace(isoformat=lambda **_: "t"))
     )
     request = {**REQUEST, "tasks": ["needle", "common-words"], "depths": [0.5], "samples": 1, "figures": False}
     request["tokenizer"] = tokenizer
@@ -187,7 +188,7 @@ def test_the_folder_is_guarded(finished, model, tokenizer, tmp_path, monkeypatch
     with pytest.raises(InputError, match="holds a finished evaluation; add --overwrite"):
         evaluate(model, finished.path, tokenizer=tokenizer, **REQUEST)
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match="holds no evaluation"):
+    with pytest.raises(InputError, match="is not an evaluation"):
         evaluate(model, tmp_path, tokenizer=tokenizer, **REQUEST)
     with pytest.raises(InputError, match="is a file"):
         evaluate(model, tmp_path / "notes.txt", tokenizer=tokenizer, **REQUEST)
@@ -200,7 +201,7 @@ def test_the_folder_is_guarded(finished, model, tokenizer, tmp_path, monkeypatch
     request = {"arms": ARMS, "params": PARAMS, "prompts": REQUEST["prompts"], "figures": False}
     with pytest.raises(KeyboardInterrupt):
         evaluate(model, out, lengths=[100, 200], **request, progress=interrupt)
-    with pytest.raises(InputError, match="unfinished evaluation of something else"):
+    with pytest.raises(InputError, match="an unfinished evaluation with other settings"):
         evaluate(model, out, lengths=[100], **request)
     assert [r["length"] for r in evaluate(model, out, lengths=[100], overwrite=True, **request).prompts] == [100, 100]
     assert len(files(out / "parts")) == 3
