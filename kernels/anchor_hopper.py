@@ -204,8 +204,8 @@ def _consume(
         total = gl.sum(w, 1)
         p = gl.convert_layout(w.to(dtype), P_L)
         acc = gl.zeros([64, D], gl.float32, A_L)
-        await_tile(k_full, count + 1, mine > 1, STAGES)
         for it in range(1, mine):
+            await_tile(k_full, count + 1, True, STAGES)
             s_token = warpgroup_mma(
                 q, k_s.index((count + 1) % STAGES).permute((1, 0)), gl.zeros([64, BN], gl.float32, S_L),
                 use_acc=False, is_async=True,
@@ -220,8 +220,8 @@ def _consume(
             w = gl.exp2(s * scale_log2 - new[:, None])
             total = total * fade + gl.sum(w, 1)
             top = new
-            # Waiting for the next keys here keeps the assembler from moving the exponentials behind the product.
-            await_tile(k_full, count + 2, it + 1 < mine, STAGES)
+            # Over long ago: any wait keeps the assembler from moving the exponentials behind the product.
+            await_tile(v_full, count, True, STAGES)
             acc = warpgroup_mma_wait(0, deps=[a_token])
             mbarrier.arrive(v_empty.index(count % STAGES), count=1)
             acc = acc * gl.convert_layout(fade, gl.SliceLayout(1, A_L))[:, None]

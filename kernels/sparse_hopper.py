@@ -130,11 +130,14 @@ def _cut(s, it, count, BN: gl.constexpr, S_L: gl.constexpr):
 
 @gluon.jit
 def _consume(
-    half: gl.constexpr, q_s, k_s, v_s, work_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, Out, Lse,
+    half: gl.constexpr, q_s, k_s, v_s, work_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns, Out, Lse,
     n, group, groups, tiles, batch_heads, scale_log2,
-    D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, QUEUE: gl.constexpr,
+    D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, QUEUE: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
-    """One consumer warpgroup: queries 64 * half ... of each tile."""
+    """One consumer warpgroup: queries 64 * half ... of each tile.
+
+    With TURNS one consumer's products run while the other is at its exponentials; without, a consumer's own do.
+    """
     S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     A_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     P_L: gl.constexpr = gl.DotOperandLayout(0, A_L, 2)
@@ -170,6 +173,8 @@ def _consume(
         await_tile(k_full, number + 1, total_tiles > 1, STAGES)
         for it in range(1, total_tiles):
             fence_async_shared()
+            if TURNS:
+                mbarrier.wait(turns.index(half), ((number - turn) & 1) ^ (1 - half))
             s_token = warpgroup_mma(
                 q, k_s.index((number + 1) % STAGES).permute((1, 0)), gl.zeros([64, BN], gl.float32, S_L),
                 use_acc=False, is_async=True,
@@ -177,9 +182,14 @@ def _consume(
             await_tile(v_full, number, True, STAGES)
             fence_async_shared()
             a_token = warpgroup_mma(p, v_s.index(number % STAGES), acc, is_async=True)
+            if TURNS:
+                mbarrier.arrive(turns.index(1 - half), count=1)
             s = warpgroup_mma_wait(1, deps=[s_token])
             mbarrier.arrive(k_empty.index((number + 1) % STAGES), count=1)
             s = _cut(s, it, count, BN, S_L)
+            if TURNS:
+                acc = warpgroup_mma_wait(0, deps=[a_token])
+                mbarrier.arrive(v_empty.index(number % STAGES), count=1)
             new = gl.maximum(top, gl.max(s, 1) * scale_log2)
             fade = gl.exp2(top - new)
             w = gl.exp2(s * scale_log2 - new[:, None])
@@ -187,8 +197,9 @@ def _consume(
             top = new
             # Waiting for the next keys here keeps the assembler from moving the exponentials behind the product.
             await_tile(k_full, number + 2, it + 1 < total_tiles, STAGES)
-            acc = warpgroup_mma_wait(0, deps=[a_token])
-            mbarrier.arrive(v_empty.index(number % STAGES), count=1)
+            if not TURNS:
+                acc = warpgroup_mma_wait(0, deps=[a_token])
+                mbarrier.arrive(v_empty.index(number % STAGES), count=1)
             acc = acc * gl.convert_layout(fade, gl.SliceLayout(1, A_L))[:, None]
             p = gl.convert_layout(w.to(dtype), P_L)
             number += 1
@@ -234,7 +245,7 @@ def sparse_hopper_kernel(
     skb, skh, skn, svb, svh, svn, n, heads, repeats, group, groups, tiles, batch_heads, items, capacity, scale_log2,
     qy_b, qy_h, qx_b, qx_h,
     D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, QUEUE: gl.constexpr, CONSUMER_REGS: gl.constexpr,
-    PRODUCER_REGS: gl.constexpr,
+    PRODUCER_REGS: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
     """Grid: one program per multiprocessor, 4 + 4 + 4 warps. Updates Out (B, H, n, D), Lse (B, H, n)."""
     dtype: gl.constexpr = q_desc.dtype
@@ -250,6 +261,9 @@ def sparse_hopper_kernel(
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    turns = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
+    mbarrier.init(turns.index(0), count=1)
+    mbarrier.init(turns.index(1), count=1)
     for i in gl.static_range(QUEUE):
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(q_empty.index(i), count=2)
@@ -261,12 +275,12 @@ def sparse_hopper_kernel(
     gl.warp_specialize(
         [
             (_consume, (
-                0, q_s, k_s, v_s, work_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, Out, Lse,
-                n, group, groups, tiles, batch_heads, scale_log2, D, BN, STAGES, QUEUE,
+                0, q_s, k_s, v_s, work_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns, Out, Lse,
+                n, group, groups, tiles, batch_heads, scale_log2, D, BN, STAGES, QUEUE, TURNS,
             )),
             (_consume, (
-                1, q_s, k_s, v_s, work_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, Out, Lse,
-                n, group, groups, tiles, batch_heads, scale_log2, D, BN, STAGES, QUEUE,
+                1, q_s, k_s, v_s, work_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns, Out, Lse,
+                n, group, groups, tiles, batch_heads, scale_log2, D, BN, STAGES, QUEUE, TURNS,
             )),
             (_produce, (
                 q_desc, K, V, Columns, Offsets, q_s, k_s, v_s, work_s, q_full, q_empty, k_full, k_empty, v_full,
@@ -314,5 +328,5 @@ def sparse_hopper(
             p.queries, p.heads, p.repeats, p.group, p.groups, tiles, p.batch * p.heads, items, columns.numel(),
             p.scale * 1.4426950408889634, *steps,
             D=p.dim, BN=c["BN"], STAGES=c["STAGES"], QUEUE=c["QUEUE"], CONSUMER_REGS=c["CONSUMER_REGS"],
-            PRODUCER_REGS=c["PRODUCER_REGS"], num_warps=4, maxnreg=c["MAXNREG"],
+            PRODUCER_REGS=c["PRODUCER_REGS"], TURNS=bool(c["TURNS"]), num_warps=4, maxnreg=c["MAXNREG"],
         )  # fmt: skip

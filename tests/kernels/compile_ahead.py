@@ -88,6 +88,8 @@ def build(op: str, arch: str, dim: int) -> tuple[int, int]:
         }[op]
         options = {"num_warps": 4, "maxnreg": config.pop("MAXNREG")}
         boxes = {"q_desc": (64, dim), "k_desc": (64, 64), "v_desc": (64, 64)}
+        if "TURNS" in config:
+            config["TURNS"] = bool(config["TURNS"])
         if op == "identify_hopper":
             config |= {"TG": 2, "RC": 4, "SP": 16}
             boxes = {"q_desc": (32, 64), "k_desc": (64, dim)}

@@ -45,8 +45,8 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         )
     ],
     "sparse_hopper": [
-        {"BN": n, "STAGES": s, "QUEUE": 2, "CONSUMER_REGS": r, "PRODUCER_REGS": 504 - 2 * r, "MAXNREG": 168}
-        for n, s, r in ((128, 2, 208), (128, 2, 216), (64, 4, 208))
+        {"BN": n, "STAGES": s, "QUEUE": 2, "CONSUMER_REGS": 208, "PRODUCER_REGS": 88, "MAXNREG": 168, "TURNS": t}
+        for n, s, t in ((128, 2, 0), (128, 2, 1), (64, 4, 0), (64, 4, 1))
     ],
     "sparse": [
         {"BM": m, "BN": n, "num_warps": w, "num_stages": s}
