@@ -106,7 +106,10 @@ def _produce(
 
 @gluon.jit
 def _hand_over(work_s, place, item, count):
-    """Tell the consumers the next work item, and the length of its list; 0 at the end."""
+    """Tell the consumers the next work item, and the length of its list; 0 at the end.
+
+    Every thread writes the same, the one that signals the barrier among them and before it does.
+    """
     L: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     work_s.index(2 * place).store(gl.zeros([1], gl.int32, L) + item)
     work_s.index(2 * place + 1).store(gl.zeros([1], gl.int32, L) + count)

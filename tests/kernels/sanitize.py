@@ -1,4 +1,7 @@
-"""All kernels once on small shapes: `compute-sanitizer --tool memcheck python tests/kernels/sanitize.py`."""
+"""All kernels once on small shapes: `compute-sanitizer --tool memcheck python tests/kernels/sanitize.py`.
+
+`--tool racecheck` does not follow mbarriers and reports what they guard (docs/benchmarks/log.md, entry 11).
+"""
 
 from __future__ import annotations
 
