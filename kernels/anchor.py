@@ -216,8 +216,8 @@ def _launch(q: Tensor, k: Tensor, v: Tensor | None, p: Problem, precise: bool) -
 def portable(
     q: Tensor, k: Tensor, v: Tensor | None, p: Problem, precise: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    kind = torch.float32 if precise else q.dtype
     """Launcher of `anchor_kernel`, which runs on every architecture."""
+    kind = torch.float32 if precise else q.dtype
     out = q.new_empty(p.batch, p.heads, p.queries, 0 if v is None else p.dim, dtype=kind)
     lse = q.new_empty(p.batch, p.heads, p.queries, dtype=torch.float32)
     q_bar = q.new_empty(p.batch, p.heads, p.blocks, p.dim, dtype=kind)
