@@ -55,14 +55,15 @@ def needle_grid(depths: Sequence[Result], metric: str = "score") -> Figure:
     if metric == "logprob":
         low = min(float(np.nanmin(x)) for x in panels.values())
         norm, name = Normalize(min(low, -0.1), 0), "log-probability of the answer (nats per token)"
-    across = min(3, len(panels))
+    across = 2 if len(panels) == 4 else min(3, len(panels))
     down = math.ceil(len(panels) / across)
     each = max(0.62 * len(lengths) + 0.9, 2.5)
+    count = depths[0]["samples"]
     figure = new_figure(
         max(across * each + 1.6, 7.2),
         down * (0.42 * len(places) + 1.1) + 0.9,
         f"{depths[0]['task'].capitalize()}: {name.split(':')[0].split(' of')[0]} by length and depth",
-        f"{depths[0]['samples']} samples per cell, the same in every arm; dense first",
+        f"{count} {'sample' if count == 1 else 'samples'} per cell, the same in every arm; dense first",
     )
     colours = matplotlib.colormaps["cividis"]
     axes = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True).ravel()

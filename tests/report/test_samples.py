@@ -66,3 +66,20 @@ def test_every_needle_is_hidden_once_and_asked_once(maker: ModuleType, needles: 
 def test_impossible_prompts_are_refused(maker: ModuleType, needles: int, size: int) -> None:
     with pytest.raises(ValueError, match="needles"):
         maker.make(needles, size, 0)
+
+
+def test_the_study_has_a_place_for_every_table(tmp_path: Path) -> None:
+    spec = importlib.util.spec_from_file_location("study", SAMPLES / "study.py")
+    assert spec is not None
+    assert spec.loader is not None
+    study = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(study)
+    source = (SAMPLES / "study.py").read_text(encoding="utf-8")
+    blocks = re.findall(r'^        "([a-z0-9-]+)": [a-z_]+\(', source, re.M)
+    assert len(blocks) == 8
+    copy = tmp_path / "study.md"
+    copy.write_bytes(study.DOCUMENT.read_bytes())
+    study.rewrite(copy, dict.fromkeys(blocks, "NEW"))
+    assert copy.read_text(encoding="utf-8").count("NEW") == len(blocks)
+    with pytest.raises(SystemExit, match="lacks the marks of nonsense"):
+        study.rewrite(copy, {"nonsense": ""})
