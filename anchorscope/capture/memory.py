@@ -21,6 +21,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from anchorscope.capture.models import prefill_module
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -137,7 +139,7 @@ def _watch_pieces(model: PreTrainedModel, run: Callable[[], Any]) -> list[list[i
     """The events of each piece of a prefill."""
     starts: list[int] = []
     with LiveBytes() as live:
-        hook = model.base_model.register_forward_pre_hook(lambda *_: starts.append(len(live.events)))
+        hook = prefill_module(model).register_forward_pre_hook(lambda *_: starts.append(len(live.events)))
         try:
             run()
         finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from anchorscope.dumps.writer import dtype_name, torch_dtype
 from anchorscope.errors import AnchorScopeError, InputError, MissingBackendError
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
@@ -189,6 +191,13 @@ def name_of(model: PreTrainedModel) -> str:
     """A loaded model's id, or the last part of the folder it came from: dumps carry no local paths."""
     source = str(getattr(model, "name_or_path", "") or "")
     return (Path(source).name if Path(source).exists() else source) or type(model).__name__
+
+
+def prefill_module(model: PreTrainedModel) -> nn.Module:
+    """The module whose forward is a prefill without N x vocabulary logits: the model itself if it can keep one row of
+    them, else its body without the head.
+    """
+    return model if "logits_to_keep" in inspect.signature(model.forward).parameters else model.base_model
 
 
 def max_positions(model: PreTrainedModel) -> int | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import platform
 import traceback
@@ -22,6 +21,7 @@ from anchorscope.capture.models import (
     max_positions,
     model_facts,
     name_of,
+    prefill_module,
     require_transformers,
     text_config,
 )
@@ -231,13 +231,8 @@ def prefill(model: PreTrainedModel, token_ids: Sequence[int], *, chunk: int | No
     vocabulary tensor never exists. With `chunk`, a KV cache carries the prompt forward piece by piece.
     """
     ids = torch.tensor([list(token_ids)], dtype=torch.long, device=model.device)
-    takes = inspect.signature(model.forward).parameters
-    runner: Any = model
-    options: dict[str, Any] = {}
-    if "logits_to_keep" in takes:
-        options["logits_to_keep"] = 1
-    else:
-        runner = model.base_model
+    runner = prefill_module(model)
+    options: dict[str, Any] = {"logits_to_keep": 1} if runner is model else {}
     with torch.inference_mode():
         if chunk is None or chunk >= ids.shape[1]:
             return getattr(runner(input_ids=ids, use_cache=False, **options), "logits", None)

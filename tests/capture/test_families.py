@@ -32,6 +32,7 @@ QUICK = [
     "mistral",
     "mixtral",
     "olmo2",
+    "opt",
     "phi3",
     "qwen2",
     "qwen3",
