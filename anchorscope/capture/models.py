@@ -126,6 +126,19 @@ def load_model(
     return LoadedModel(model, tokenizer, name, getattr(config, "_commit_hash", None) or revision)
 
 
+def ready_model(model: str | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, **loading: Any) -> LoadedModel:
+    """A model by name, loaded with `loading` (see `load_model`), or one that is loaded already, with its tokenizer.
+
+    Raises:
+        InputError, MissingBackendError: as `load_model`.
+    """
+    if isinstance(model, str):
+        return load_model(model, **loading)
+    loaded = LoadedModel(model, tokenizer, name_of(model), None)
+    check_config(model.config, loaded.name)
+    return loaded
+
+
 def check_config(config: PretrainedConfig, name: str) -> None:
     """Refuse architectures whose attention is not causal self-attention throughout.
 

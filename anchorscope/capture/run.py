@@ -16,12 +16,10 @@ from anchorscope.capture.hook import AttentionCall, intercept
 from anchorscope.capture.memory import Curve, free_bytes, prefill_curve, weight_bytes
 from anchorscope.capture.models import (
     LoadedModel,
-    check_config,
-    load_model,
     max_positions,
     model_facts,
-    name_of,
     prefill_module,
+    ready_model,
     require_transformers,
     text_config,
 )
@@ -134,18 +132,15 @@ def capture_model(
     inputs = unique_names([p if isinstance(p, PromptInput) else prompt_from_file(p) for p in prompts])
 
     try:
-        if isinstance(model, str):
-            loaded = load_model(
-                model,
-                device=device,
-                model_dtype=model_dtype,
-                revision=revision,
-                trust_remote_code=trust_remote_code,
-                notify=tell,
-            )
-        else:
-            loaded = LoadedModel(model, tokenizer, name_of(model), None)
-            check_config(model.config, loaded.name)
+        loaded = ready_model(
+            model,
+            tokenizer,
+            device=device,
+            model_dtype=model_dtype,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            notify=tell,
+        )
         net = loaded.model
         ready = [
             tokenize(
@@ -214,7 +209,7 @@ def capture_model(
             return writer.finish()
     except AnchorScopeError:
         raise
-    except Exception as error:
+    except Exception as error:  # the model's own code ran; what is ours is raised again below
         if _out_of_memory(error):
             raise RunFailure(_memory_advice(error, outlook)) from None
         if _is_foreign(error):
@@ -431,7 +426,7 @@ def _outlook(
     free = free_bytes(model.device)
     try:
         curve = prefill_curve(model, token_ids, len(token_ids), chunk, prefill)
-    except Exception as error:
+    except Exception as error:  # tensors of any kind pass by; an estimate must not stop a capture, and that is said
         if isinstance(error, AnchorScopeError) or _out_of_memory(error):
             raise
         tell(f"memory: unknown, the model's operations could not be watched ({type(error).__name__})")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from anchorscope.cli.common import human_bytes, note, progress_bar, stdout_console, warn
+from anchorscope.cli.common import chosen, human_bytes, note, progress_bar, stdout_console, warn
 from anchorscope.errors import InputError
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def analyze(
     Writes heads.csv, curves.csv, report.json, profile/, figures/ and heads/ into OUT. Interrupted runs continue when
     the same command is given again.
     """
-    from anchorscope.selection import parse_indices, parse_thetas
+    from anchorscope.selection import parse_thetas
 
     if overwrite and resume:
         raise InputError("--overwrite and --resume contradict each other: give one of them")
@@ -78,11 +78,7 @@ def analyze(
         thetas=thetas,
         params=params,
         target_recall=target_recall,
-        layers=None if layers == "all" else parse_indices(layers, "--layers", [e.layer for e in source.entries]),
-        heads=None
-        if heads == "all"
-        else parse_indices(heads, "--heads", [h for e in source.entries for h in e.query_heads]),
-        prompts=None if prompts == "all" else [p.strip() for p in prompts.split(",")],
+        **chosen(source, layers, heads, prompts),
         backend=backend,
         device=device,
         heatmaps=pairs,

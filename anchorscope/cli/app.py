@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.errno == errno.ENOSPC:
             return _complain(f"the disk is full ({error.filename or 'while writing'}); free some space", error)
         return _complain(f"{error.filename or 'the system'}: {error.strerror or error}", error)
-    except Exception as error:
+    except Exception as error:  # the outermost frame: a defect of ours is called one, with code 1
         return _complain(
             f"internal error ({type(error).__name__}: {error}); please report it with the output of"
             " ANCHORSCOPE_DEBUG=1 anchorscope ...",

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from anchorscope.analysis.run import Progress as Event
+    from anchorscope.dumps import Dump
 
 
 def stdout_console() -> Console:
@@ -44,6 +45,23 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
+
+
+def chosen(source: Dump, layers: str, heads: str, prompts: str) -> dict[str, Any]:
+    """What --layers, --heads and --prompts choose of a dump, as keyword arguments; None means all.
+
+    Raises:
+        InputError: malformed lists, or indices that the dump lacks.
+    """
+    from anchorscope.selection import parse_indices
+
+    every_layer = [e.layer for e in source.entries]
+    every_head = [h for e in source.entries for h in e.query_heads]
+    return {
+        "layers": None if layers == "all" else parse_indices(layers, "--layers", every_layer),
+        "heads": None if heads == "all" else parse_indices(heads, "--heads", every_head),
+        "prompts": None if prompts == "all" else [p.strip() for p in prompts.split(",")],
+    }
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from anchorscope.cli.common import human_bytes, note, progress_bar, stdout_console, warn
+from anchorscope.cli.common import chosen, human_bytes, note, progress_bar, stdout_console, warn
 from anchorscope.errors import InputError
 
 if TYPE_CHECKING:
@@ -59,7 +59,6 @@ def compare(
         raise InputError("compare needs a dump and a place for the results: anchorscope compare DIR --out OUT")
     # Before anything heavy or slow: a misspelt method should not wait for it.
     from anchorscope.methods import line_up
-    from anchorscope.selection import parse_indices
 
     lineup = line_up(methods, settings or (), labels or ())
 
@@ -72,11 +71,7 @@ def compare(
         source,
         lineup=lineup,
         target_recall=target_recall,
-        layers=None if layers == "all" else parse_indices(layers, "--layers", [e.layer for e in source.entries]),
-        heads=None
-        if heads == "all"
-        else parse_indices(heads, "--heads", [h for e in source.entries for h in e.query_heads]),
-        prompts=None if prompts == "all" else [p.strip() for p in prompts.split(",")],
+        **chosen(source, layers, heads, prompts),
         device=device,
     )
     note(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from anchorscope.cli.common import human_bytes, note, progress_bar, stdout_console, warn
+from anchorscope.cli.common import chosen, human_bytes, note, progress_bar, stdout_console, warn
 from anchorscope.errors import InputError
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def heads(
     """
     # Before anything heavy or slow: a misspelt option should not wait for it.
     from anchorscope.params import AnchorParams
-    from anchorscope.selection import parse_indices, parse_thetas
+    from anchorscope.selection import parse_thetas
 
     thetas = parse_thetas(theta)
     if len(thetas) != 1:
@@ -64,11 +64,7 @@ def heads(
         source,
         params=params,
         theta=thetas[0],
-        layers=None if layers == "all" else parse_indices(layers, "--layers", [e.layer for e in source.entries]),
-        heads=None
-        if heads == "all"
-        else parse_indices(heads, "--heads", [h for e in source.entries for h in e.query_heads]),
-        prompts=None if prompts == "all" else [p.strip() for p in prompts.split(",")],
+        **chosen(source, layers, heads, prompts),
         device=device,
     )
     note(

@@ -28,13 +28,12 @@ from anchorscope.capture import (
     LoadedModel,
     PromptInput,
     intercept,
-    load_model,
     model_facts,
     prefill,
     prompt_from_file,
 )
 from anchorscope.capture.memory import free_bytes
-from anchorscope.capture.models import check_config, max_positions, name_of, require_transformers
+from anchorscope.capture.models import max_positions, ready_model, require_transformers
 from anchorscope.capture.prompts import tokenize, unique_names
 from anchorscope.capture.run import CHUNKED_TOKENS, check_chunking
 from anchorscope.devices import resolve_backend_name
@@ -217,18 +216,15 @@ def evaluate(
     inputs = unique_names([p if isinstance(p, PromptInput) else prompt_from_file(p) for p in prompts])
     _check_folder(path, overwrite)
     require_transformers()
-    if isinstance(model, str):
-        loaded = load_model(
-            model,
-            device=device,
-            model_dtype=model_dtype,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            notify=tell,
-        )
-    else:
-        loaded = LoadedModel(model, tokenizer, name_of(model), None)
-        check_config(model.config, loaded.name)
+    loaded = ready_model(
+        model,
+        tokenizer,
+        device=device,
+        model_dtype=model_dtype,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        notify=tell,
+    )
     facts = model_facts(loaded.model, loaded.name, loaded.revision)
     layers = _layers(loaded.model)
     ready = _arms(arms, params, layers, facts, force)

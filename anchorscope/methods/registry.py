@@ -80,7 +80,7 @@ def known_methods() -> dict[str, type[Method]]:
     for point in sorted(entry_points(group=GROUP), key=lambda e: (e.name, e.value)):
         try:
             cls = point.load()
-        except Exception as error:
+        except Exception as error:  # importing a stranger's package can fail in any way
             raise InputError(
                 f"the installed method {point.name} cannot be loaded ({error}): fix or uninstall its package"
             ) from error

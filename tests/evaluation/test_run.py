@@ -232,7 +232,7 @@ def test_the_folder_is_guarded(finished, model, tokenizer, tmp_path, monkeypatch
     ],
 )
 def test_mistakes_get_one_sentence(model, tokenizer, tmp_path, monkeypatch, change, message):
-    monkeypatch.setattr(run_module, "name_of", lambda _: "tiny")
+    monkeypatch.setattr("anchorscope.capture.models.name_of", lambda _: "tiny")
     request = {**REQUEST, "tasks": [], "tokenizer": tokenizer, **change}
     with pytest.raises(InputError, match=message):
         evaluate(model, tmp_path / "o", **request)
