@@ -1,0 +1,69 @@
+"""Where the time of the pipeline goes, kernel by kernel: `python tests/kernels/breakdown.py [BLOCKxSTEP ...]`, on a GPU.
+
+Calls alternate with dense attention, as in `anchorscope bench`, so that the chip is as warm as there.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import defaultdict
+from statistics import median
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
+
+from anchorscope.kernels import pipeline
+from anchorscope.planted import planted
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("grids", nargs="*", default=["64x8", "128x4", "128x16"])
+    parser.add_argument("--n", type=int, default=65536)
+    parser.add_argument("--theta", type=float, default=6.0)
+    parser.add_argument("--repeats", type=int, default=9)
+    args = parser.parse_args()
+    q, k, v = planted(args.n, device="cuda")
+    for grid in args.grids:
+        block, step = (int(x) for x in grid.split("x"))
+
+        def call(block: int = block, step: int = step) -> None:
+            pipeline.anchor_attention(q, k, v, theta=args.theta, block=block, step=step)
+
+        print(f"n {args.n} {grid} theta {args.theta}: {shown(trace(call, (q, k, v), args.repeats))}", flush=True)
+
+
+def trace(call, qkv: tuple[torch.Tensor, ...], repeats: int) -> dict[str, float]:
+    """Median milliseconds of every kernel of a call, and `whole` from its first kernel's start to its last one's end."""
+    call()
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        for _ in range(repeats):
+            call()
+            with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+                torch.nn.functional.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True)
+            torch.cuda.synchronize()
+    events = sorted((e.time_range.start, e.time_range.end, e.name) for e in seen.events())
+    times: dict[str, list[float]] = defaultdict(list)
+    begin = None
+    for start, end, name in events:
+        if "cudnn" in name or "flash" in name.lower():
+            times["dense"].append((end - start) / 1e3)
+            if begin is not None:
+                times["whole"].append((last - begin) / 1e3)
+            begin = None
+            continue
+        begin = start if begin is None else begin
+        last = end
+        times[name[:40]].append((end - start) / 1e3)
+    return {name: median(values) for name, values in times.items()}
+
+
+def shown(times: dict[str, float]) -> str:
+    """One line, longest first."""
+    return ", ".join(f"{name} {ms:.3f}" for name, ms in sorted(times.items(), key=lambda x: -x[1]))
+
+
+if __name__ == "__main__":
+    main()
