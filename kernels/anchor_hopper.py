@@ -23,6 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
     tma,
     warpgroup_mma,
+    warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -38,6 +39,13 @@ BM = 2 * HALF
 PIECE = 64  # keys, and columns, that the copy engine brings at a time
 LOG2E: gl.constexpr = gl.constexpr(1.4426950408889634)
 LN2: gl.constexpr = gl.constexpr(0.6931471805599453)
+# Rows of products as the tensor cores leave them, columns of every 8 that a thread has added up.
+PARTS: gl.constexpr = gl.constexpr(
+    gl.DistributedLinearLayout(
+        reg_bases=[[0, 1], [8, 0]], lane_bases=[[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]], warp_bases=[[16, 0], [32, 0]],
+        block_bases=[], shape=[64, 8],
+    )
+)  # fmt: skip
 
 
 @gluon.jit
@@ -47,13 +55,28 @@ def rounds(items):
 
 
 @gluon.jit
-def _rows(item, n, group, tiles, batch_heads):
-    """Head, first position of the group and rows of a work item."""
-    order = item // batch_heads
-    base = order // tiles * group
+def digits(item, first, second):
+    """A work item as three digits: item = a + first * (b + second * c). Divisions cost more than a step, see `onward`."""
+    return item % first, item // first % second, item // first // second
+
+
+@gluon.jit
+def onward(a, b, c, step_a, step_b, step_c, first, second):
+    """Digits of the item after the next `num_programs`, whose own digits the steps are."""
+    a += step_a
+    carry = (a >= first).to(gl.int32)
+    a -= carry * first
+    b += step_b + carry
+    carry = (b >= second).to(gl.int32)
+    return a, b - carry * second, c + step_c + carry
+
+
+@gluon.jit
+def _rows(tile, g, n, group, tiles):
+    """First position of the group, first row and past-the-last row of the group for a query tile."""
+    base = g * group
     here = gl.minimum(tiles, (n - base + 127) // 128)  # the last group may be short
-    row0 = base + (here - 1 - order % tiles) * 128  # the longest tile of a group first
-    return item % batch_heads, base, row0, gl.minimum(base + group, n)
+    return base, base + (here - 1 - tile) * 128, gl.minimum(base + group, n)  # the longest tile of a group first
 
 
 @gluon.jit
@@ -78,10 +101,11 @@ def _produce(
     D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, QUEUE: gl.constexpr,
 ):  # fmt: skip
     """The producer warp."""
-    count = 0
+    number = 0  # key tiles so far
+    bh, tile, g = digits(gl.program_id(0), batch_heads, tiles)
+    step_h, step_t, step_g = digits(gl.num_programs(0), batch_heads, tiles)
     for turn in range(rounds(items)):
-        item = gl.program_id(0) + turn * gl.num_programs(0)
-        bh, base, row0, row_end = _rows(item, n, group, tiles, batch_heads)
+        base, row0, row_end = _rows(tile, g, n, group, tiles)
         start, _init, init_pieces, total = _keys(base, row0, row_end, offset, init, lookback, BN)
         b = bh // heads
         h = bh % heads
@@ -98,13 +122,19 @@ def _produce(
         vy = b * vy_b + hk * vy_h
         vx = b * vx_b + hk * vx_h
         for it in range(total):
-            slot = count % STAGES
-            phase = ((count // STAGES) & 1) ^ 1
-            mbarrier.wait(k_empty.index(slot), phase)
+            slot = number % STAGES
+            mbarrier.wait(k_empty.index(slot), ((number // STAGES) & 1) ^ 1)
             _load(k_desc, k_s, k_full, slot, it, ky, kx, start, init_pieces, D, BN)
-            mbarrier.wait(v_empty.index(slot), phase)
+            mbarrier.wait(v_empty.index(slot), ((number // STAGES) & 1) ^ 1)
             _load(v_desc, v_s, v_full, slot, it, vy, vx, start, init_pieces, D, BN)
-            count += 1
+            number += 1
+        bh, tile, g = onward(bh, tile, g, step_h, step_t, step_g, batch_heads, tiles)
+    # The consumers start a product after the last one; nobody uses it.
+    mbarrier.wait(k_empty.index(number % STAGES), ((number // STAGES) & 1) ^ 1)
+    mbarrier.arrive(k_full.index(number % STAGES), count=1)
+    place = rounds(items) % QUEUE
+    mbarrier.wait(q_empty.index(place), ((rounds(items) // QUEUE) & 1) ^ 1)
+    mbarrier.arrive(q_full.index(place), count=1)
 
 
 @gluon.jit
@@ -118,6 +148,13 @@ def _load(desc, tiles_s, full, slot, it, y, x, start, init_pieces, D: gl.constex
         j = gl.where(piece < init_pieces, piece * 64, start + (piece - init_pieces) * 64)
         for c in gl.static_range(panels):
             tma_load(desc, [y + j, x + c * 64], full.index(slot), tiles_s.index((slot * panels + c) * rows + u))
+
+
+@gluon.jit
+def following(slot, phase, STAGES: gl.constexpr):
+    """The next buffer of a ring, and the parity of its barrier."""
+    wrap = slot == STAGES - 1
+    return gl.where(wrap, 0, slot + 1), gl.where(wrap, phase ^ 1, phase)
 
 
 @gluon.jit
@@ -144,121 +181,131 @@ def _masked(s, it, start, init_end, init_pieces, first, BN: gl.constexpr, S_L: g
 
 
 @gluon.jit
-def _pool(
-    octets_s, q_full, q_empty, QSum, n, group, tiles, batch_heads, items, D: gl.constexpr, QUEUE: gl.constexpr,
-):  # fmt: skip
-    """Two warps that sum the queries, 64 at a time; `octets_s` are 8 queries by 64 columns each."""
-    L: gl.constexpr = gl.BlockedLayout([8, 1], [1, 32], [1, 2], [1, 0])
-    i = gl.arange(0, 8, gl.SliceLayout(1, L))
-    d = gl.arange(0, 64, gl.SliceLayout(0, L))
-    for turn in range(rounds(items)):
-        item = gl.program_id(0) + turn * gl.num_programs(0)
-        bh, _base, row0, row_end = _rows(item, n, group, tiles, batch_heads)
-        unit = bh.to(gl.int64) * ((n + 63) // 64) + row0 // 64
-        await_tile(q_full, turn, True, QUEUE)
-        for part in range(2 * (D // 64)):  # half of the queries, panel of columns
-            live = row_end - row0 - part // (D // 64) * 64
-            total = gl.zeros([64], gl.float32, gl.SliceLayout(0, L))
-            for u in range(8):
-                q = octets_s.index((turn % QUEUE * 2 * (D // 64) + part) * 8 + u).load(L).to(gl.float32)
-                total += gl.sum(gl.where((u * 8 + i < live)[:, None], q, 0.0), 0)
-            gl.store(QSum + unit * D + part * 64 + d, total, mask=(d >= 0) & (live > 0))
-        mbarrier.arrive(q_empty.index(turn % QUEUE), count=1)
+def softmax(s, top, total, scale_log2, BN: gl.constexpr):
+    """Continue a softmax by a tile of products s (64, BN): weights, fade of what was, new maxima (log2 units), new sums.
+
+    Sums stay spread over 8 columns: `total` (64, 8) has the layout PARTS, `top` and the fade that of its rows.
+    """
+    x = gl.max(gl.reshape(s, [64, 2, BN // 16, 8]), 2)  # in registers, independent chains
+    x = gl.convert_layout(gl.max(x, 1), PARTS, assert_trivial=True)
+    new = gl.maximum(top, gl.max(x, 1) * scale_log2)
+    fade = gl.exp2(top - new)
+    shift = gl.convert_layout(new, gl.SliceLayout(1, s.type.layout), assert_trivial=True)
+    w = gl.exp2(s * scale_log2 - shift[:, None])
+    part = gl.convert_layout(gl.sum(gl.reshape(w, [64, BN // 8, 8]), 1), PARTS, assert_trivial=True)
+    return w, fade, new, total * fade[:, None] + part
+
+
+@gluon.jit
+def product(q, keys, BN: gl.constexpr, S_L: gl.constexpr):
+    """Start the product of 64 queries and a key tile."""
+    zeros = gl.zeros([64, BN], gl.float32, S_L)
+    return warpgroup_mma(q, keys.permute((1, 0)), zeros, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _sum_queries(q, live, to, dtype: gl.constexpr, D: gl.constexpr):
+    """Store the sum of the first `live` of 64 queries, by the tensor cores: a product of ones with them."""
+    L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    P_L: gl.constexpr = gl.DotOperandLayout(0, L, 2)
+    i = gl.arange(0, 64, gl.SliceLayout(0, P_L))
+    ones = gl.where((i < live)[None, :], gl.full([64, 64], 1.0, gl.float32, P_L), 0.0).to(dtype)
+    row = gl.arange(0, 64, gl.SliceLayout(1, L))
+    column = gl.arange(0, 64, gl.SliceLayout(0, L))
+    for part in gl.static_range(D // 64):
+        token = warpgroup_mma(
+            ones, q.slice(part * 64, 64, dim=1), gl.zeros([64, 64], gl.float32, L), use_acc=False, is_async=True
+        )
+        sums = warpgroup_mma_wait(0, deps=[token])
+        gl.store(to + part * 64 + (row[:, None] * 0 + column[None, :]), sums, mask=(row == 0)[:, None] & (live > 0))
 
 
 @gluon.jit
 def _consume(
-    half: gl.constexpr, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, Out, Lse, Tops,
+    half: gl.constexpr, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, Out, Lse, Tops, QSum,
     n, offset, init, lookback, group, tiles, batch_heads, items, scale_log2,
     D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, QUEUE: gl.constexpr,
 ):  # fmt: skip
     """One consumer warpgroup: queries 64 * half ... of each tile."""
     S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     A_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    A_ROW: gl.constexpr = gl.SliceLayout(1, A_L)
     P_L: gl.constexpr = gl.DotOperandLayout(0, A_L, 2)
-    ROW: gl.constexpr = gl.SliceLayout(1, S_L)
+    TOP: gl.constexpr = gl.SliceLayout(1, PARTS)
     OUT_L: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (D // 8), D // 8], [4, 1], [1, 0])
     dtype: gl.constexpr = k_s.dtype
-    count = 0  # key tiles so far
+    slot = 0  # buffer of the current key tile, and the parity of its barriers
+    phase = 0
+    bh, tile, g = digits(gl.program_id(0), batch_heads, tiles)
+    step_h, step_t, step_g = digits(gl.num_programs(0), batch_heads, tiles)
     mbarrier.wait(q_full.index(0), 0)
     mbarrier.wait(k_full.index(0), 0)
-    s_token = warpgroup_mma(
-        q_s.index(half), k_s.index(0).permute((1, 0)), gl.zeros([64, BN], gl.float32, S_L), use_acc=False, is_async=True
-    )
-    s = warpgroup_mma_wait(0, deps=[s_token])
+    s = warpgroup_mma_wait(0, deps=[product(q_s.index(half), k_s.index(0), BN, S_L)])
     for turn in range(rounds(items)):
-        item = gl.program_id(0) + turn * gl.num_programs(0)
-        bh, base, row0, row_end = _rows(item, n, group, tiles, batch_heads)
+        base, row0, row_end = _rows(tile, g, n, group, tiles)
         start, init_end, init_pieces, total_tiles = _keys(base, row0, row_end, offset, init, lookback, BN)
         q = q_s.index(2 * (turn % QUEUE) + half)
         my0 = row0 + half * 64
         first = offset + my0
-        live = my0 + gl.arange(0, 64, ROW) < row_end
         mine = total_tiles
-        if BN == 64:  # the last tile may lie after all queries of the first half
+        if BN == 64 and half == 0:  # the last tile may lie after all queries of the first half
             mine -= (start + (total_tiles - 1 - init_pieces) * 64 > first + 63).to(gl.int32)
-        mbarrier.arrive(k_empty.index(count % STAGES), count=1)
+        top = gl.full([64], float("-inf"), gl.float32, TOP)
+        total = gl.zeros([64, 8], gl.float32, PARTS)
+        unit = bh.to(gl.int64) * ((n + 63) // 64) + my0 // 64
+        _sum_queries(q, row_end - my0, QSum + unit * D, dtype, D)
+        mbarrier.arrive(k_empty.index(slot), count=1)
         s = _masked(s, 0, start, init_end, init_pieces, first, BN, S_L)
-        top = gl.max(s, 1) * scale_log2
-        w = gl.exp2(s * scale_log2 - top[:, None])
-        total = gl.sum(w, 1)
-        p = gl.convert_layout(w.to(dtype), P_L)
+        w, _fade, top, total = softmax(s, top, total, scale_log2, BN)
+        mbarrier.wait(v_full.index(slot), phase)
+        p = gl.convert_layout(w.to(dtype), P_L, assert_trivial=True)
         acc = gl.zeros([64, D], gl.float32, A_L)
         for it in range(1, mine):
-            await_tile(k_full, count + 1, True, STAGES)
-            s_token = warpgroup_mma(
-                q, k_s.index((count + 1) % STAGES).permute((1, 0)), gl.zeros([64, BN], gl.float32, S_L),
-                use_acc=False, is_async=True,
-            )  # fmt: skip
-            await_tile(v_full, count, True, STAGES)
-            a_token = warpgroup_mma(p, v_s.index(count % STAGES), acc, is_async=True)
+            old_slot = slot
+            slot, phase = following(slot, phase, STAGES)
+            mbarrier.wait(k_full.index(slot), phase)
+            s_token = product(q, k_s.index(slot), BN, S_L)
+            a_token = warpgroup_mma(p, v_s.index(old_slot), acc, is_async=True)
             s = warpgroup_mma_wait(1, deps=[s_token])
-            mbarrier.arrive(k_empty.index((count + 1) % STAGES), count=1)
+            mbarrier.arrive(k_empty.index(slot), count=1)
             s = _masked(s, it, start, init_end, init_pieces, first, BN, S_L)
-            new = gl.maximum(top, gl.max(s, 1) * scale_log2)
-            fade = gl.exp2(top - new)
-            w = gl.exp2(s * scale_log2 - new[:, None])
-            total = total * fade + gl.sum(w, 1)
-            top = new
-            # Over long ago: any wait keeps the assembler from moving the exponentials behind the product.
-            await_tile(v_full, count, True, STAGES)
+            w, fade, top, total = softmax(s, top, total, scale_log2, BN)
+            # A wait here keeps the assembler from moving the exponentials behind the PV product.
+            mbarrier.wait(v_full.index(slot), phase)
             acc = warpgroup_mma_wait(0, deps=[a_token])
-            mbarrier.arrive(v_empty.index(count % STAGES), count=1)
-            acc = acc * gl.convert_layout(fade, gl.SliceLayout(1, A_L))[:, None]
-            p = gl.convert_layout(w.to(dtype), P_L)
-            count += 1
+            mbarrier.arrive(v_empty.index(old_slot), count=1)
+            acc = acc * gl.convert_layout(fade, A_ROW, assert_trivial=True)[:, None]
+            p = gl.convert_layout(w.to(dtype), P_L, assert_trivial=True)
+        a_token = warpgroup_mma(p, v_s.index(slot), acc, is_async=True)
         mbarrier.arrive(q_empty.index(turn % QUEUE), count=1)
-        await_tile(v_full, count, True, STAGES)
-        a_token = warpgroup_mma(p, v_s.index(count % STAGES), acc, is_async=True)
-        acc_slot = count % STAGES
-        count += 1
+        last = slot
+        slot, phase = following(slot, phase, STAGES)
         if mine < total_tiles:
-            await_tile(k_full, count, True, STAGES)
-            mbarrier.arrive(k_empty.index(count % STAGES), count=1)
-            await_tile(v_full, count, True, STAGES)
-            mbarrier.arrive(v_empty.index(count % STAGES), count=1)
-            count += 1
+            mbarrier.wait(k_full.index(slot), phase)
+            mbarrier.arrive(k_empty.index(slot), count=1)
+            mbarrier.wait(v_full.index(slot), phase)
+            mbarrier.arrive(v_empty.index(slot), count=1)
+            slot, phase = following(slot, phase, STAGES)
         # The next item's first product runs while this one is stored. After the last item nobody uses it.
-        more = item + gl.num_programs(0) < items
-        await_tile(q_full, turn + 1, more, QUEUE)
-        await_tile(k_full, count, more, STAGES)
-        s_token = warpgroup_mma(
-            q_s.index(2 * ((turn + 1) % QUEUE) + half), k_s.index(count % STAGES).permute((1, 0)),
-            gl.zeros([64, BN], gl.float32, S_L), use_acc=False, is_async=True,
-        )  # fmt: skip
-        acc = warpgroup_mma_wait(1, deps=[a_token])
-        mbarrier.arrive(v_empty.index(acc_slot), count=1)
+        await_tile(q_full, turn + 1, True, QUEUE)
+        mbarrier.wait(k_full.index(slot), phase)
+        s_token = product(q_s.index(2 * ((turn + 1) % QUEUE) + half), k_s.index(slot), BN, S_L)
 
         at = bh.to(gl.int64) * n + my0
-        rows = gl.arange(0, 64, ROW)
-        gl.store(Lse + at + rows, (top + gl.log2(total)) * LN2, mask=live)
+        rows = gl.arange(0, 64, TOP)
+        live = my0 + rows < row_end
+        whole = gl.sum(total, 1)
+        gl.store(Lse + at + rows, (top + gl.log2(whole)) * LN2, mask=live)
         gl.store(Tops + at + rows, top * LN2, mask=live)
-        acc = acc * gl.convert_layout(1.0 / total, gl.SliceLayout(1, A_L))[:, None]
-        o = gl.convert_layout(acc.to(dtype), OUT_L)
+        share = gl.convert_layout(1.0 / whole, A_ROW, assert_trivial=True)
+        acc = warpgroup_mma_wait(1, deps=[a_token])
+        mbarrier.arrive(v_empty.index(last), count=1)
+        o = gl.convert_layout((acc * share[:, None]).to(dtype), OUT_L)
         o_rows = gl.arange(0, 64, gl.SliceLayout(1, OUT_L))
         o_at = Out + at * D + (o_rows[:, None] * D + gl.arange(0, D, gl.SliceLayout(0, OUT_L))[None, :])
         gl.store(o_at, o, mask=(my0 + o_rows < row_end)[:, None])
         s = warpgroup_mma_wait(0, deps=[s_token])
+        bh, tile, g = onward(bh, tile, g, step_h, step_t, step_g, batch_heads, tiles)
 
 
 @gluon.jit(
@@ -273,45 +320,40 @@ def anchor_hopper_kernel(
     qy_b, qy_h, qx_b, qx_h, ky_b, ky_h, kx_b, kx_h, vy_b, vy_h, vx_b, vx_h,
     D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, QUEUE: gl.constexpr, CONSUMER_REGS: gl.constexpr,
 ):  # fmt: skip
-    """Grid: one program per multiprocessor, 4 + 4 + 2 + 1 warps. Out: (B, H, n, D); Tops: (B, H, n); QSum: (B, H,
+    """Grid: one program per multiprocessor, 4 + 4 + 1 warps. Out: (B, H, n, D); Tops: (B, H, n); QSum: (B, H,
     units of 64 queries, D)."""
     dtype: gl.constexpr = k_desc.dtype
     q_s = gl.allocate_shared_memory(dtype, [2 * QUEUE, 64, D], q_desc.layout)
     tile: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BN, D], dtype)
     k_s = gl.allocate_shared_memory(dtype, [STAGES, BN, D], tile)
     v_s = gl.allocate_shared_memory(dtype, [STAGES, BN, D], tile)
-    octets: gl.constexpr = [2 * QUEUE * D // 64 * 8, 8, 64]
     parts: gl.constexpr = [STAGES * BN // 64 * D // 64, 64, 64]
     bar: gl.constexpr = mbarrier.MBarrierLayout()
     q_full = gl.allocate_shared_memory(gl.int64, [QUEUE, 1], bar)
     q_empty = gl.allocate_shared_memory(gl.int64, [QUEUE, 1], bar)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     for i in gl.static_range(QUEUE):
         mbarrier.init(q_full.index(i), count=1)
-        mbarrier.init(q_empty.index(i), count=3)
+        mbarrier.init(q_empty.index(i), count=2)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=1)
-        mbarrier.init(k_empty.index(i), count=2)
         mbarrier.init(v_full.index(i), count=1)
+        mbarrier.init(k_empty.index(i), count=2)
         mbarrier.init(v_empty.index(i), count=2)
     gl.warp_specialize(
         [
             (_consume, (
                 0, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, Out, Lse, Tops,
-                n, offset, init, lookback, group, tiles, batch_heads, items, scale_log2,
+                QSum, n, offset, init, lookback, group, tiles, batch_heads, items, scale_log2,
                 D, BN, STAGES, QUEUE,
             )),
             (_consume, (
                 1, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, Out, Lse, Tops,
-                n, offset, init, lookback, group, tiles, batch_heads, items, scale_log2,
+                QSum, n, offset, init, lookback, group, tiles, batch_heads, items, scale_log2,
                 D, BN, STAGES, QUEUE,
-            )),
-            (_pool, (
-                reinterpret(q_s, dtype, octets, k_desc.layout), q_full, q_empty, QSum,
-                n, group, tiles, batch_heads, items, D, QUEUE,
             )),
             (_produce, (
                 q_desc, k_desc, v_desc, q_s,
@@ -321,8 +363,8 @@ def anchor_hopper_kernel(
                 qy_b, qy_h, qx_b, qx_h, ky_b, ky_h, kx_b, kx_h, vy_b, vy_h, vx_b, vx_h, D, BN, STAGES, QUEUE,
             )),
         ],
-        [4, 2, 1],
-        [CONSUMER_REGS, 504 - 2 * CONSUMER_REGS, 504 - 2 * CONSUMER_REGS],
+        [4, 1],
+        [CONSUMER_REGS, 24],
     )  # fmt: skip
 
 
@@ -397,8 +439,7 @@ def suits(q: Tensor, k: Tensor, v: Tensor | None, p: Problem, precise: bool) -> 
 
 def anchor_hopper(q: Tensor, k: Tensor, v: Tensor, p: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """out, lse, q_bar, a_bar of `anchor` for a call that `suits`."""
-    # Short groups end in the diagonal so often that narrow tiles pay: half of a diagonal tile is left out.
-    c = launch("anchor_hopper" if p.group >= 1024 else "anchor_hopper_short", q.device, 2, p.dim)
+    c = launch("anchor_hopper", q.device, 2, p.dim)
     units = triton.cdiv(p.queries, HALF)
     f32 = torch.float32
     out = q.new_empty(p.batch, p.heads, p.queries, p.dim)

@@ -1,9 +1,9 @@
 """Stage 2 for Hopper: the product of identify.py, warp-specialised, in Gluon.
 
-A persistent program holds BC keys of one kv head on the chip and streams the pooled queries of all groups past them: a
+A persistent program holds 192 keys of one kv head on the chip and streams the pooled queries of all groups past them: a
 producer warp brings stacks of 128 pooled queries (several heads and groups, as in identify.py) by the bulk copy engine;
-two consumer warpgroups multiply them with half of the keys each and reduce hits to bits. Twice the keys per stack halve
-what comes through L2, and one warpgroup's products run while the other reduces.
+three consumer warpgroups multiply them with 64 keys each and reduce hits to bits. One warpgroup's products run while
+the others reduce.
 
 Head dimensions 64, 128 and 256, 16-bit, no window, no soft-cap, groups of 4, 8, 16, 32 or 64 blocks; everything else
 runs the portable kernel.
@@ -30,6 +30,8 @@ from .common import Problem, launch, processors
 from .sparse_hopper import gather
 
 ROWS = 128  # pooled queries in a stack
+CONSUMERS: gl.constexpr = gl.constexpr(3)
+KEYS: gl.constexpr = gl.constexpr(64 * 3)  # of a work item
 
 
 @triton.jit(do_not_specialize=["heads", "repeats", "groups", "step", "blocks", "chunks", "stacks"])
@@ -56,9 +58,9 @@ def _either(a, b):
 
 
 @gluon.jit
-def _plan(item, parts, first, offset, lookback, group, BC: gl.constexpr, TG: gl.constexpr):
+def _plan(item, parts, first, offset, lookback, group, TG: gl.constexpr):
     """Part (kv head and chunk of its heads), first column and first stack of a work item; the longest come first."""
-    c0 = (first + item // parts) * BC
+    c0 = (first + item // parts) * KEYS
     low = c0 + lookback - offset
     return item % parts, c0, gl.where(low < 0, 0, low // group + 1) // TG
 
@@ -68,7 +70,7 @@ def _produce(
     q_desc, k_desc, Need, q_s, k_s, need_s, q_full, q_empty, k_full, k_empty,
     offset, lookback, kv_heads, repeats, group, blocks, chunks, stacks, first, parts, items,
     ky_b, ky_h, kx_b, kx_h,
-    D: gl.constexpr, BC: gl.constexpr, TG: gl.constexpr, RC: gl.constexpr, KEEP: gl.constexpr, STAGES: gl.constexpr,
+    D: gl.constexpr, TG: gl.constexpr, RC: gl.constexpr, KEEP: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The producer warp."""
     L: gl.constexpr = gl.BlockedLayout([4], [32], [1], [0])
@@ -77,17 +79,17 @@ def _produce(
     number = 0  # stacks so far
     for turn in range(rounds(items)):
         item = gl.program_id(0) + turn * gl.num_programs(0)
-        part, c0, begin = _plan(item, parts, first, offset, lookback, group, BC, TG)
+        part, c0, begin = _plan(item, parts, first, offset, lookback, group, TG)
         kv = part // chunks
         b = kv // kv_heads
         hk = kv % kv_heads
         place = turn % KEEP
         mbarrier.wait(k_empty.index(place), ((turn // KEEP) & 1) ^ 1)
-        mbarrier.expect(k_full.index(place), BC // 64 * k_desc.block_type.nbytes)
-        for u in gl.static_range(BC // 64):
+        mbarrier.expect(k_full.index(place), CONSUMERS * k_desc.block_type.nbytes)
+        for u in gl.static_range(CONSUMERS):
             tma_load(
                 k_desc, [b * ky_b + hk * ky_h + c0 + u * 64, b * kx_b + hk * kx_h], k_full.index(place),
-                k_s.index(place * (BC // 64) + u),
+                k_s.index(place * CONSUMERS + u),
             )  # fmt: skip
         head0 = kv * repeats
         for stack in range(begin, stacks):
@@ -108,58 +110,36 @@ def _produce(
 
 @gluon.jit
 def _consume(
-    half: gl.constexpr, q_s, k_s, need_s, q_full, q_empty, k_full, k_empty, Bits,
+    third: gl.constexpr, q_s, k_s, need_s, q_full, q_empty, k_full, k_empty, Bits,
     offset, init, lookback, kv_heads, repeats, group, groups, chunks, stacks, first, parts, items, words,
-    D: gl.constexpr, BC: gl.constexpr, TG: gl.constexpr, RC: gl.constexpr, SP: gl.constexpr, KEEP: gl.constexpr,
-    STAGES: gl.constexpr,
+    D: gl.constexpr, TG: gl.constexpr, RC: gl.constexpr, SP: gl.constexpr, KEEP: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """One consumer warpgroup: half of the keys, 64 at a time."""
+    """One consumer warpgroup: 64 of the keys."""
     S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
-    PARTS: gl.constexpr = BC // 128
     number = 0
     for turn in range(rounds(items)):
         item = gl.program_id(0) + turn * gl.num_programs(0)
-        part, c0, begin = _plan(item, parts, first, offset, lookback, group, BC, TG)
+        part, c0, begin = _plan(item, parts, first, offset, lookback, group, TG)
         base = (part // chunks * repeats + part % chunks * RC).to(gl.int64) * groups
         spare = repeats - part % chunks * RC  # heads of this chunk that exist
         await_tile(k_full, turn, True, KEEP)
-        at = turn % KEEP * (BC // 64) + half * PARTS
-        await_tile(q_full, number, True, STAGES)
-        s = warpgroup_mma_wait(0, deps=[_product(k_s, at, q_s, number % STAGES, S_L)])
+        keys = k_s.index(turn % KEEP * CONSUMERS + third)
         for stack in range(begin, stacks):
-            need = need_s.index(number % STAGES).load(gl.SliceLayout(0, S_L))
-            if PARTS == 2:
-                token = _product(k_s, at + 1, q_s, number % STAGES, S_L)
-                _mark(
-                    s, need, Bits, c0 + half * 128, stack * TG, base, spare,
-                    offset, init, lookback, group, groups, words, TG, RC, SP, S_L,
-                )  # fmt: skip
-                # Over long ago: any wait keeps the assembler from moving the reduction behind the product.
-                await_tile(k_full, turn, True, KEEP)
-                s = warpgroup_mma_wait(0, deps=[token])
-            mbarrier.arrive(q_empty.index(number % STAGES), count=1)
-            await_tile(q_full, number + 1, stack + 1 < stacks, STAGES)
-            if PARTS == 2:  # the next stack's product runs beneath the reduction; after the last one nobody uses it
-                token = _product(k_s, at, q_s, (number + 1) % STAGES, S_L)
-            _mark(
-                s, need, Bits, c0 + (half + 1) * PARTS * 64 - 64, stack * TG, base, spare,
-                offset, init, lookback, group, groups, words, TG, RC, SP, S_L,
+            slot = number % STAGES
+            await_tile(q_full, number, True, STAGES)
+            token = warpgroup_mma(
+                keys, q_s.index(slot).permute((1, 0)), gl.zeros([64, 128], gl.float32, S_L), use_acc=False,
+                is_async=True,
             )  # fmt: skip
-            if PARTS == 1:
-                token = _product(k_s, at, q_s, (number + 1) % STAGES, S_L)
-            await_tile(k_full, turn, True, KEEP)
+            need = need_s.index(slot).load(gl.SliceLayout(0, S_L))
             s = warpgroup_mma_wait(0, deps=[token])
+            mbarrier.arrive(q_empty.index(slot), count=1)
+            _mark(
+                s, need, Bits, c0 + third * 64, stack * TG, base, spare, offset, init, lookback, group, groups, words,
+                TG, RC, SP, S_L,
+            )  # fmt: skip
             number += 1
         mbarrier.arrive(k_empty.index(turn % KEEP), count=1)
-
-
-@gluon.jit
-def _product(k_s, part, q_s, slot, S_L: gl.constexpr):
-    """Start the product of 64 keys and a stack."""
-    return warpgroup_mma(
-        k_s.index(part), q_s.index(slot).permute((1, 0)), gl.zeros([64, 128], gl.float32, S_L),
-        use_acc=False, is_async=True,
-    )  # fmt: skip
 
 
 @gluon.jit
@@ -192,7 +172,7 @@ def _mark(
     word = word & (0xFFFF << gl.minimum(gl.maximum(init - col, 0), 16))[:, None]
     to = Bits + (base + unit // TG * groups + g)[None, :] * words + (col // 16)[:, None]
     there = (unit < RC * TG) & (unit // TG < spare) & (g < groups)
-    gl.store(to, word.to(gl.int16), mask=there[None, :] & (col >= 0)[:, None])
+    gl.store(to, word.to(gl.int16), mask=there[None, :] & (col < words * 16)[:, None])
 
 
 @gluon.jit(
@@ -205,13 +185,13 @@ def score_hopper_kernel(
     q_desc, k_desc, Need, Bits,
     offset, init, lookback, kv_heads, repeats, group, groups, blocks, chunks, stacks, first, parts, items, words,
     ky_b, ky_h, kx_b, kx_h,
-    D: gl.constexpr, BC: gl.constexpr, TG: gl.constexpr, RC: gl.constexpr, SP: gl.constexpr, KEEP: gl.constexpr,
-    STAGES: gl.constexpr, CONSUMER_REGS: gl.constexpr,
+    D: gl.constexpr, TG: gl.constexpr, RC: gl.constexpr, SP: gl.constexpr, KEEP: gl.constexpr, STAGES: gl.constexpr,
+    CONSUMER_REGS: gl.constexpr,
 ):  # fmt: skip
-    """Grid: one program per multiprocessor, 4 + 4 + 1 warps. Bits: (B * H * groups, words) int16, 16 columns each."""
+    """Grid: one program per multiprocessor, 3 * 4 + 1 warps. Bits: (B * H * groups, words) int16, 16 columns each."""
     dtype: gl.constexpr = k_desc.dtype
     q_s = gl.allocate_shared_memory(dtype, [STAGES, 128, D], gl.NVMMASharedLayout.get_default_for([128, D], dtype))
-    k_s = gl.allocate_shared_memory(dtype, [KEEP * BC // 64, 64, D], k_desc.layout)
+    k_s = gl.allocate_shared_memory(dtype, [KEEP * CONSUMERS, 64, D], k_desc.layout)
     need_s = gl.allocate_shared_memory(gl.float32, [STAGES, 128], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     boxes: gl.constexpr = [STAGES * D // 64 * RC, 128 // RC, 64]
     bar: gl.constexpr = mbarrier.MBarrierLayout()
@@ -221,31 +201,36 @@ def score_hopper_kernel(
     k_empty = gl.allocate_shared_memory(gl.int64, [KEEP, 1], bar)
     for i in gl.static_range(STAGES):
         mbarrier.init(q_full.index(i), count=33)  # the copy engine, and every lane of the producer for Need
-        mbarrier.init(q_empty.index(i), count=2)
+        mbarrier.init(q_empty.index(i), count=CONSUMERS)
     for i in gl.static_range(KEEP):
         mbarrier.init(k_full.index(i), count=1)
-        mbarrier.init(k_empty.index(i), count=2)
+        mbarrier.init(k_empty.index(i), count=CONSUMERS)
     gl.warp_specialize(
         [
             (_consume, (
                 0, q_s, k_s, need_s, q_full, q_empty, k_full, k_empty, Bits,
                 offset, init, lookback, kv_heads, repeats, group, groups, chunks, stacks, first, parts, items, words,
-                D, BC, TG, RC, SP, KEEP, STAGES,
+                D, TG, RC, SP, KEEP, STAGES,
             )),
             (_consume, (
                 1, q_s, k_s, need_s, q_full, q_empty, k_full, k_empty, Bits,
                 offset, init, lookback, kv_heads, repeats, group, groups, chunks, stacks, first, parts, items, words,
-                D, BC, TG, RC, SP, KEEP, STAGES,
+                D, TG, RC, SP, KEEP, STAGES,
+            )),
+            (_consume, (
+                2, q_s, k_s, need_s, q_full, q_empty, k_full, k_empty, Bits,
+                offset, init, lookback, kv_heads, repeats, group, groups, chunks, stacks, first, parts, items, words,
+                D, TG, RC, SP, KEEP, STAGES,
             )),
             (_produce, (
                 q_desc, k_desc, Need, reinterpret(q_s, dtype, boxes, q_desc.layout), k_s, need_s,
                 q_full, q_empty, k_full, k_empty,
                 offset, lookback, kv_heads, repeats, group, blocks, chunks, stacks, first, parts, items,
-                ky_b, ky_h, kx_b, kx_h, D, BC, TG, RC, KEEP, STAGES,
+                ky_b, ky_h, kx_b, kx_h, D, TG, RC, KEEP, STAGES,
             )),
         ],
-        [4, 1],
-        [CONSUMER_REGS, 24],
+        [4, 4, 1],
+        [CONSUMER_REGS, CONSUMER_REGS, 24],
     )  # fmt: skip
 
 
@@ -278,9 +263,9 @@ def score_hopper(q_bar: Tensor, a_bar: Tensor, k: Tensor, theta: Tensor, bits: T
     chunks = triton.cdiv(p.repeats, rc)
     parts = p.batch * p.kv_heads * chunks
     stacks = triton.cdiv(p.groups, tg)
-    first = p.init // c["BC"]
+    first = p.init // KEYS.value
     # No group has candidates beyond the last one's.
-    tiles = triton.cdiv(max(0, p.offset + (p.groups - 1) * p.group - p.lookback), c["BC"]) - first
+    tiles = triton.cdiv(max(0, p.offset + (p.groups - 1) * p.group - p.lookback), KEYS.value) - first
     if tiles <= 0:
         return
     need = a_bar.new_empty(parts, stacks, ROWS)
@@ -299,6 +284,5 @@ def score_hopper(q_bar: Tensor, a_bar: Tensor, k: Tensor, theta: Tensor, bits: T
             need, bits.view(torch.int16),
             p.offset, p.init, p.lookback, p.kv_heads, p.repeats, p.group, p.groups, p.blocks, chunks, stacks, first,
             parts, parts * tiles, bits.shape[1] * 2, *steps,
-            D=p.dim, BC=c["BC"], TG=tg, RC=rc, SP=sp, KEEP=c["KEEP"], STAGES=c["STAGES"],
-            CONSUMER_REGS=c["CONSUMER_REGS"], num_warps=4, maxnreg=c["MAXNREG"],
+            D=p.dim, TG=tg, RC=rc, SP=sp, KEEP=c["KEEP"], STAGES=c["STAGES"], CONSUMER_REGS=c["CONSUMER_REGS"], num_warps=4, maxnreg=c["MAXNREG"],
         )  # fmt: skip

@@ -20,7 +20,22 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .anchor_hopper import BM, HALF, LN2, LOG2E, await_tile, shared_layout, tma_load, walk
+from .anchor_hopper import (
+    BM,
+    HALF,
+    LN2,
+    LOG2E,
+    PARTS,
+    await_tile,
+    digits,
+    following,
+    onward,
+    product,
+    shared_layout,
+    softmax,
+    tma_load,
+    walk,
+)
 from .common import Problem, launch, processors
 
 # Triton 3.9 knows only the new name, 3.6 only the old one.
@@ -28,68 +43,70 @@ gather = async_copy.async_load if hasattr(async_copy, "async_load") else async_c
 
 
 @gluon.jit
-def _place(item, group, groups, tiles, batch_heads):
-    """Head, group and first row of a work item. Late groups, which have most stripes, come first."""
-    g = groups - 1 - item // (tiles * batch_heads)
-    return (item // tiles) % batch_heads, g, g * group + item % tiles * 128
-
-
-@gluon.jit
-def _listed(item, Offsets, n, group, groups, tiles, batch_heads, items, capacity):
-    """Where a work item's list begins, and its length; 0 beyond the last item or query."""
-    bh, g, row0 = _place(item, group, groups, tiles, batch_heads)
+def _listed(bh, g, row0, Offsets, n, groups, there, capacity):
+    """Where the list of a work item begins, and its length; 0 beyond the last item or query."""
     at = bh.to(gl.int64) * groups + g
-    there = (item < items) & (row0 < n)
+    there = there & (row0 < n)
     begin = gl.minimum(gl.load(Offsets + at, mask=there, other=0), capacity)
     return begin, (gl.minimum(gl.load(Offsets + at + 1, mask=there, other=0), capacity) - begin).to(gl.int32)
 
 
 @gluon.jit
 def _produce(
-    q_desc, K, V, Columns, Offsets, q_s, k_s, v_s, work_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+    q_desc, K, V, Out, Columns, Offsets, q_s, k_s, v_s, work_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
     skb, skh, skn, svb, svh, svn, n, heads, repeats, group, groups, tiles, batch_heads, items, capacity,
     qy_b, qy_h, qx_b, qx_h, D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, QUEUE: gl.constexpr,
 ):  # fmt: skip
-    """The producer warpgroup. Work items with stripes are handed to the consumers with their queries."""
+    """The producer warpgroup. Work items with stripes are handed to the consumers with their queries.
+
+    Items are query tiles, within heads, within groups; late groups, which have most stripes, come first.
+    """
     L: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (D // 8), D // 8], [4, 1], [1, 0])
     c = gl.arange(0, BN, gl.SliceLayout(1, L))
     d = gl.arange(0, D, gl.SliceLayout(0, L))[None, :]
     number = 0  # key tiles so far
     turn = 0  # items so far
-    begin, count = _listed(gl.program_id(0), Offsets, n, group, groups, tiles, batch_heads, items, capacity)
+    tile, bh, order = digits(gl.program_id(0), tiles, batch_heads)
+    step_t, step_h, step_o = digits(gl.num_programs(0), tiles, batch_heads)
+    g = groups - 1 - order
+    row0 = g * group + tile * 128
+    begin, count = _listed(bh, g, row0, Offsets, n, groups, True, capacity)
     cols = gl.load(Columns + begin + c, mask=c < count, other=0)
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        next_tile, next_bh, order = onward(tile, bh, order, step_t, step_h, step_o, tiles, batch_heads)
+        next_g = groups - 1 - order
+        next_row0 = next_g * group + next_tile * 128
         next_begin, next_count = _listed(
-            item + gl.num_programs(0), Offsets, n, group, groups, tiles, batch_heads, items, capacity
+            next_bh, next_g, next_row0, Offsets, n, groups, item + gl.num_programs(0) < items, capacity
         )
         total = (count + BN - 1) // BN
         if total > 0:
-            bh, _g, row0 = _place(item, group, groups, tiles, batch_heads)
             b = bh // heads
             h = bh % heads
             hk = (h // repeats).to(gl.int64)
             place = turn % QUEUE
             mbarrier.wait(q_empty.index(place), ((turn // QUEUE) & 1) ^ 1)
-            _hand_over(work_s, place, item, count)
+            left = gl.minimum(g * group + group, n) - row0
+            _hand_over(work_s, place, count, bh, row0, left)
             mbarrier.expect(q_full.index(place), 2 * q_desc.block_type.nbytes)
             y = b * qy_b + h * qy_h + row0
             x = b * qx_b + h * qx_h
             tma_load(q_desc, [y, x], q_full.index(place), q_s.index(2 * place))
             tma_load(q_desc, [y + 64, x], q_full.index(place), q_s.index(2 * place + 1))
+            _to_cache(Out + (bh.to(gl.int64) * n + row0) * D, left, D)
             turn += 1
             k_base = K + b.to(gl.int64) * skb + hk * skh
             v_base = V + b.to(gl.int64) * svb + hk * svh
             for it in range(total):
                 slot = number % STAGES
-                phase = ((number // STAGES) & 1) ^ 1
                 done = (it + 1) * BN  # then the next item's list
                 ahead = gl.where(it + 1 < total, begin + done, next_begin)
-                left = gl.where(it + 1 < total, count - done, next_count)
-                later = gl.load(Columns + ahead + c, mask=c < left, other=0)
-                mbarrier.wait(k_empty.index(slot), phase)
+                left_over = gl.where(it + 1 < total, count - done, next_count)
+                later = gl.load(Columns + ahead + c, mask=c < left_over, other=0)
+                mbarrier.wait(k_empty.index(slot), ((number // STAGES) & 1) ^ 1)
                 gather(k_s.index(slot), k_base + ((cols.to(gl.int64) * skn)[:, None] + d))
                 async_copy.mbarrier_arrive(k_full.index(slot), increment_count=False)
-                mbarrier.wait(v_empty.index(slot), phase)
+                mbarrier.wait(v_empty.index(slot), ((number // STAGES) & 1) ^ 1)
                 gather(v_s.index(slot), v_base + ((cols.to(gl.int64) * svn)[:, None] + d))
                 async_copy.mbarrier_arrive(v_full.index(slot), increment_count=False)
                 cols = later
@@ -98,43 +115,66 @@ def _produce(
             cols = gl.load(Columns + next_begin + c, mask=c < next_count, other=0)
         begin = next_begin
         count = next_count
+        tile = next_tile
+        bh = next_bh
+        g = next_g
+        row0 = next_row0
+    # The consumers start a product after the last one; nobody uses it.
+    mbarrier.wait(k_empty.index(number % STAGES), ((number // STAGES) & 1) ^ 1)
+    async_copy.mbarrier_arrive(k_full.index(number % STAGES), increment_count=False)
     place = turn % QUEUE
     mbarrier.wait(q_empty.index(place), ((turn // QUEUE) & 1) ^ 1)
-    _hand_over(work_s, place, 0, 0)
+    _hand_over(work_s, place, 0, 0, 0, 0)
     mbarrier.arrive(q_full.index(place), count=1)
 
 
 @gluon.jit
-def _hand_over(work_s, place, item, count):
-    """Tell the consumers the next work item, and the length of its list; 0 at the end.
+def _to_cache(tile, left, D: gl.constexpr):
+    """Bring the old output of 128 queries into L2, where the consumers read it when the item ends."""
+    LINES: gl.constexpr = D // 64  # of 128 bytes
+    L: gl.constexpr = gl.BlockedLayout([1, LINES], [32, 1], [4, 1], [1, 0])
+    row = gl.minimum(gl.arange(0, 128, gl.SliceLayout(1, L)), left - 1)
+    line = gl.arange(0, LINES, gl.SliceLayout(0, L)) * 64
+    gl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [tile + (row[:, None] * D + line[None, :])],
+        dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _hand_over(work_s, place, count, bh, row0, left):
+    """Tell the consumers the next work item: length of its list (0 at the end), head, first row and rows of its group.
 
     Every thread writes the same, the one that signals the barrier among them and before it does.
     """
-    L: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    work_s.index(2 * place).store(gl.zeros([1], gl.int32, L) + item)
-    work_s.index(2 * place + 1).store(gl.zeros([1], gl.int32, L) + count)
+    _write(work_s, 4 * place, count)
+    _write(work_s, 4 * place + 1, bh)
+    _write(work_s, 4 * place + 2, row0)
+    _write(work_s, 4 * place + 3, left)
 
 
 @gluon.jit
-def _take(work_s, place):
-    """What `_hand_over` left: work item and count."""
-    L: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    return gl.sum(work_s.index(2 * place).load(L), 0), gl.sum(work_s.index(2 * place + 1).load(L), 0)
+def _write(work_s, at, x):
+    work_s.index(at).store(gl.zeros([1], gl.int32, gl.BlockedLayout([1], [32], [4], [0])) + x)
 
 
 @gluon.jit
-def _cut(s, it, count, BN: gl.constexpr, S_L: gl.constexpr):
-    """Hide what lies beyond the end of the list."""
-    if (it + 1) * BN > count:
-        c = it * BN + gl.arange(0, BN, gl.SliceLayout(0, S_L))
-        s = gl.where((c < count)[None, :], s, float("-inf"))
+def _read(work_s, at):
+    return gl.sum(work_s.index(at).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+
+
+@gluon.jit
+def _cut(s, rest, BN: gl.constexpr, S_L: gl.constexpr):
+    """Hide what lies beyond the end of the list, which has `rest` columns from this tile on."""
+    if rest < BN:
+        c = gl.arange(0, BN, gl.SliceLayout(0, S_L))
+        s = gl.where((c < rest)[None, :], s, float("-inf"))
     return s
 
 
 @gluon.jit
 def _consume(
-    half: gl.constexpr, q_s, k_s, v_s, work_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns, Out, Lse,
-    n, group, groups, tiles, batch_heads, scale_log2,
+    half: gl.constexpr, q_s, k_s, v_s, work_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns, Out, Lse, n, scale_log2,
     D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, QUEUE: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
     """One consumer warpgroup: queries 64 * half ... of each tile.
@@ -143,100 +183,84 @@ def _consume(
     """
     S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     A_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    A_ROW: gl.constexpr = gl.SliceLayout(1, A_L)
     P_L: gl.constexpr = gl.DotOperandLayout(0, A_L, 2)
-    ROW: gl.constexpr = gl.SliceLayout(1, S_L)
+    TOP: gl.constexpr = gl.SliceLayout(1, PARTS)
     OUT_L: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (D // 8), D // 8], [4, 1], [1, 0])
     dtype: gl.constexpr = k_s.dtype
-    number = 0  # key tiles so far
+    slot = 0  # buffer of the current key tile, and the parity of its barriers
+    phase = 0
     turn = 0  # items so far
+    due = 1 - half  # parity of this consumer's next turn
     await_tile(q_full, 0, True, QUEUE)
-    item, count = _take(work_s, 0)
-    await_tile(k_full, 0, count > 0, STAGES)
+    count = _read(work_s, 0)
+    mbarrier.wait(k_full.index(0), 0)
     fence_async_shared()
-    s_token = warpgroup_mma(
-        q_s.index(half), k_s.index(0).permute((1, 0)), gl.zeros([64, BN], gl.float32, S_L), use_acc=False, is_async=True
-    )
-    s = warpgroup_mma_wait(0, deps=[s_token])
+    s = warpgroup_mma_wait(0, deps=[product(q_s.index(half), k_s.index(0), BN, S_L)])
     while count > 0:
-        bh, g, row0 = _place(item, group, groups, tiles, batch_heads)
-        total_tiles = (count + BN - 1) // BN
-        q = q_s.index(2 * (turn % QUEUE) + half)
-        my0 = row0 + half * 64
-        flat = bh.to(gl.int64) * n + my0
-        left = gl.minimum(g * group + group, n) - my0  # queries from my0 on
-        rows = gl.arange(0, 64, ROW)
+        place = turn % QUEUE
+        q = q_s.index(2 * place + half)
+        flat = _read(work_s, 4 * place + 1).to(gl.int64) * n + _read(work_s, 4 * place + 2) + half * 64
+        left = _read(work_s, 4 * place + 3) - half * 64  # queries from the first of this half on
+        rows = gl.arange(0, 64, TOP)
         before = gl.load(Lse + flat + rows, mask=rows < left, other=0.0) * LOG2E
-        mbarrier.arrive(k_empty.index(number % STAGES), count=1)
-        s = _cut(s, 0, count, BN, S_L)
-        top = gl.max(s, 1) * scale_log2
-        w = gl.exp2(s * scale_log2 - top[:, None])
-        total = gl.sum(w, 1)
-        p = gl.convert_layout(w.to(dtype), P_L)
+        top = gl.full([64], float("-inf"), gl.float32, TOP)
+        total = gl.zeros([64, 8], gl.float32, PARTS)
+        mbarrier.arrive(k_empty.index(slot), count=1)
+        w, _fade, top, total = softmax(_cut(s, count, BN, S_L), top, total, scale_log2, BN)
+        p = gl.convert_layout(w.to(dtype), P_L, assert_trivial=True)
         acc = gl.zeros([64, D], gl.float32, A_L)
-        await_tile(k_full, number + 1, total_tiles > 1, STAGES)
-        for it in range(1, total_tiles):
+        mbarrier.wait(v_full.index(slot), phase)
+        for rest in range(count - BN, 0, -BN):  # keys from this tile on
+            old_slot = slot
+            slot, phase = following(slot, phase, STAGES)
+            mbarrier.wait(k_full.index(slot), phase)
             fence_async_shared()
             if TURNS:
-                mbarrier.wait(turns.index(half), ((number - turn) & 1) ^ (1 - half))
-            s_token = warpgroup_mma(
-                q, k_s.index((number + 1) % STAGES).permute((1, 0)), gl.zeros([64, BN], gl.float32, S_L),
-                use_acc=False, is_async=True,
-            )  # fmt: skip
-            await_tile(v_full, number, True, STAGES)
-            fence_async_shared()
-            a_token = warpgroup_mma(p, v_s.index(number % STAGES), acc, is_async=True)
+                mbarrier.wait(turns.index(half), due)
+            s_token = product(q, k_s.index(slot), BN, S_L)
+            a_token = warpgroup_mma(p, v_s.index(old_slot), acc, is_async=True)
             if TURNS:
                 mbarrier.arrive(turns.index(1 - half), count=1)
+                due = due ^ 1
             s = warpgroup_mma_wait(1, deps=[s_token])
-            mbarrier.arrive(k_empty.index((number + 1) % STAGES), count=1)
-            s = _cut(s, it, count, BN, S_L)
-            if TURNS:
-                acc = warpgroup_mma_wait(0, deps=[a_token])
-                mbarrier.arrive(v_empty.index(number % STAGES), count=1)
-            new = gl.maximum(top, gl.max(s, 1) * scale_log2)
-            fade = gl.exp2(top - new)
-            w = gl.exp2(s * scale_log2 - new[:, None])
-            total = total * fade + gl.sum(w, 1)
-            top = new
-            # Waiting for the next keys here keeps the assembler from moving the exponentials behind the product.
-            await_tile(k_full, number + 2, it + 1 < total_tiles, STAGES)
-            if not TURNS:
-                acc = warpgroup_mma_wait(0, deps=[a_token])
-                mbarrier.arrive(v_empty.index(number % STAGES), count=1)
-            acc = acc * gl.convert_layout(fade, gl.SliceLayout(1, A_L))[:, None]
-            p = gl.convert_layout(w.to(dtype), P_L)
-            number += 1
-        mbarrier.arrive(q_empty.index(turn % QUEUE), count=1)
-        await_tile(v_full, number, True, STAGES)
+            mbarrier.arrive(k_empty.index(slot), count=1)
+            s = _cut(s, rest, BN, S_L)
+            w, fade, top, total = softmax(s, top, total, scale_log2, BN)
+            # A wait here keeps the assembler from moving the exponentials behind the PV product.
+            mbarrier.wait(v_full.index(slot), phase)
+            acc = warpgroup_mma_wait(0, deps=[a_token])
+            mbarrier.arrive(v_empty.index(old_slot), count=1)
+            acc = acc * gl.convert_layout(fade, A_ROW, assert_trivial=True)[:, None]
+            p = gl.convert_layout(w.to(dtype), P_L, assert_trivial=True)
+        mbarrier.arrive(q_empty.index(place), count=1)
         fence_async_shared()
-        a_token = warpgroup_mma(p, v_s.index(number % STAGES), acc, is_async=True)
+        a_token = warpgroup_mma(p, v_s.index(slot), acc, is_async=True)
         o_rows = gl.arange(0, 64, gl.SliceLayout(1, OUT_L))
         o_at = Out + flat * D + (o_rows[:, None] * D + gl.arange(0, D, gl.SliceLayout(0, OUT_L))[None, :])
         old = gl.load(o_at, mask=(o_rows < left)[:, None], other=0.0)
-        number += 1
-        turn += 1
-        acc = warpgroup_mma_wait(0, deps=[a_token])
-        mbarrier.arrive(v_empty.index((number - 1) % STAGES), count=1)
         # Join the anchor region: a normalised output is one with total 1 at its LSE.
+        whole = gl.sum(total, 1)
         new = gl.maximum(top, before)
         mine = gl.exp2(top - new)
         theirs = gl.exp2(before - new)
-        total = total * mine + theirs
-        gl.store(Lse + flat + rows, (new + gl.log2(total)) * LN2, mask=rows < left)
-        mine = gl.convert_layout(mine / total, gl.SliceLayout(1, A_L))
-        theirs = gl.convert_layout(theirs / total, gl.SliceLayout(1, A_L))
-        acc = acc * mine[:, None] + gl.convert_layout(old, A_L).to(gl.float32) * theirs[:, None]
-        o = acc.to(dtype)
+        whole = whole * mine + theirs
+        gl.store(Lse + flat + rows, (new + gl.log2(whole)) * LN2, mask=rows < left)
+        mine = gl.convert_layout(mine / whole, A_ROW, assert_trivial=True)
+        theirs = gl.convert_layout(theirs / whole, A_ROW, assert_trivial=True)
+        old = gl.convert_layout(old, A_L)
+        acc = warpgroup_mma_wait(0, deps=[a_token])
+        mbarrier.arrive(v_empty.index(slot), count=1)
+        o = (acc * mine[:, None] + old.to(gl.float32) * theirs[:, None]).to(dtype)
 
         # The next item's first product runs while this one is stored. After the last item nobody uses it.
+        turn += 1
         await_tile(q_full, turn, True, QUEUE)
-        item, count = _take(work_s, turn % QUEUE)
-        await_tile(k_full, number, count > 0, STAGES)
+        count = _read(work_s, 4 * (turn % QUEUE))
+        slot, phase = following(slot, phase, STAGES)
+        mbarrier.wait(k_full.index(slot), phase)
         fence_async_shared()
-        s_token = warpgroup_mma(
-            q_s.index(2 * (turn % QUEUE) + half), k_s.index(number % STAGES).permute((1, 0)),
-            gl.zeros([64, BN], gl.float32, S_L), use_acc=False, is_async=True,
-        )  # fmt: skip
+        s_token = product(q_s.index(2 * (turn % QUEUE) + half), k_s.index(slot), BN, S_L)
         gl.store(o_at, gl.convert_layout(o, OUT_L), mask=(o_rows < left)[:, None])
         s = warpgroup_mma_wait(0, deps=[s_token])
 
@@ -257,37 +281,36 @@ def sparse_hopper_kernel(
     k_s = gl.allocate_shared_memory(dtype, [STAGES, BN, D], tile)
     v_s = gl.allocate_shared_memory(dtype, [STAGES, BN, D], tile)
     bar: gl.constexpr = mbarrier.MBarrierLayout()
-    work_s = gl.allocate_shared_memory(gl.int32, [2 * QUEUE, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    work_s = gl.allocate_shared_memory(gl.int32, [4 * QUEUE, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     q_full = gl.allocate_shared_memory(gl.int64, [QUEUE, 1], bar)
     q_empty = gl.allocate_shared_memory(gl.int64, [QUEUE, 1], bar)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     turns = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
-    mbarrier.init(turns.index(0), count=1)
-    mbarrier.init(turns.index(1), count=1)
+    for i in gl.static_range(2):
+        mbarrier.init(turns.index(i), count=1)
     for i in gl.static_range(QUEUE):
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(q_empty.index(i), count=2)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=128)  # every producer thread arrives when its copies are done
-        mbarrier.init(k_empty.index(i), count=2)
         mbarrier.init(v_full.index(i), count=128)
+        mbarrier.init(k_empty.index(i), count=2)
         mbarrier.init(v_empty.index(i), count=2)
     gl.warp_specialize(
         [
             (_consume, (
-                0, q_s, k_s, v_s, work_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns, Out, Lse,
-                n, group, groups, tiles, batch_heads, scale_log2, D, BN, STAGES, QUEUE, TURNS,
+                0, q_s, k_s, v_s, work_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns, Out, Lse, n, scale_log2,
+                D, BN, STAGES, QUEUE, TURNS,
             )),
             (_consume, (
-                1, q_s, k_s, v_s, work_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns, Out, Lse,
-                n, group, groups, tiles, batch_heads, scale_log2, D, BN, STAGES, QUEUE, TURNS,
+                1, q_s, k_s, v_s, work_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns, Out, Lse, n, scale_log2,
+                D, BN, STAGES, QUEUE, TURNS,
             )),
             (_produce, (
-                q_desc, K, V, Columns, Offsets, q_s, k_s, v_s, work_s, q_full, q_empty, k_full, k_empty, v_full,
-                v_empty,
+                q_desc, K, V, Out, Columns, Offsets, q_s, k_s, v_s, work_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                 skb, skh, skn, svb, svh, svn, n, heads, repeats, group, groups, tiles, batch_heads, items, capacity,
                 qy_b, qy_h, qx_b, qx_h, D, BN, STAGES, QUEUE,
             )),

@@ -1,4 +1,4 @@
-"""Where the time of the pipeline goes, kernel by kernel: `python tests/kernels/breakdown.py [BLOCKxSTEP ...]`, on a GPU.
+"""Where the time of the pipeline goes by kernel, on a GPU: `python tests/kernels/breakdown.py [BLOCKxSTEP ...]`.
 
 Calls alternate with dense attention, as in `anchorscope bench`, so that the chip is as warm as there.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections import defaultdict
+from collections.abc import Callable
 from statistics import median
 
 import torch
@@ -15,6 +16,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from anchorscope.kernels import pipeline
 from anchorscope.planted import planted
+
+CUDA = torch.autograd.DeviceType.CUDA
 
 
 def main() -> None:
@@ -35,28 +38,26 @@ def main() -> None:
         print(f"n {args.n} {grid} theta {args.theta}: {shown(trace(call, (q, k, v), args.repeats))}", flush=True)
 
 
-def trace(call, qkv: tuple[torch.Tensor, ...], repeats: int) -> dict[str, float]:
-    """Median milliseconds of every kernel of a call, and `whole` from its first kernel's start to its last one's end."""
+def trace(call: Callable[[], None], qkv: tuple[torch.Tensor, ...], repeats: int) -> dict[str, float]:
+    """Median milliseconds of every kernel of a call; `whole` is from its first kernel's start to its last one's end."""
     call()
-    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as seen:
         for _ in range(repeats):
             call()
             with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
                 torch.nn.functional.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True)
             torch.cuda.synchronize()
-    events = sorted((e.time_range.start, e.time_range.end, e.name) for e in seen.events())
+    events = sorted((e.time_range.start, e.time_range.end, e.name) for e in seen.events() if e.device_type == CUDA)
     times: dict[str, list[float]] = defaultdict(list)
-    begin = None
+    spans: list[tuple[float, float]] = []
     for start, end, name in events:
-        if "cudnn" in name or "flash" in name.lower():
-            times["dense"].append((end - start) / 1e3)
-            if begin is not None:
-                times["whole"].append((last - begin) / 1e3)
-            begin = None
-            continue
-        begin = start if begin is None else begin
-        last = end
-        times[name[:40]].append((end - start) / 1e3)
+        dense = "cudnn" in name
+        times["dense" if dense else name[:32]].append((end - start) / 1e3)
+        if dense and spans:
+            times["whole"].append((spans[-1][1] - spans[0][0]) / 1e3)
+            spans = []
+        elif not dense:
+            spans.append((start, end))
     return {name: median(values) for name, values in times.items()}
 
 

@@ -48,7 +48,7 @@ KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "dense_lse": (profile.dense_kernel, {"HAS_V": False, "SPLIT": False, **PLAIN}),
     "column_mass": (profile.mass_kernel, PLAIN),
 }
-HOPPER = ("anchor_hopper", "anchor_hopper_short", "identify_hopper", "sparse_hopper")
+HOPPER = ("anchor_hopper", "identify_hopper", "sparse_hopper")
 
 
 def signature(kernel: Any, constants: dict[str, Any], own: dict[str, str]) -> tuple[dict, dict, dict]:
@@ -82,7 +82,6 @@ def build(op: str, arch: str, dim: int) -> tuple[int, int]:
 
         kernel = {
             "anchor_hopper": anchor_hopper.anchor_hopper_kernel,
-            "anchor_hopper_short": anchor_hopper.anchor_hopper_kernel,
             "identify_hopper": identify_hopper.score_hopper_kernel,
             "sparse_hopper": sparse_hopper.sparse_hopper_kernel,
         }[op]
