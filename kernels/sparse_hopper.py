@@ -53,7 +53,7 @@ def _listed(bh, g, row0, Offsets, n, groups, there, capacity):
 
 @gluon.jit
 def _produce(
-    q_desc, K, V, Out, Columns, Offsets, q_s, k_s, v_s, work_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+    q_desc, K, V, Columns, Offsets, q_s, k_s, v_s, work_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
     skb, skh, skn, svb, svh, svn, n, heads, repeats, group, groups, tiles, batch_heads, items, capacity,
     qy_b, qy_h, qx_b, qx_h, D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, QUEUE: gl.constexpr,
 ):  # fmt: skip
@@ -93,7 +93,6 @@ def _produce(
             x = b * qx_b + h * qx_h
             tma_load(q_desc, [y, x], q_full.index(place), q_s.index(2 * place))
             tma_load(q_desc, [y + 64, x], q_full.index(place), q_s.index(2 * place + 1))
-            _to_cache(Out + (bh.to(gl.int64) * n + row0) * D, left, D)
             turn += 1
             k_base = K + b.to(gl.int64) * skb + hk * skh
             v_base = V + b.to(gl.int64) * svb + hk * svh
@@ -129,19 +128,6 @@ def _produce(
 
 
 @gluon.jit
-def _to_cache(tile, left, D: gl.constexpr):
-    """Bring the old output of 128 queries into L2, where the consumers read it when the item ends."""
-    LINES: gl.constexpr = D // 64  # of 128 bytes
-    L: gl.constexpr = gl.BlockedLayout([1, LINES], [32, 1], [4, 1], [1, 0])
-    row = gl.minimum(gl.arange(0, 128, gl.SliceLayout(1, L)), left - 1)
-    line = gl.arange(0, LINES, gl.SliceLayout(0, L)) * 64
-    gl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [tile + (row[:, None] * D + line[None, :])],
-        dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@gluon.jit
 def _hand_over(work_s, place, count, bh, row0, left):
     """Tell the consumers the next work item: length of its list (0 at the end), head, first row and rows of its group.
 
@@ -173,8 +159,17 @@ def _cut(s, rest, BN: gl.constexpr, S_L: gl.constexpr):
 
 
 @gluon.jit
+def _fetch(out_desc, row, q, full, last):
+    """In an item's last tile, whose product is done with the queries: start to copy the old output to their place."""
+    if last:
+        mbarrier.expect(full, out_desc.block_type.nbytes)
+        tma_load(out_desc, [row, 0], full, q)
+
+
+@gluon.jit
 def _consume(
-    half: gl.constexpr, q_s, k_s, v_s, work_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns, Out, Lse, n, scale_log2,
+    half: gl.constexpr, q_s, k_s, v_s, work_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, old_full, turns,
+    out_desc, Out, Lse, n, scale_log2,
     D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, QUEUE: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
     """One consumer warpgroup: queries 64 * half ... of each tile.
@@ -200,13 +195,14 @@ def _consume(
     while count > 0:
         place = turn % QUEUE
         q = q_s.index(2 * place + half)
-        flat = _read(work_s, 4 * place + 1).to(gl.int64) * n + _read(work_s, 4 * place + 2) + half * 64
+        flat = _read(work_s, 4 * place + 1) * n + _read(work_s, 4 * place + 2) + half * 64
         left = _read(work_s, 4 * place + 3) - half * 64  # queries from the first of this half on
         rows = gl.arange(0, 64, TOP)
         before = gl.load(Lse + flat + rows, mask=rows < left, other=0.0) * LOG2E
         top = gl.full([64], float("-inf"), gl.float32, TOP)
         total = gl.zeros([64, 8], gl.float32, PARTS)
         mbarrier.arrive(k_empty.index(slot), count=1)
+        _fetch(out_desc, flat, q, old_full.index(half), count <= BN)
         w, _fade, top, total = softmax(_cut(s, count, BN, S_L), top, total, scale_log2, BN)
         p = gl.convert_layout(w.to(dtype), P_L, assert_trivial=True)
         acc = gl.zeros([64, D], gl.float32, A_L)
@@ -225,6 +221,7 @@ def _consume(
                 due = due ^ 1
             s = warpgroup_mma_wait(1, deps=[s_token])
             mbarrier.arrive(k_empty.index(slot), count=1)
+            _fetch(out_desc, flat, q, old_full.index(half), rest <= BN)
             s = _cut(s, rest, BN, S_L)
             w, fade, top, total = softmax(s, top, total, scale_log2, BN)
             # A wait here keeps the assembler from moving the exponentials behind the PV product.
@@ -233,12 +230,8 @@ def _consume(
             mbarrier.arrive(v_empty.index(old_slot), count=1)
             acc = acc * gl.convert_layout(fade, A_ROW, assert_trivial=True)[:, None]
             p = gl.convert_layout(w.to(dtype), P_L, assert_trivial=True)
-        mbarrier.arrive(q_empty.index(place), count=1)
         fence_async_shared()
         a_token = warpgroup_mma(p, v_s.index(slot), acc, is_async=True)
-        o_rows = gl.arange(0, 64, gl.SliceLayout(1, OUT_L))
-        o_at = Out + flat * D + (o_rows[:, None] * D + gl.arange(0, D, gl.SliceLayout(0, OUT_L))[None, :])
-        old = gl.load(o_at, mask=(o_rows < left)[:, None], other=0.0)
         # Join the anchor region: a normalised output is one with total 1 at its LSE.
         whole = gl.sum(total, 1)
         new = gl.maximum(top, before)
@@ -248,7 +241,9 @@ def _consume(
         gl.store(Lse + flat + rows, (new + gl.log2(whole)) * LN2, mask=rows < left)
         mine = gl.convert_layout(mine / whole, A_ROW, assert_trivial=True)
         theirs = gl.convert_layout(theirs / whole, A_ROW, assert_trivial=True)
-        old = gl.convert_layout(old, A_L)
+        mbarrier.wait(old_full.index(half), turn & 1)
+        old = q.load(A_L)
+        mbarrier.arrive(q_empty.index(place), count=1)
         acc = warpgroup_mma_wait(0, deps=[a_token])
         mbarrier.arrive(v_empty.index(slot), count=1)
         o = (acc * mine[:, None] + old.to(gl.float32) * theirs[:, None]).to(dtype)
@@ -261,6 +256,8 @@ def _consume(
         mbarrier.wait(k_full.index(slot), phase)
         fence_async_shared()
         s_token = product(q_s.index(2 * (turn % QUEUE) + half), k_s.index(slot), BN, S_L)
+        o_rows = gl.arange(0, 64, gl.SliceLayout(1, OUT_L))
+        o_at = Out + flat.to(gl.int64) * D + (o_rows[:, None] * D + gl.arange(0, D, gl.SliceLayout(0, OUT_L))[None, :])
         gl.store(o_at, gl.convert_layout(o, OUT_L), mask=(o_rows < left)[:, None])
         s = warpgroup_mma_wait(0, deps=[s_token])
 
@@ -268,7 +265,7 @@ def _consume(
 @gluon.jit(do_not_specialize=["n", "heads", "repeats", "group", "groups", "tiles", "batch_heads", "items", "capacity",
                               "qy_b", "qy_h", "qx_b", "qx_h"])  # fmt: skip
 def sparse_hopper_kernel(
-    q_desc, K, V, Out, Lse, Columns, Offsets,
+    q_desc, out_desc, K, V, Out, Lse, Columns, Offsets,
     skb, skh, skn, svb, svh, svn, n, heads, repeats, group, groups, tiles, batch_heads, items, capacity, scale_log2,
     qy_b, qy_h, qx_b, qx_h,
     D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, QUEUE: gl.constexpr, CONSUMER_REGS: gl.constexpr,
@@ -288,8 +285,10 @@ def sparse_hopper_kernel(
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    old_full = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
     turns = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
     for i in gl.static_range(2):
+        mbarrier.init(old_full.index(i), count=1)
         mbarrier.init(turns.index(i), count=1)
     for i in gl.static_range(QUEUE):
         mbarrier.init(q_full.index(i), count=1)
@@ -302,15 +301,16 @@ def sparse_hopper_kernel(
     gl.warp_specialize(
         [
             (_consume, (
-                0, q_s, k_s, v_s, work_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns, Out, Lse, n, scale_log2,
-                D, BN, STAGES, QUEUE, TURNS,
+                0, q_s, k_s, v_s, work_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, old_full, turns,
+                out_desc, Out, Lse, n, scale_log2, D, BN, STAGES, QUEUE, TURNS,
             )),
             (_consume, (
-                1, q_s, k_s, v_s, work_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns, Out, Lse, n, scale_log2,
-                D, BN, STAGES, QUEUE, TURNS,
+                1, q_s, k_s, v_s, work_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, old_full, turns,
+                out_desc, Out, Lse, n, scale_log2, D, BN, STAGES, QUEUE, TURNS,
             )),
             (_produce, (
-                q_desc, K, V, Out, Columns, Offsets, q_s, k_s, v_s, work_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                q_desc, K, V, Columns, Offsets, q_s, k_s, v_s, work_s,
+                q_full, q_empty, k_full, k_empty, v_full, v_empty,
                 skb, skh, skn, svb, svh, svn, n, heads, repeats, group, groups, tiles, batch_heads, items, capacity,
                 qy_b, qy_h, qx_b, qx_h, D, BN, STAGES, QUEUE,
             )),
@@ -331,7 +331,7 @@ def suits(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, p: Problem)
         and p.group % BM == 0
         and out.is_contiguous()
         and lse.is_contiguous()
-        and all(walk(x) is not None for x in (q, k, v))
+        and all(walk(x) is not None for x in (out, q, k, v))
     )
 
 
@@ -349,6 +349,9 @@ def sparse_hopper(
         programs = min(items, processors(q.device))
         sparse_hopper_kernel[(programs,)](
             TensorDescriptor(q, shape, strides, [HALF, p.dim], shared_layout(HALF, p.dim, q.dtype)),
+            TensorDescriptor(
+                out, [out.numel() // p.dim, p.dim], [p.dim, 1], [HALF, p.dim], shared_layout(HALF, p.dim, q.dtype)
+            ),
             k, v, out, lse, columns, offsets,
             *k.stride()[:3], *v.stride()[:3],
             p.queries, p.heads, p.repeats, p.group, p.groups, tiles, p.batch * p.heads, items, columns.numel(),

@@ -86,7 +86,7 @@ def build(op: str, arch: str, dim: int) -> tuple[int, int]:
             "sparse_hopper": sparse_hopper.sparse_hopper_kernel,
         }[op]
         options = {"num_warps": 4, "maxnreg": config.pop("MAXNREG")}
-        boxes = {"q_desc": (64, dim), "k_desc": (64, 64), "v_desc": (64, 64)}
+        boxes = {"q_desc": (64, dim), "out_desc": (64, dim), "k_desc": (64, 64), "v_desc": (64, 64)}
         if "TURNS" in config:
             config["TURNS"] = bool(config["TURNS"])
         if op == "identify_hopper":
