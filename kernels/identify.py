@@ -297,7 +297,7 @@ def _list(
         with torch.cuda.device_of(bits):
             list_kernel[before.shape](
                 bits, before, offsets, columns, offset, init, lookback, window or 0, group, groups, bits.shape[1],
-                before.shape[1], capacity, WINDOW=window is not None, SHARE=SHARE, FEW=8, BC=4096, num_warps=8,
+                before.shape[1], capacity, WINDOW=window is not None, SHARE=SHARE, FEW=8, BC=4096, num_warps=4,
             )  # fmt: skip
     return columns
 
