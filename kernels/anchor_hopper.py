@@ -221,14 +221,11 @@ def _sum_queries(q, live, to, dtype: gl.constexpr, D: gl.constexpr):
 
 @gluon.jit
 def _consume(
-    half: gl.constexpr, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns, Out, Lse, Tops, QSum,
+    half: gl.constexpr, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, Out, Lse, Tops, QSum,
     n, offset, init, lookback, group, tiles, batch_heads, items, scale_log2,
-    D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, QUEUE: gl.constexpr, TURNS: gl.constexpr,
+    D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, QUEUE: gl.constexpr,
 ):  # fmt: skip
-    """One consumer warpgroup: queries 64 * half ... of each tile.
-
-    With TURNS one consumer's products run while the other is at its exponentials; without, a consumer's own do.
-    """
+    """One consumer warpgroup: queries 64 * half ... of each tile."""
     S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     A_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     A_ROW: gl.constexpr = gl.SliceLayout(1, A_L)
@@ -238,7 +235,6 @@ def _consume(
     dtype: gl.constexpr = k_s.dtype
     slot = 0  # buffer of the current key tile, and the parity of its barriers
     phase = 0
-    due = 1 - half  # parity of this consumer's next turn
     bh, tile, g = digits(gl.program_id(0), batch_heads, tiles)
     step_h, step_t, step_g = digits(gl.num_programs(0), batch_heads, tiles)
     mbarrier.wait(q_full.index(0), 0)
@@ -251,7 +247,7 @@ def _consume(
         my0 = row0 + half * 64
         first = offset + my0
         mine = total_tiles
-        if BN == 64 and half == 0 and not TURNS:  # the last tile may lie after all queries of the first half
+        if BN == 64 and half == 0:  # the last tile may lie after all queries of the first half
             mine -= (start + (total_tiles - 1 - init_pieces) * 64 > first + 63).to(gl.int32)
         top = gl.full([64], float("-inf"), gl.float32, TOP)
         total = gl.zeros([64, 8], gl.float32, PARTS)
@@ -267,13 +263,8 @@ def _consume(
             old_slot = slot
             slot, phase = following(slot, phase, STAGES)
             mbarrier.wait(k_full.index(slot), phase)
-            if TURNS:
-                mbarrier.wait(turns.index(half), due)
             s_token = product(q, k_s.index(slot), BN, S_L)
             a_token = warpgroup_mma(p, v_s.index(old_slot), acc, is_async=True)
-            if TURNS:
-                mbarrier.arrive(turns.index(1 - half), count=1)
-                due = due ^ 1
             s = warpgroup_mma_wait(1, deps=[s_token])
             mbarrier.arrive(k_empty.index(slot), count=1)
             s = _masked(s, it, start, init_end, init_pieces, first, BN, S_L)
@@ -327,7 +318,6 @@ def anchor_hopper_kernel(
     n, offset, init, lookback, heads, repeats, group, tiles, batch_heads, items, scale_log2,
     qy_b, qy_h, qx_b, qx_h, ky_b, ky_h, kx_b, kx_h, vy_b, vy_h, vx_b, vx_h,
     D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, QUEUE: gl.constexpr, CONSUMER_REGS: gl.constexpr,
-    TURNS: gl.constexpr,
 ):  # fmt: skip
     """Grid: one program per multiprocessor, 4 + 4 + 1 warps. Out: (B, H, n, D); Tops: (B, H, n); QSum: (B, H,
     units of 64 queries, D)."""
@@ -344,9 +334,6 @@ def anchor_hopper_kernel(
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
-    turns = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
-    for i in gl.static_range(2):
-        mbarrier.init(turns.index(i), count=1)
     for i in gl.static_range(QUEUE):
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(q_empty.index(i), count=2)
@@ -358,14 +345,14 @@ def anchor_hopper_kernel(
     gl.warp_specialize(
         [
             (_consume, (
-                0, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns, Out, Lse, Tops,
+                0, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, Out, Lse, Tops,
                 QSum, n, offset, init, lookback, group, tiles, batch_heads, items, scale_log2,
-                D, BN, STAGES, QUEUE, TURNS,
+                D, BN, STAGES, QUEUE,
             )),
             (_consume, (
-                1, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns, Out, Lse, Tops,
+                1, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, Out, Lse, Tops,
                 QSum, n, offset, init, lookback, group, tiles, batch_heads, items, scale_log2,
-                D, BN, STAGES, QUEUE, TURNS,
+                D, BN, STAGES, QUEUE,
             )),
             (_produce, (
                 q_desc, k_desc, v_desc, q_s,
@@ -381,21 +368,21 @@ def anchor_hopper_kernel(
 
 
 @triton.jit(do_not_specialize=["n", "units", "blocks", "parts"])
-def fold_kernel(QSum, Tops, QBar, ABar, n, units, blocks, parts, block, D: tl.constexpr):
-    """Grid: (blocks, B * H). Means over blocks, from sums over units of 64 queries and from anchors."""
-    t = tl.program_id(0)
+def fold_kernel(QSum, Tops, QBar, ABar, n, units, blocks, parts, block, D: tl.constexpr, SHARE: tl.constexpr):
+    """Grid: (blocks / SHARE, B * H). Means over blocks, from sums over units of 64 queries and from anchors."""
     bh = tl.program_id(1).to(tl.int64)
     d = tl.arange(0, D)
     i = tl.arange(0, 64)
-    q = tl.zeros([D], tl.float32)
-    a = tl.zeros([64], tl.float32)
-    for u in tl.range(t * parts, tl.minimum((t + 1) * parts, units)):
-        q += tl.load(QSum + (bh * units + u) * D + d)
-        a += tl.load(Tops + bh * n + u * 64 + i, mask=u * 64 + i < n, other=0.0)
-    share = 1.0 / tl.minimum(block, n - t * block).to(tl.float32)
-    at = bh * blocks + t
-    tl.store(QBar + at * D + d, (q * share).to(QBar.dtype.element_ty))
-    tl.store(ABar + at, tl.sum(a, 0) * share)
+    for t in tl.range(tl.program_id(0) * SHARE, tl.minimum(tl.program_id(0) * SHARE + SHARE, blocks)):
+        q = tl.zeros([D], tl.float32)
+        a = tl.zeros([64], tl.float32)
+        for u in tl.range(t * parts, tl.minimum((t + 1) * parts, units)):
+            q += tl.load(QSum + (bh * units + u) * D + d)
+            a += tl.load(Tops + bh * n + u * 64 + i, mask=u * 64 + i < n, other=0.0)
+        share = 1.0 / tl.minimum(block, n - t * block).to(tl.float32)
+        at = bh * blocks + t
+        tl.store(QBar + at * D + d, (q * share).to(QBar.dtype.element_ty))
+        tl.store(ABar + at, tl.sum(a, 0) * share)
 
 
 @lru_cache(maxsize=64)
@@ -477,10 +464,11 @@ def anchor_hopper(q: Tensor, k: Tensor, v: Tensor, p: Problem) -> tuple[Tensor, 
             p.queries, p.offset, p.init, p.lookback, p.heads, p.repeats, p.group, tiles, p.batch * p.heads,
             items,
             p.scale * 1.4426950408889634, *steps,
-            D=p.dim, BN=c["BN"], STAGES=c["STAGES"], QUEUE=c["QUEUE"], CONSUMER_REGS=c["CONSUMER_REGS"], TURNS=bool(c["TURNS"]),
+            D=p.dim, BN=c["BN"], STAGES=c["STAGES"], QUEUE=c["QUEUE"], CONSUMER_REGS=c["CONSUMER_REGS"],
             num_warps=4, maxnreg=c["MAXNREG"],
         )  # fmt: skip
-        fold_kernel[(p.blocks, p.batch * p.heads)](
-            q_sum, tops, q_bar, a_bar, p.queries, units, p.blocks, p.block // HALF, p.block, D=p.dim, num_warps=1
-        )
+        fold_kernel[(triton.cdiv(p.blocks, 4), p.batch * p.heads)](
+            q_sum, tops, q_bar, a_bar, p.queries, units, p.blocks, p.block // HALF, p.block, D=p.dim, SHARE=4,
+            num_warps=1,
+        )  # fmt: skip
     return out, lse, q_bar, a_bar
