@@ -61,7 +61,7 @@ def digits(item, first, second):
 
 @gluon.jit
 def onward(a, b, c, step_a, step_b, step_c, first, second):
-    """Digits of the item after the next `num_programs`, whose own digits the steps are."""
+    """Digits of the item `num_programs` further, whose own digits the steps are."""
     a += step_a
     carry = (a >= first).to(gl.int32)
     a -= carry * first
@@ -95,14 +95,13 @@ def _keys(base, row0, row_end, offset, init, lookback, BN: gl.constexpr):
 @gluon.jit
 def _produce(
     q_desc, k_desc, v_desc, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-    n, offset, init, lookback, heads, repeats, group, tiles, batch_heads, items,
+    n, offset, init, lookback, heads, repeats, group, tiles, batch_heads, items, step_h, step_t, step_g,
     qy_b, qy_h, qx_b, qx_h, ky_b, ky_h, kx_b, kx_h, vy_b, vy_h, vx_b, vx_h,
     D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, QUEUE: gl.constexpr,
 ):  # fmt: skip
     """The producer warp."""
     number = 0  # key tiles so far
     bh, tile, g = digits(gl.program_id(0), batch_heads, tiles)
-    step_h, step_t, step_g = digits(gl.num_programs(0), batch_heads, tiles)
     for turn in range(rounds(items)):
         base, row0, row_end = _rows(tile, g, n, group, tiles)
         start, _init, init_pieces, total = _keys(base, row0, row_end, offset, init, lookback, BN)
@@ -185,8 +184,7 @@ def softmax(s, top, total, scale_log2, BN: gl.constexpr):
 
     Sums stay spread over 8 columns: `total` (64, 8) has the layout PARTS, `top` and the fade that of its rows.
     """
-    x = gl.max(gl.reshape(s, [64, 2, BN // 16, 8]), 2)  # in registers, independent chains
-    x = gl.convert_layout(gl.max(x, 1), PARTS, assert_trivial=True)
+    x = gl.convert_layout(gl.max(gl.reshape(s, [64, BN // 8, 8]), 1), PARTS, assert_trivial=True)  # in registers
     new = gl.maximum(top, gl.max(x, 1) * scale_log2)
     fade = gl.exp2(top - new)
     shift = gl.convert_layout(new, gl.SliceLayout(1, s.type.layout), assert_trivial=True)
@@ -203,26 +201,25 @@ def product(q, keys, BN: gl.constexpr, S_L: gl.constexpr):
 
 
 @gluon.jit
-def _sum_queries(q, live, to, dtype: gl.constexpr, D: gl.constexpr):
-    """Store the sum of the first `live` of 64 queries, by the tensor cores: a product of ones with them."""
+def _sum_queries(panels_s, at, live, to, dtype: gl.constexpr, D: gl.constexpr):
+    """Store the sum of the first `live` of 64 queries: a product of ones with panel `at` and the next ones."""
     L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     P_L: gl.constexpr = gl.DotOperandLayout(0, L, 2)
     i = gl.arange(0, 64, gl.SliceLayout(0, P_L))
     ones = gl.where((i < live)[None, :], gl.full([64, 64], 1.0, gl.float32, P_L), 0.0).to(dtype)
     row = gl.arange(0, 64, gl.SliceLayout(1, L))
     column = gl.arange(0, 64, gl.SliceLayout(0, L))
-    for part in gl.static_range(D // 64):
-        token = warpgroup_mma(
-            ones, q.slice(part * 64, 64, dim=1), gl.zeros([64, 64], gl.float32, L), use_acc=False, is_async=True
-        )
-        sums = warpgroup_mma_wait(0, deps=[token])
-        gl.store(to + part * 64 + (row[:, None] * 0 + column[None, :]), sums, mask=(row == 0)[:, None] & (live > 0))
+    for panel in range(D // 64):
+        zeros = gl.zeros([64, 64], gl.float32, L)
+        token = warpgroup_mma(ones, panels_s.index(at + panel), zeros, use_acc=False, is_async=True)
+        sums = warpgroup_mma_wait(0, deps=[token])  # the same in every row
+        gl.store(to + panel * 64 + (row[:, None] * 0 + column[None, :]), sums, mask=(row == 0)[:, None] & (live > 0))
 
 
 @gluon.jit
 def _consume(
-    half: gl.constexpr, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, Out, Lse, Tops, QSum,
-    n, offset, init, lookback, group, tiles, batch_heads, items, scale_log2,
+    half: gl.constexpr, q_s, panels_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, Out, Lse, Tops, QSum,
+    n, offset, init, lookback, group, tiles, batch_heads, items, step_h, step_t, step_g, scale_log2,
     D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, QUEUE: gl.constexpr,
 ):  # fmt: skip
     """One consumer warpgroup: queries 64 * half ... of each tile."""
@@ -236,7 +233,6 @@ def _consume(
     slot = 0  # buffer of the current key tile, and the parity of its barriers
     phase = 0
     bh, tile, g = digits(gl.program_id(0), batch_heads, tiles)
-    step_h, step_t, step_g = digits(gl.num_programs(0), batch_heads, tiles)
     mbarrier.wait(q_full.index(0), 0)
     mbarrier.wait(k_full.index(0), 0)
     s = warpgroup_mma_wait(0, deps=[product(q_s.index(half), k_s.index(0), BN, S_L)])
@@ -251,8 +247,9 @@ def _consume(
             mine -= (start + (total_tiles - 1 - init_pieces) * 64 > first + 63).to(gl.int32)
         top = gl.full([64], float("-inf"), gl.float32, TOP)
         total = gl.zeros([64, 8], gl.float32, PARTS)
-        unit = bh.to(gl.int64) * ((n + 63) // 64) + my0 // 64
-        _sum_queries(q, row_end - my0, QSum + unit * D, dtype, D)
+        unit = bh * ((n + 63) // 64) + my0 // 64
+        panel = (2 * (turn % QUEUE) + half) * (D // 64)
+        _sum_queries(panels_s, panel, row_end - my0, QSum + unit.to(gl.int64) * D, dtype, D)
         mbarrier.arrive(k_empty.index(slot), count=1)
         s = _masked(s, 0, start, init_end, init_pieces, first, BN, S_L)
         w, _fade, top, total = softmax(s, top, total, scale_log2, BN)
@@ -290,7 +287,7 @@ def _consume(
         mbarrier.wait(k_full.index(slot), phase)
         s_token = product(q_s.index(2 * ((turn + 1) % QUEUE) + half), k_s.index(slot), BN, S_L)
 
-        at = bh.to(gl.int64) * n + my0
+        at = bh * n + my0
         rows = gl.arange(0, 64, TOP)
         live = my0 + rows < row_end
         whole = gl.sum(total, 1)
@@ -301,7 +298,7 @@ def _consume(
         mbarrier.arrive(v_empty.index(last), count=1)
         o = gl.convert_layout((acc * share[:, None]).to(dtype), OUT_L)
         o_rows = gl.arange(0, 64, gl.SliceLayout(1, OUT_L))
-        o_at = Out + at * D + (o_rows[:, None] * D + gl.arange(0, D, gl.SliceLayout(0, OUT_L))[None, :])
+        o_at = Out + at.to(gl.int64) * D + (o_rows[:, None] * D + gl.arange(0, D, gl.SliceLayout(0, OUT_L))[None, :])
         gl.store(o_at, o, mask=(my0 + o_rows < row_end)[:, None])
         s = warpgroup_mma_wait(0, deps=[s_token])
         bh, tile, g = onward(bh, tile, g, step_h, step_t, step_g, batch_heads, tiles)
@@ -310,12 +307,13 @@ def _consume(
 @gluon.jit(
     do_not_specialize=[
         "n", "offset", "init", "lookback", "heads", "repeats", "group", "tiles", "batch_heads", "items",
+        "step_h", "step_t", "step_g",
         "qy_b", "qy_h", "qx_b", "qx_h", "ky_b", "ky_h", "kx_b", "kx_h", "vy_b", "vy_h", "vx_b", "vx_h",
     ]
 )  # fmt: skip
 def anchor_hopper_kernel(
     q_desc, k_desc, v_desc, Out, Lse, Tops, QSum,
-    n, offset, init, lookback, heads, repeats, group, tiles, batch_heads, items, scale_log2,
+    n, offset, init, lookback, heads, repeats, group, tiles, batch_heads, items, step_h, step_t, step_g, scale_log2,
     qy_b, qy_h, qx_b, qx_h, ky_b, ky_h, kx_b, kx_h, vy_b, vy_h, vx_b, vx_h,
     D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, QUEUE: gl.constexpr, CONSUMER_REGS: gl.constexpr,
 ):  # fmt: skip
@@ -326,6 +324,7 @@ def anchor_hopper_kernel(
     tile: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BN, D], dtype)
     k_s = gl.allocate_shared_memory(dtype, [STAGES, BN, D], tile)
     v_s = gl.allocate_shared_memory(dtype, [STAGES, BN, D], tile)
+    panels_s = reinterpret(q_s, dtype, [2 * QUEUE * D // 64, 64, 64], k_desc.layout)
     parts: gl.constexpr = [STAGES * BN // 64 * D // 64, 64, 64]
     bar: gl.constexpr = mbarrier.MBarrierLayout()
     q_full = gl.allocate_shared_memory(gl.int64, [QUEUE, 1], bar)
@@ -345,20 +344,20 @@ def anchor_hopper_kernel(
     gl.warp_specialize(
         [
             (_consume, (
-                0, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, Out, Lse, Tops,
-                QSum, n, offset, init, lookback, group, tiles, batch_heads, items, scale_log2,
+                0, q_s, panels_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, Out, Lse, Tops,
+                QSum, n, offset, init, lookback, group, tiles, batch_heads, items, step_h, step_t, step_g, scale_log2,
                 D, BN, STAGES, QUEUE,
             )),
             (_consume, (
-                1, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, Out, Lse, Tops,
-                QSum, n, offset, init, lookback, group, tiles, batch_heads, items, scale_log2,
+                1, q_s, panels_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, Out, Lse, Tops,
+                QSum, n, offset, init, lookback, group, tiles, batch_heads, items, step_h, step_t, step_g, scale_log2,
                 D, BN, STAGES, QUEUE,
             )),
             (_produce, (
                 q_desc, k_desc, v_desc, q_s,
                 reinterpret(k_s, dtype, parts, k_desc.layout), reinterpret(v_s, dtype, parts, v_desc.layout),
                 q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                n, offset, init, lookback, heads, repeats, group, tiles, batch_heads, items,
+                n, offset, init, lookback, heads, repeats, group, tiles, batch_heads, items, step_h, step_t, step_g,
                 qy_b, qy_h, qx_b, qx_h, ky_b, ky_h, kx_b, kx_h, vy_b, vy_h, vx_b, vx_h, D, BN, STAGES, QUEUE,
             )),
         ],
@@ -383,6 +382,11 @@ def fold_kernel(QSum, Tops, QBar, ABar, n, units, blocks, parts, block, D: tl.co
         at = bh * blocks + t
         tl.store(QBar + at * D + d, (q * share).to(QBar.dtype.element_ty))
         tl.store(ABar + at, tl.sum(a, 0) * share)
+
+
+def digits_of(programs: int, first: int, second: int) -> tuple[int, int, int]:
+    """The steps of `onward`."""
+    return programs % first, programs // first % second, programs // first // second
 
 
 @lru_cache(maxsize=64)
@@ -462,7 +466,7 @@ def anchor_hopper(q: Tensor, k: Tensor, v: Tensor, p: Problem) -> tuple[Tensor, 
         anchor_hopper_kernel[(programs,)](
             *descriptors, out, lse, tops, q_sum,
             p.queries, p.offset, p.init, p.lookback, p.heads, p.repeats, p.group, tiles, p.batch * p.heads,
-            items,
+            items, *digits_of(programs, p.batch * p.heads, tiles),
             p.scale * 1.4426950408889634, *steps,
             D=p.dim, BN=c["BN"], STAGES=c["STAGES"], QUEUE=c["QUEUE"], CONSUMER_REGS=c["CONSUMER_REGS"],
             num_warps=4, maxnreg=c["MAXNREG"],

@@ -131,8 +131,8 @@ def _consume(
                 keys, q_s.index(slot).permute((1, 0)), gl.zeros([64, 128], gl.float32, S_L), use_acc=False,
                 is_async=True,
             )  # fmt: skip
-            need = need_s.index(slot).load(gl.SliceLayout(0, S_L))
             s = warpgroup_mma_wait(0, deps=[token])
+            need = need_s.index(slot).load(gl.SliceLayout(0, S_L))
             mbarrier.arrive(q_empty.index(slot), count=1)
             _mark(
                 s, need, Bits, c0 + third * 64, stack * TG, base, spare, offset, init, lookback, group, groups, words,

@@ -28,6 +28,7 @@ from .anchor_hopper import (
     PARTS,
     await_tile,
     digits,
+    digits_of,
     following,
     onward,
     product,
@@ -54,7 +55,7 @@ def _listed(bh, g, row0, Offsets, n, groups, there, capacity):
 @gluon.jit
 def _produce(
     q_desc, K, V, Columns, Offsets, q_s, k_s, v_s, work_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-    skb, skh, skn, svb, svh, svn, n, heads, repeats, group, groups, tiles, batch_heads, items, capacity,
+    skb, skh, skn, svb, svh, svn, n, heads, repeats, group, groups, tiles, batch_heads, items, step_t, step_h, step_o, capacity,
     qy_b, qy_h, qx_b, qx_h, D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, QUEUE: gl.constexpr,
 ):  # fmt: skip
     """The producer warpgroup. Work items with stripes are handed to the consumers with their queries.
@@ -67,7 +68,6 @@ def _produce(
     number = 0  # key tiles so far
     turn = 0  # items so far
     tile, bh, order = digits(gl.program_id(0), tiles, batch_heads)
-    step_t, step_h, step_o = digits(gl.num_programs(0), tiles, batch_heads)
     g = groups - 1 - order
     row0 = g * group + tile * 128
     begin, count = _listed(bh, g, row0, Offsets, n, groups, True, capacity)
@@ -262,11 +262,13 @@ def _consume(
         s = warpgroup_mma_wait(0, deps=[s_token])
 
 
-@gluon.jit(do_not_specialize=["n", "heads", "repeats", "group", "groups", "tiles", "batch_heads", "items", "capacity",
+@gluon.jit(do_not_specialize=["n", "heads", "repeats", "group", "groups", "tiles", "batch_heads", "items", "step_t",
+                              "step_h", "step_o", "capacity",
                               "qy_b", "qy_h", "qx_b", "qx_h"])  # fmt: skip
 def sparse_hopper_kernel(
     q_desc, out_desc, K, V, Out, Lse, Columns, Offsets,
-    skb, skh, skn, svb, svh, svn, n, heads, repeats, group, groups, tiles, batch_heads, items, capacity, scale_log2,
+    skb, skh, skn, svb, svh, svn, n, heads, repeats, group, groups, tiles, batch_heads, items, step_t, step_h, step_o,
+    capacity, scale_log2,
     qy_b, qy_h, qx_b, qx_h,
     D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, QUEUE: gl.constexpr, CONSUMER_REGS: gl.constexpr,
     PRODUCER_REGS: gl.constexpr, TURNS: gl.constexpr,
@@ -311,7 +313,7 @@ def sparse_hopper_kernel(
             (_produce, (
                 q_desc, K, V, Columns, Offsets, q_s, k_s, v_s, work_s,
                 q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                skb, skh, skn, svb, svh, svn, n, heads, repeats, group, groups, tiles, batch_heads, items, capacity,
+                skb, skh, skn, svb, svh, svn, n, heads, repeats, group, groups, tiles, batch_heads, items, step_t, step_h, step_o, capacity,
                 qy_b, qy_h, qx_b, qx_h, D, BN, STAGES, QUEUE,
             )),
         ],
@@ -354,7 +356,8 @@ def sparse_hopper(
             ),
             k, v, out, lse, columns, offsets,
             *k.stride()[:3], *v.stride()[:3],
-            p.queries, p.heads, p.repeats, p.group, p.groups, tiles, p.batch * p.heads, items, columns.numel(),
+            p.queries, p.heads, p.repeats, p.group, p.groups, tiles, p.batch * p.heads, items,
+            *digits_of(programs, tiles, p.batch * p.heads), columns.numel(),
             p.scale * 1.4426950408889634, *steps,
             D=p.dim, BN=c["BN"], STAGES=c["STAGES"], QUEUE=c["QUEUE"], CONSUMER_REGS=c["CONSUMER_REGS"],
             PRODUCER_REGS=c["PRODUCER_REGS"], TURNS=bool(c["TURNS"]), num_warps=4, maxnreg=c["MAXNREG"],
