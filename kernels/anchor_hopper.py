@@ -1,9 +1,9 @@
 """Stage 1 for Hopper: the pass of anchor.py, warp-specialised, in Gluon.
 
 A persistent program per multiprocessor walks its share of query tiles. One producer warp brings Q, K and V tiles by
-the bulk copy engine; two consumer warpgroups own 64 queries each and share the key tiles; two more warps pool the
-queries. A consumer's PV product runs beneath the softmax of the next tile, and the first QK product of the next query
-tile beneath the end of the current one. Scheduling after Shah et al., FlashAttention-3 (NeurIPS 2024), section 3.
+the bulk copy engine; two consumer warpgroups own 64 queries each and share the key tiles. A consumer's PV product runs
+beneath the softmax of the next tile, and the first QK product of the next query tile beneath the end of the current
+one. Scheduling after Shah et al., FlashAttention-3 (NeurIPS 2024), section 3. Queries are pooled by the tensor cores.
 
 Head dimensions 64, 128 and 256, 16-bit, no window, no soft-cap, groups that are a multiple of 128 queries and blocks
 that are a multiple of 64; everything else runs the portable kernel.
@@ -55,7 +55,7 @@ def rounds(items):
 
 @gluon.jit
 def digits(item, first, second):
-    """A work item as digits: item = a + first * (b + second * c). Divisions cost more than a step, see `onward`."""
+    """A work item as digits: item = a + first * (b + second * c). Costs more than a step, see `onward`."""
     return item % first, item // first % second, item // first // second
 
 
@@ -218,9 +218,9 @@ def _sum_queries(panels_s, at, live, to, dtype: gl.constexpr, D: gl.constexpr):
 
 @gluon.jit
 def _consume(
-    half: gl.constexpr, q_s, panels_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, Out, Lse, Tops, QSum,
-    n, offset, init, lookback, group, tiles, batch_heads, items, step_h, step_t, step_g, scale_log2,
-    D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, QUEUE: gl.constexpr,
+    half: gl.constexpr, q_s, panels_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+    Out, Lse, Tops, QSum, n, offset, init, lookback, group, tiles, batch_heads, items, step_h, step_t, step_g,
+    scale_log2, D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, QUEUE: gl.constexpr,
 ):  # fmt: skip
     """One consumer warpgroup: queries 64 * half ... of each tile."""
     S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])

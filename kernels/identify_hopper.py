@@ -131,8 +131,8 @@ def _consume(
                 keys, q_s.index(slot).permute((1, 0)), gl.zeros([64, 128], gl.float32, S_L), use_acc=False,
                 is_async=True,
             )  # fmt: skip
-            s = warpgroup_mma_wait(0, deps=[token])
             need = need_s.index(slot).load(gl.SliceLayout(0, S_L))
+            s = warpgroup_mma_wait(0, deps=[token])
             mbarrier.arrive(q_empty.index(slot), count=1)
             _mark(
                 s, need, Bits, c0 + third * 64, stack * TG, base, spare, offset, init, lookback, group, groups, words,
@@ -284,5 +284,6 @@ def score_hopper(q_bar: Tensor, a_bar: Tensor, k: Tensor, theta: Tensor, bits: T
             need, bits.view(torch.int16),
             p.offset, p.init, p.lookback, p.kv_heads, p.repeats, p.group, p.groups, p.blocks, chunks, stacks, first,
             parts, parts * tiles, bits.shape[1] * 2, *steps,
-            D=p.dim, TG=tg, RC=rc, SP=sp, KEEP=c["KEEP"], STAGES=c["STAGES"], CONSUMER_REGS=c["CONSUMER_REGS"], num_warps=4, maxnreg=c["MAXNREG"],
+            D=p.dim, TG=tg, RC=rc, SP=sp, KEEP=c["KEEP"], STAGES=c["STAGES"], CONSUMER_REGS=c["CONSUMER_REGS"],
+            num_warps=4, maxnreg=c["MAXNREG"],
         )  # fmt: skip

@@ -55,8 +55,9 @@ def _listed(bh, g, row0, Offsets, n, groups, there, capacity):
 @gluon.jit
 def _produce(
     q_desc, K, V, Columns, Offsets, q_s, k_s, v_s, work_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-    skb, skh, skn, svb, svh, svn, n, heads, repeats, group, groups, tiles, batch_heads, items, step_t, step_h, step_o, capacity,
-    qy_b, qy_h, qx_b, qx_h, D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, QUEUE: gl.constexpr,
+    skb, skh, skn, svb, svh, svn, n, heads, repeats, group, groups, tiles, batch_heads, items, step_t, step_h,
+    step_o, capacity, qy_b, qy_h, qx_b, qx_h,
+    D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, QUEUE: gl.constexpr,
 ):  # fmt: skip
     """The producer warpgroup. Work items with stripes are handed to the consumers with their queries.
 
@@ -313,8 +314,8 @@ def sparse_hopper_kernel(
             (_produce, (
                 q_desc, K, V, Columns, Offsets, q_s, k_s, v_s, work_s,
                 q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                skb, skh, skn, svb, svh, svn, n, heads, repeats, group, groups, tiles, batch_heads, items, step_t, step_h, step_o, capacity,
-                qy_b, qy_h, qx_b, qx_h, D, BN, STAGES, QUEUE,
+                skb, skh, skn, svb, svh, svn, n, heads, repeats, group, groups, tiles, batch_heads, items,
+                step_t, step_h, step_o, capacity, qy_b, qy_h, qx_b, qx_h, D, BN, STAGES, QUEUE,
             )),
         ],
         [4, 4],
