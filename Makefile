@@ -39,7 +39,7 @@ demo: $(STAMP)  ## capture a small real model, analyze, bench and calibrate it, 
 	@echo
 	@echo "Pictures: $(OUT)/analysis/figures/, $(OUT)/bench/ and $(OUT)/calibration/figures/; everything on one page: $(OUT)/report.html"
 
-study: $(STAMP)  ## calibrate and evaluate the small real model, and rewrite the tables of docs/study-smollm2.md (an hour)
+study: $(STAMP)  ## calibrate and evaluate the small real model, and rewrite the tables of docs/study-smollm2.md (60 to 90 minutes)
 	$(BIN)/python samples/study.py $(STUDY)
 
 test: $(STAMP)  ## run the tests that need no GPU and no network

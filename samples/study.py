@@ -3,7 +3,7 @@
     python samples/study.py OUT            (or `make study`)
 
 Each step resumes where it was interrupted, and is not repeated once it is finished. Needs `pip install
-'anchorscope[hf]'`, 5 GB of disk, 3 GB of memory and under an hour on two CPU cores. The text of the document is written
+'anchorscope[hf]'`, 5 GB of disk, 3 GB of memory and 60 to 90 minutes on two CPU cores. The text of the document is written
 by hand; what stands between its `begin` and `end` marks is replaced.
 """
 
