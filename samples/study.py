@@ -3,8 +3,8 @@
     python samples/study.py OUT            (or `make study`)
 
 Each step resumes where it was interrupted, and is not repeated once it is finished. Needs `pip install
-'anchorscope[hf]'`, 5 GB of disk, 3 GB of memory and 60 to 90 minutes on two CPU cores. The text of the document is written
-by hand; what stands between its `begin` and `end` marks is replaced.
+'anchorscope[hf]'`, 5 GB of disk, 3 GB of memory and 60 to 90 minutes on two CPU cores. The text of the document is
+written by hand; what stands between its `begin` and `end` marks is replaced.
 """
 
 from __future__ import annotations
