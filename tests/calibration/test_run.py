@@ -63,6 +63,17 @@ def write(path, names=("story", "code", "mail"), *, n=N, layers=(2, 7), heads=4,
     return path
 
 
+@pytest.fixture(scope="module", autouse=True)
+def reports_keep_to_their_schema(tmp_path_factory):
+    """Every calibration.json that a test of this file wrote, checked when the last one is over."""
+    yield
+    validator = jsonschema.Draft202012Validator(json.loads((ROOT / "docs" / "calibration.schema.json").read_text()))
+    reports = list(tmp_path_factory.getbasetemp().rglob("calibration.json"))
+    assert reports
+    for path in reports:
+        validator.validate(json.loads(path.read_text()))
+
+
 @pytest.fixture(scope="module")
 def dump(tmp_path_factory):
     return write(tmp_path_factory.mktemp("dump") / "toy")
