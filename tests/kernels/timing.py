@@ -130,7 +130,7 @@ def write(best: dict[str, dict[str, Any]], dim: int, like: torch.Tensor) -> None
         table[op][common.architecture(like.device)]["2"][str(dim)] = config
     text = json.dumps(table, indent=2)
     path.write_text(
-        re.sub(r"\{\s*(\"(?:BM|BC|BN)\"[^{}]*?)\s*\}", lambda m: "{" + " ".join(m[1].split()) + "}", text) + "\n"
+        re.sub(r"\{\s*(\"(?:BM|BC|BN|KEEP)\"[^{}]*?)\s*\}", lambda m: "{" + " ".join(m[1].split()) + "}", text) + "\n"
     )
 
 
