@@ -1,8 +1,8 @@
 """What the Triton kernels share: checked problem sizes, launch configurations, device helpers.
 
 Launch configurations come from `launch.json`, keyed by op, architecture, bytes per element and padded head dimension,
-so that results are bit-identical from run to run; nothing is tuned at run time (`tests/kernels/timing.py --write` updates
-the file).
+so that results are bit-identical from run to run; nothing is tuned at run time (`tests/kernels/timing.py --write`
+updates the file).
 """
 
 from __future__ import annotations
