@@ -1,20 +1,25 @@
 """Where the time of the pipeline goes by kernel, on a GPU: `python tests/kernels/breakdown.py [BLOCKxSTEP ...]`.
 
-Calls alternate with dense attention, as in `anchorscope bench`, so that the chip is as warm as there.
+Calls alternate with dense attention, as in `anchorscope bench`, so that the chip is as warm as there. With `--out FILE`
+the figures are also written as JSON, with density and efficiency.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections import defaultdict
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 
 import torch
+import triton
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
 from anchorscope.kernels import pipeline
+from anchorscope.params import AnchorParams, anchor_pairs, visible_pairs
 from anchorscope.planted import planted
 
 CUDA = torch.autograd.DeviceType.CUDA
@@ -27,18 +32,42 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=65536)
     parser.add_argument("--theta", type=float, default=6.0)
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    rows = []
     q, k, v = planted(args.n, device="cuda")
     for grid in args.grids:
         block, step = (int(x) for x in grid.split("x"))
 
-        def call(block: int = block, step: int = step) -> None:
-            pipeline.anchor_attention(q, k, v, theta=args.theta, block=block, step=step)
+        def call(block: int = block, step: int = step) -> pipeline.Attention:
+            return pipeline.anchor_attention(q, k, v, theta=args.theta, block=block, step=step)
 
-        print(f"n {args.n} {grid} theta {args.theta}: {shown(trace(call, (q, k, v), args.repeats))}", flush=True)
+        times = trace(call, (q, k, v), args.repeats)
+        params = AnchorParams(block=block, step=step)
+        counts = call().stripes.counts.double().mean((0, 1))
+        sizes = torch.full_like(counts, params.group)
+        sizes[-1] = args.n - params.group * (len(sizes) - 1)
+        density = (float((counts * sizes).sum()) + anchor_pairs(args.n, params)) / visible_pairs(args.n)
+        speedup = times["dense"] / times["whole"]
+        efficiency = speedup * density
+        rows.append({"grid": grid, "density": density, "speedup": speedup, "efficiency": efficiency, "ms": times})
+        print(
+            f"n {args.n} {grid} theta {args.theta}: speed-up {speedup:.1f}, efficiency {efficiency:.3f}, "
+            f"ms {shown(times)}",
+            flush=True,
+        )
+    if args.out:
+        about = {
+            "command": f"python tests/kernels/breakdown.py {' '.join(args.grids)} --n {args.n} --theta {args.theta:g}",
+            "about": "medians of kernels, each call behind a dense one; whole: first kernel's start to last one's end",
+            "gpu": torch.cuda.get_device_name(),
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+        }
+        args.out.write_text(json.dumps({**about, "rows": rows}, indent=2) + "\n")
 
 
-def trace(call: Callable[[], None], qkv: tuple[torch.Tensor, ...], repeats: int) -> dict[str, float]:
+def trace(call: Callable[[], object], qkv: tuple[torch.Tensor, ...], repeats: int) -> dict[str, float]:
     """Median milliseconds of every kernel of a call; `whole` is from its first kernel's start to its last one's end."""
     call()
     with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as seen:

@@ -2,7 +2,8 @@
 
 Parts: `first` (first call with an empty and a filled compile cache), `identification` (alone, at 131,072 tokens),
 `profile` (everything that the all-theta curves need against dense attention), `crossover` (from which length and
-density sparse wins, on a busy GPU and called eagerly) and `million` (1,048,576 tokens in 20 heads: more than 2^31
+density sparse wins, on a busy GPU and called eagerly), `short` (what dense kernels reach where a query sees as few keys
+as in an anchor region) and `million` (1,048,576 tokens in 20 heads: more than 2^31
 elements, with sampled rows against float64). Planted input (`anchorscope/planted.py`); dense is cuDNN. Writes one JSON
 object.
 """
@@ -137,6 +138,36 @@ def crossover() -> list[dict[str, Any]]:
     return rows
 
 
+def short() -> list[dict[str, Any]]:
+    """Dense causal attention over 65,536 tokens in sequences of `n`: rate of pairs, relative to one sequence of all."""
+    heat = planted(65536, device="cuda")
+    rates: dict[str, float] = {}
+    rows = []
+    for n in (65536, 256, 512, 768, 1024, 2048, 2560):
+        batch = 65536 // n
+        shape = (batch, 32, n, 128), (batch, 8, n, 128), (batch, 8, n, 128)
+        q, k, v = (torch.randn(s, device="cuda", dtype=torch.bfloat16) for s in shape)
+        pairs = batch * 32 * n * (n + 1) / 2
+        row: dict[str, Any] = {"n": n, "mean_keys": (n + 1) / 2}
+        for name, backend in (("cudnn", SDPBackend.CUDNN_ATTENTION), ("flash", SDPBackend.FLASH_ATTENTION)):
+            times = []
+            for _ in range(9):
+                marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+                dense_attention(*heat)  # the chip as warm as in the bench
+                with sdpa_kernel(backend):
+                    marks[0].record()
+                    scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+                    marks[1].record()
+                torch.cuda.synchronize()
+                times.append(marks[0].elapsed_time(marks[1]))
+            row[f"{name}_ms"] = sorted(times)[len(times) // 2]
+            rate = pairs / row[f"{name}_ms"]
+            row[f"{name}_rate"] = rate / (rates.setdefault(name, rate))
+        rows.append(row)
+        print(row, flush=True)
+    return rows
+
+
 def million() -> dict[str, Any]:
     """1,048,576 tokens, 20 query heads, 4 kv heads; rows and one group's stripes against float64."""
     n, heads, kv_heads, theta = 2**20, 20, 4, 6.0
@@ -193,7 +224,7 @@ def million() -> dict[str, Any]:
 
 def main() -> None:
     """Entry point."""
-    parts = {f.__name__: f for f in (first, identification, profile, crossover, million)}
+    parts = {f.__name__: f for f in (first, identification, profile, crossover, short, million)}
     parser = argparse.ArgumentParser()
     parser.add_argument("parts", nargs="*", choices=list(parts), default=list(parts))
     parser.add_argument("--out", type=Path, required=True)
