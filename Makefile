@@ -15,7 +15,7 @@ TOKENS ?= 4096
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo study test test-slow test-browser test-gpu lint format types package clean
+.PHONY: help demo study test test-slow test-browser test-gpu compile-ahead lint format types package clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -53,6 +53,9 @@ test-browser: $(STAMP)  ## run the tests of the HTML report in headless Chromium
 
 test-gpu: $(STAMP)  ## run the kernel tests on a CUDA GPU
 	$(BIN)/python -m pytest -m gpu
+
+compile-ahead: $(STAMP)  ## compile the kernels for five GPU architectures, without a GPU; check shared memory and spills
+	$(BIN)/python tests/kernels/compile_ahead.py
 
 lint: $(STAMP)  ## style, formatting and types, as CI checks them
 	$(BIN)/ruff check .

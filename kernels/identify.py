@@ -19,6 +19,8 @@ from .types import AnchorState, Stripes
 
 PAD = 256  # columns of the bit mask are a multiple of this, and of every BC below
 SHARE = 512  # words of the bit mask that one program lists
+COUNTING = {"BS": 2, "num_warps": 4}
+LISTING = {"FEW": 8, "BC": 512, "num_warps": 1}
 
 
 @triton.jit
@@ -217,7 +219,7 @@ def _bits(q_bar: Tensor, a_bar: Tensor, k: Tensor, theta: Tensor, p: Problem) ->
     with torch.cuda.device_of(k):
         count_kernel[(bits.shape[0],)](
             bits, counts, before, p.offset, p.init, p.lookback, p.window or 0, p.group, p.groups, bits.shape[1],
-            before.shape[1], WINDOW=p.window is not None, SHARE=SHARE, BS=2, num_warps=4,
+            before.shape[1], WINDOW=p.window is not None, SHARE=SHARE, **COUNTING,
         )  # fmt: skip
         scan_kernel[(1,)](counts, offsets, bits.shape[0], BW=2048, num_warps=8)
     return bits, counts, offsets, before
@@ -297,7 +299,7 @@ def _list(
         with torch.cuda.device_of(bits):
             list_kernel[before.shape](
                 bits, before, offsets, columns, offset, init, lookback, window or 0, group, groups, bits.shape[1],
-                before.shape[1], capacity, WINDOW=window is not None, SHARE=SHARE, FEW=8, BC=512, num_warps=1,
+                before.shape[1], capacity, WINDOW=window is not None, SHARE=SHARE, **LISTING,
             )  # fmt: skip
     return columns
 

@@ -2,16 +2,20 @@
 
 `python tests/kernels/compile_ahead.py [OP-ARCH-DIM ...]` (all without arguments) exits 1 when a tile does not fit the
 target's shared memory or a kernel spills more than spills.json allows: bytes of stack per thread (CUDA) or spilled
-registers (AMD), for the Triton named there; the budget may shrink, not grow. `--budget` prints a new one.
+registers (AMD), for the Triton named there; the budget may shrink, not grow. `--budget` prints a new one. DIM is 0 for
+kernels that have none. As many processes as processors.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +52,11 @@ KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "dense_lse": (profile.dense_kernel, {"HAS_V": False, "SPLIT": False, **PLAIN}),
     "column_mass": (profile.mass_kernel, PLAIN),
 }
+# kernels without a head dimension and without an entry in the launch table
+FIXED: dict[str, tuple[Any, dict[str, Any]]] = {
+    "count": (identify.count_kernel, identify.COUNTING),
+    "list": (identify.list_kernel, identify.LISTING),
+}
 HOPPER = ("anchor_hopper", "identify_hopper", "sparse_hopper")
 
 
@@ -72,7 +81,7 @@ def signature(kernel: Any, constants: dict[str, Any], own: dict[str, str]) -> tu
 def build(op: str, arch: str, dim: int) -> tuple[int, int]:
     """Compile one specialisation; its bytes of shared memory, and of stack (or spilled registers)."""
     target, _ = TARGETS[arch]
-    config = common.launch_for(op, arch, 2, dim)
+    config = dict(FIXED[op][1]) if op in FIXED else common.launch_for(op, arch, 2, dim)
     options = {name: config.pop(name) for name in ("num_warps", "num_stages") if name in config}
     own: dict[str, str] = {}
     if op in HOPPER:
@@ -97,6 +106,10 @@ def build(op: str, arch: str, dim: int) -> tuple[int, int]:
             layout = anchor_hopper.shared_layout(*box, anchor_hopper.torch.bfloat16)
             own[name] = f"tensordesc<bf16[{box[0]}, {box[1]}],{layout!r}>"
         source: Any = GluonASTSource(kernel, *signature(kernel, constants, own))
+    elif op in FIXED:
+        constants = {"WINDOW": False, "SHARE": identify.SHARE, **config}
+        words = dict.fromkeys(("Bits", "Before", "Counts"), "*i32")
+        source = ASTSource(FIXED[op][0], *signature(FIXED[op][0], constants, words))
     else:
         kernel, extra = KERNELS[op]
         rows = config.pop("ROWS", None)
@@ -121,8 +134,10 @@ def build(op: str, arch: str, dim: int) -> tuple[int, int]:
     return done.metadata.shared, int(found[1])
 
 
-ALL = [(op, arch, dim) for op in KERNELS for arch in TARGETS for dim in DIMS] + [
-    (op, "sm90", dim) for op in HOPPER for dim in DIMS
+ALL = [
+    *((op, arch, dim) for op in KERNELS for arch in TARGETS for dim in DIMS),
+    *((op, "sm90", dim) for op in HOPPER for dim in DIMS),
+    *((op, arch, 0) for op in FIXED for arch in TARGETS),
 ]
 
 
@@ -130,20 +145,21 @@ def main(arguments: list[str]) -> int:
     """Entry point; see the module."""
     budget = json.loads(BUDGET.read_text())
     wanted = [a for a in arguments if not a.startswith("-")]
-    cases = [tuple(w.split("-")) for w in wanted] or ALL
+    cases = [(op, arch, int(dim)) for op, arch, dim in (w.split("-") for w in wanted)] or ALL
     spills: dict[str, int] = {}
     failures = 0
-    for op, arch, dim in cases:
-        name = f"{op}-{arch}-{dim}"
-        shared, spilled = build(op, arch, int(dim))
-        if spilled:
-            spills[name] = spilled
-        problems = [f"shared memory {shared} > {TARGETS[arch][1]}"] if shared > TARGETS[arch][1] else []
-        allowed = budget["spills"].get(name, 0)
-        if budget["triton"] == triton.__version__ and spilled > allowed and "--budget" not in arguments:
-            problems.append(f"spills {spilled} > {allowed}")
-        failures += bool(problems)
-        print(name, f"shared {shared}, spills {spilled}", *problems, flush=True)
+    # Processes of their own: Triton's compiler is not made for threads, and must not be forked once it is loaded.
+    with ProcessPoolExecutor(min(len(cases), os.cpu_count() or 1), multiprocessing.get_context("spawn")) as pool:
+        for (op, arch, dim), (shared, spilled) in zip(cases, pool.map(build, *zip(*cases, strict=True)), strict=True):
+            name = f"{op}-{arch}-{dim}"
+            if spilled:
+                spills[name] = spilled
+            problems = [f"shared memory {shared} > {TARGETS[arch][1]}"] if shared > TARGETS[arch][1] else []
+            allowed = budget["spills"].get(name, 0)
+            if budget["triton"] == triton.__version__ and spilled > allowed and "--budget" not in arguments:
+                problems.append(f"spills {spilled} > {allowed}")
+            failures += bool(problems)
+            print(name, f"shared {shared}, spills {spilled}", *problems, flush=True)
     if "--budget" in arguments:
         print(json.dumps({"triton": triton.__version__, "spills": spills}, indent=2))
     print(f"compiled {len(cases)}, failed {failures}")
