@@ -32,7 +32,9 @@ def parse_thetas(text: str, option: str = "--theta") -> tuple[float, ...]:
         if len(bounds) != 3 or not all(map(math.isfinite, bounds)):
             raise InputError(f"{option} range {item!r} must be start:stop:step with finite numbers, like 0:20:0.5")
         start, stop, step = bounds
-        if step <= 0 or stop < start:
+        if step == 0:
+            raise InputError(f"{option} range {item!r} has step 0; write it as low:high:positive-step")
+        if step < 0 or stop < start:
             raise InputError(f"{option} range {item!r} runs backwards; write it as low:high:positive-step")
         # Multiply, do not add up: 0:20:0.1 must end at 20 and hit 12 exactly.
         count = math.floor((stop - start) / step + 1e-9) + 1

@@ -17,7 +17,7 @@ from torch import Tensor
 from .common import Problem, architecture, launch, pooled_problem, theta_tensor, traced
 from .types import AnchorState, Stripes
 
-PAD = 256  # columns of the bit mask are a multiple of this, and of every BC below
+PAD = 256  # columns of the bit mask are a multiple of this, which every BC of `score_kernel` divides
 SHARE = 512  # words of the bit mask that one program lists
 COUNTING = {"BS": 2, "num_warps": 4}
 LISTING = {"FEW": 8, "BC": 512, "num_warps": 1}

@@ -82,6 +82,9 @@ class BenchConfig:
             raise InputError("lengths must be whole numbers of at least 1")
         if self.thetas is not None and (not self.thetas or any(math.isnan(x) for x in self.thetas)):
             raise InputError("theta must be a number of nats (inf and -inf are legal), not NaN")
+        if self.thetas is not None and len(set(self.thetas)) < len(self.thetas):
+            twice = next(x for x in self.thetas if self.thetas.count(x) > 1)
+            raise InputError(f"theta {twice:g} is given twice")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise InputError(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
         if self.backend not in BACKENDS:

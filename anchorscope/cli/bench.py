@@ -198,8 +198,11 @@ def print_result(data: dict[str, Any], ratios: list[Ratio] | None = None) -> Non
     console.print("effic.: speed-up * density; TFLOP/s: of kept pairs; memory: beyond the output")
     if ratios is not None:
         console.print()
-        console.print(_ratio_table(data, ratios))
-        console.print("= : the p20 to p80 ranges overlap")
+        if ratios:
+            console.print(_ratio_table(data, ratios))
+            console.print("= : the p20 to p80 ranges overlap")
+        else:
+            console.print("Against the older result: nothing to compare, no input is in both")
         if len(ratios) > RATIO_ROWS:
             console.print(f"{len(ratios) - RATIO_ROWS} more in bench.json (--out) or --json")
 

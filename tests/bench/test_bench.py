@@ -273,6 +273,9 @@ def test_command_writes_and_compares(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert whats == ["dense flash", "anchor", "identification theta=6", "sparse theta=6", "whole theta=6"]
     assert "5 of 10 times have no counterpart" in err
 
+    assert main(["bench", "--lengths", "200", "--theta", "6", "--against", str(out), *FLAGS]) == 0
+    assert "nothing to compare" in capsys.readouterr().out
+
     before = (out / "bench.json").read_bytes()
     assert main(["bench", "--lengths", "300", "--out", str(out), *FLAGS]) == 2
     assert "add --overwrite" in capsys.readouterr().err
@@ -332,6 +335,8 @@ def test_bad_older_result(tmp_path: Path, content: str | None, message: str) -> 
         ("--theta abc", "--theta"),
         ("--theta nan", "--theta"),
         ("--theta 9:1:1", "backwards"),
+        ("--theta 0:20:0", "has step 0"),
+        ("--theta 4,6,4", "theta 4 is given twice"),
         ("--lengths 4096,,8", "--lengths"),
         ("--lengths 0", "out of range"),
         ("--lengths 4k,4096", "twice"),

@@ -260,6 +260,7 @@ def test_unknown_models_and_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (str(folder), "holds no config.json"),
         (str(tmp_path / "x.gguf"), "does not exist"),
         ("no such/model at all", "no Hugging Face id"),
+        ("./no-such-folder", "does not exist here"),
         ("nobody/nothing-of-that-name", "cannot be loaded"),
     ):
         with pytest.raises(InputError, match=message):

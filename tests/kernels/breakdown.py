@@ -1,7 +1,7 @@
 """Where the time of the pipeline goes by kernel, on a GPU: `python tests/kernels/breakdown.py [BLOCKxSTEP ...]`.
 
-Calls alternate with dense attention, as in `anchorscope bench`, so that the chip is as warm as there. With `--out FILE`
-the figures are also written as JSON, with density and efficiency.
+Calls alternate with dense attention, so that the chip is about as warm as in `anchorscope bench`; each pair is waited
+for. With `--out FILE` the figures are also written as JSON, with density and efficiency.
 """
 
 from __future__ import annotations
@@ -58,8 +58,9 @@ def main() -> None:
         )
     if args.out:
         about = {
-            "command": f"python tests/kernels/breakdown.py {' '.join(args.grids)} --n {args.n} --theta {args.theta:g}",
-            "about": "medians of kernels, each call behind a dense one; whole: first kernel's start to last one's end",
+            "command": f"python tests/kernels/breakdown.py {' '.join(args.grids)} --n {args.n} --theta {args.theta:g} "
+            f"--repeats {args.repeats} --out {args.out.name}",
+            "about": "medians of kernels, calls between dense ones; whole: first kernel's start to last one's end",
             "gpu": torch.cuda.get_device_name(),
             "torch": torch.__version__,
             "triton": triton.__version__,

@@ -1,4 +1,5 @@
-"""Compiles the kernels for GPUs that are not here, with the committed launch table.
+"""Compiles every kernel for GPUs that are not here, with the committed launch configurations: bf16, one grid, without
+window, soft-cap and exact margins.
 
 `python tests/kernels/compile_ahead.py [OP-ARCH-DIM ...]` (all without arguments) exits 1 when a tile does not fit the
 target's shared memory or a kernel spills more than spills.json allows: bytes of stack per thread (CUDA) or spilled
@@ -8,6 +9,7 @@ kernels that have none. As many processes as processors.
 
 from __future__ import annotations
 
+import importlib
 import json
 import multiprocessing
 import os
@@ -51,13 +53,19 @@ KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
     ),
     "dense_lse": (profile.dense_kernel, {"HAS_V": False, "SPLIT": False, **PLAIN}),
     "column_mass": (profile.mass_kernel, PLAIN),
-}
-# kernels without a head dimension and without an entry in the launch table
-FIXED: dict[str, tuple[Any, dict[str, Any]]] = {
-    "count": (identify.count_kernel, identify.COUNTING),
-    "list": (identify.list_kernel, identify.LISTING),
+    "sweep": (profile.sweep_kernel, {"HAS_V": True, "SPLIT": True, **PLAIN}),
 }
 HOPPER = ("anchor_hopper", "identify_hopper", "sparse_hopper")
+# kernels without an entry in the launch table: module and name, configuration, architectures, head dimensions
+ANY = tuple(TARGETS)
+FIXED: dict[str, tuple[str, dict[str, Any], tuple[str, ...], tuple[int, ...]]] = {
+    "pool": ("anchor.pool_kernel", {"BM": 32}, ANY, DIMS),
+    "count": ("identify.count_kernel", {"WINDOW": False, "SHARE": identify.SHARE, **identify.COUNTING}, ANY, (0,)),
+    "scan": ("identify.scan_kernel", {"BW": 2048, "num_warps": 8}, ANY, (0,)),
+    "list": ("identify.list_kernel", {"WINDOW": False, "SHARE": identify.SHARE, **identify.LISTING}, ANY, (0,)),
+    "fold": ("anchor_hopper.fold_kernel", {"SHARE": 4, "num_warps": 1}, ("sm90",), DIMS),
+    "need": ("identify_hopper.need_kernel", {"RC": 4, "ROWS": 128, "num_warps": 4}, ("sm90",), (0,)),
+}
 
 
 def signature(kernel: Any, constants: dict[str, Any], own: dict[str, str]) -> tuple[dict, dict, dict]:
@@ -81,7 +89,8 @@ def signature(kernel: Any, constants: dict[str, Any], own: dict[str, str]) -> tu
 def build(op: str, arch: str, dim: int) -> tuple[int, int]:
     """Compile one specialisation; its bytes of shared memory, and of stack (or spilled registers)."""
     target, _ = TARGETS[arch]
-    config = dict(FIXED[op][1]) if op in FIXED else common.launch_for(op, arch, 2, dim)
+    table = "anchor_precise" if op == "sweep" else op
+    config = dict(FIXED[op][1]) if op in FIXED else common.launch_for(table, arch, 2, dim)
     options = {name: config.pop(name) for name in ("num_warps", "num_stages") if name in config}
     own: dict[str, str] = {}
     if op in HOPPER:
@@ -107,9 +116,10 @@ def build(op: str, arch: str, dim: int) -> tuple[int, int]:
             own[name] = f"tensordesc<bf16[{box[0]}, {box[1]}],{layout!r}>"
         source: Any = GluonASTSource(kernel, *signature(kernel, constants, own))
     elif op in FIXED:
-        constants = {"WINDOW": False, "SHARE": identify.SHARE, **config}
+        module, name = FIXED[op][0].split(".")
+        kernel = getattr(importlib.import_module(f"anchorscope.kernels.{module}"), name)
         words = dict.fromkeys(("Bits", "Before", "Counts"), "*i32")
-        source = ASTSource(FIXED[op][0], *signature(FIXED[op][0], constants, words))
+        source = ASTSource(kernel, *signature(kernel, {"DIM": dim, "D": dim, **config}, words))
     else:
         kernel, extra = KERNELS[op]
         rows = config.pop("ROWS", None)
@@ -118,6 +128,8 @@ def build(op: str, arch: str, dim: int) -> tuple[int, int]:
             constants["TG"] = rows // (extra["RC"] * extra["SP"])
         if op in ("anchor_precise", "dense_lse"):
             own["Out"] = "*fp32"
+        if op == "sweep":
+            own = dict.fromkeys(("OutA", "LseA", "OutD", "Sums"), "*fp32") | {"Bins": "*i32"}
         source = ASTSource(kernel, *signature(kernel, constants, own))
     done = triton.compile(source, target=target, options=options)
     if target.backend == "hip":
@@ -137,15 +149,19 @@ def build(op: str, arch: str, dim: int) -> tuple[int, int]:
 ALL = [
     *((op, arch, dim) for op in KERNELS for arch in TARGETS for dim in DIMS),
     *((op, "sm90", dim) for op in HOPPER for dim in DIMS),
-    *((op, arch, 0) for op in FIXED for arch in TARGETS),
+    *((op, arch, dim) for op, (_name, _config, archs, dims) in FIXED.items() for arch in archs for dim in dims),
 ]
 
 
 def main(arguments: list[str]) -> int:
     """Entry point; see the module."""
     budget = json.loads(BUDGET.read_text())
-    wanted = [a for a in arguments if not a.startswith("-")]
-    cases = [(op, arch, int(dim)) for op, arch, dim in (w.split("-") for w in wanted)] or ALL
+    known = {"-".join(map(str, case)): case for case in ALL}
+    wanted = [a for a in arguments if a != "--budget"]
+    if unknown := [a for a in wanted if a not in known]:
+        print(f"no such kernel, architecture and head dimension: {', '.join(unknown)}", file=sys.stderr)
+        return 2
+    cases = [known[a] for a in wanted] or ALL
     spills: dict[str, int] = {}
     failures = 0
     # Processes of their own: Triton's compiler is not made for threads, and must not be forked once it is loaded.

@@ -226,11 +226,11 @@ def main() -> None:
     """Entry point."""
     parts = {f.__name__: f for f in (first, identification, profile, crossover, short, million)}
     parser = argparse.ArgumentParser()
-    parser.add_argument("parts", nargs="*", choices=list(parts), default=list(parts))
+    parser.add_argument("parts", nargs="+", choices=list(parts))
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     found: dict[str, Any] = {
-        "command": "python tests/kernels/limits.py " + " ".join(args.parts),
+        "command": f"python tests/kernels/limits.py {' '.join(args.parts)} --out {args.out.name}",
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
     }
