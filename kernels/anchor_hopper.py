@@ -36,6 +36,7 @@ reinterpret = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.sh
 HALF = 64  # queries of one consumer warpgroup
 BM = 2 * HALF
 PIECE = 64  # keys, and columns, that the copy engine brings at a time
+FOLDING = {"SHARE": 4, "num_warps": 1}
 LOG2E: gl.constexpr = gl.constexpr(1.4426950408889634)
 LN2: gl.constexpr = gl.constexpr(0.6931471805599453)
 # Rows of products as the tensor cores leave them, columns of every 8 that a thread has added up.
@@ -471,8 +472,7 @@ def anchor_hopper(q: Tensor, k: Tensor, v: Tensor, p: Problem) -> tuple[Tensor, 
             D=p.dim, BN=c["BN"], STAGES=c["STAGES"], QUEUE=c["QUEUE"], CONSUMER_REGS=c["CONSUMER_REGS"],
             num_warps=4, maxnreg=c["MAXNREG"],
         )  # fmt: skip
-        fold_kernel[(triton.cdiv(p.blocks, 4), p.batch * p.heads)](
-            q_sum, tops, q_bar, a_bar, p.queries, units, p.blocks, p.block // HALF, p.block, D=p.dim, SHARE=4,
-            num_warps=1,
-        )  # fmt: skip
+        fold_kernel[(triton.cdiv(p.blocks, FOLDING["SHARE"]), p.batch * p.heads)](
+            q_sum, tops, q_bar, a_bar, p.queries, units, p.blocks, p.block // HALF, p.block, D=p.dim, **FOLDING
+        )
     return out, lse, q_bar, a_bar

@@ -19,7 +19,9 @@ from .types import AnchorState, Stripes
 
 PAD = 256  # columns of the bit mask are a multiple of this, which every BC of `score_kernel` divides
 SHARE = 512  # words of the bit mask that one program lists
+# launches of count_kernel, scan_kernel and list_kernel on any GPU
 COUNTING = {"BS": 2, "num_warps": 4}
+SCANNING = {"BW": 2048, "num_warps": 8}
 LISTING = {"FEW": 8, "BC": 512, "num_warps": 1}
 
 
@@ -221,7 +223,7 @@ def _bits(q_bar: Tensor, a_bar: Tensor, k: Tensor, theta: Tensor, p: Problem) ->
             bits, counts, before, p.offset, p.init, p.lookback, p.window or 0, p.group, p.groups, bits.shape[1],
             before.shape[1], WINDOW=p.window is not None, SHARE=SHARE, **COUNTING,
         )  # fmt: skip
-        scan_kernel[(1,)](counts, offsets, bits.shape[0], BW=2048, num_warps=8)
+        scan_kernel[(1,)](counts, offsets, bits.shape[0], **SCANNING)
     return bits, counts, offsets, before
 
 

@@ -250,8 +250,24 @@ def test_figures(small: dict[str, Any], dump: Path) -> None:
     want = sorted([s["density"], 1 / s["speedup"]] for s in small["rows"][0]["sparse"])
     assert density.axes[0].lines[0].get_xydata().tolist() == want
     one = run_bench(BenchConfig(params=AnchorParams(16, 2), device="cpu", repeats=1), dump).to_json()
-    assert len(figure_time(one).axes[0].patches) == 2 * 4  # two layers: three stages and the baseline
+    bars = figure_time(one).axes[0]
+    assert len(bars.patches) == 2 * 4  # two layers: three stages and the baseline
+    marks = [line.get_segments()[0][0][0] for line in bars.collections]
+    assert marks == [row["sparse"][0]["whole"]["median_ms"] for row in one["rows"]]
     assert figure_density(one) is None
+
+
+def test_density_can_be_read_on_narrow_axes(small: dict[str, Any]) -> None:
+    narrow = json.loads(json.dumps(small))
+    for row in narrow["rows"]:
+        for sparse, density in zip(row["sparse"], (0.57, 0.9), strict=False):
+            sparse["density"] = density
+    figure = figure_density(narrow)
+    assert figure is not None
+    axes = figure.axes[0]
+    low, high = axes.get_xlim()
+    assert high < 1.5
+    assert sum(low <= tick <= high for tick in axes.get_xticks()) >= 4
 
 
 def test_command_writes_and_compares(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

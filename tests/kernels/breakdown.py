@@ -18,8 +18,9 @@ import triton
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
+from anchorscope.bench.measures import count_pairs
 from anchorscope.kernels import pipeline
-from anchorscope.params import AnchorParams, anchor_pairs, visible_pairs
+from anchorscope.params import AnchorParams
 from anchorscope.planted import planted
 
 CUDA = torch.autograd.DeviceType.CUDA
@@ -44,10 +45,7 @@ def main() -> None:
 
         times = trace(call, (q, k, v), args.repeats)
         params = AnchorParams(block=block, step=step)
-        counts = call().stripes.counts.double().mean((0, 1))
-        sizes = torch.full_like(counts, params.group)
-        sizes[-1] = args.n - params.group * (len(sizes) - 1)
-        density = (float((counts * sizes).sum()) + anchor_pairs(args.n, params)) / visible_pairs(args.n)
+        density = count_pairs(args.n, params, call().stripes).density
         speedup = times["dense"] / times["whole"]
         efficiency = speedup * density
         rows.append({"grid": grid, "density": density, "speedup": speedup, "efficiency": efficiency, "ms": times})

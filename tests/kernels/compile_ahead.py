@@ -9,7 +9,6 @@ kernels that have none. As many processes as processors.
 
 from __future__ import annotations
 
-import importlib
 import json
 import multiprocessing
 import os
@@ -25,7 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from anchorscope.kernels import anchor, common, identify, profile, sparse
+from anchorscope.kernels import anchor, anchor_hopper, common, identify, identify_hopper, profile, sparse
 
 TARGETS = {
     "sm80": (GPUTarget("cuda", 80, 32), 166912),
@@ -56,15 +55,16 @@ KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "sweep": (profile.sweep_kernel, {"HAS_V": True, "SPLIT": True, **PLAIN}),
 }
 HOPPER = ("anchor_hopper", "identify_hopper", "sparse_hopper")
-# kernels without an entry in the launch table: module and name, configuration, architectures, head dimensions
+# kernels without an entry in the launch table: configuration, architectures, head dimensions
 ANY = tuple(TARGETS)
-FIXED: dict[str, tuple[str, dict[str, Any], tuple[str, ...], tuple[int, ...]]] = {
-    "pool": ("anchor.pool_kernel", {"BM": 32}, ANY, DIMS),
-    "count": ("identify.count_kernel", {"WINDOW": False, "SHARE": identify.SHARE, **identify.COUNTING}, ANY, (0,)),
-    "scan": ("identify.scan_kernel", {"BW": 2048, "num_warps": 8}, ANY, (0,)),
-    "list": ("identify.list_kernel", {"WINDOW": False, "SHARE": identify.SHARE, **identify.LISTING}, ANY, (0,)),
-    "fold": ("anchor_hopper.fold_kernel", {"SHARE": 4, "num_warps": 1}, ("sm90",), DIMS),
-    "need": ("identify_hopper.need_kernel", {"RC": 4, "ROWS": 128, "num_warps": 4}, ("sm90",), (0,)),
+SHARES = {"WINDOW": False, "SHARE": identify.SHARE}
+FIXED: dict[str, tuple[Any, dict[str, Any], tuple[str, ...], tuple[int, ...]]] = {
+    "pool": (anchor.pool_kernel, {"BM": 32}, ANY, DIMS),
+    "count": (identify.count_kernel, {**SHARES, **identify.COUNTING}, ANY, (0,)),
+    "scan": (identify.scan_kernel, identify.SCANNING, ANY, (0,)),
+    "list": (identify.list_kernel, {**SHARES, **identify.LISTING}, ANY, (0,)),
+    "fold": (anchor_hopper.fold_kernel, anchor_hopper.FOLDING, ("sm90",), DIMS),
+    "need": (identify_hopper.need_kernel, {"RC": 4, "ROWS": identify_hopper.ROWS, "num_warps": 4}, ("sm90",), (0,)),
 }
 
 
@@ -96,7 +96,7 @@ def build(op: str, arch: str, dim: int) -> tuple[int, int]:
     if op in HOPPER:
         from triton.experimental.gluon._runtime import GluonASTSource
 
-        from anchorscope.kernels import anchor_hopper, identify_hopper, sparse_hopper
+        from anchorscope.kernels import sparse_hopper
 
         kernel = {
             "anchor_hopper": anchor_hopper.anchor_hopper_kernel,
@@ -116,8 +116,7 @@ def build(op: str, arch: str, dim: int) -> tuple[int, int]:
             own[name] = f"tensordesc<bf16[{box[0]}, {box[1]}],{layout!r}>"
         source: Any = GluonASTSource(kernel, *signature(kernel, constants, own))
     elif op in FIXED:
-        module, name = FIXED[op][0].split(".")
-        kernel = getattr(importlib.import_module(f"anchorscope.kernels.{module}"), name)
+        kernel = FIXED[op][0]
         words = dict.fromkeys(("Bits", "Before", "Counts"), "*i32")
         source = ASTSource(kernel, *signature(kernel, {"DIM": dim, "D": dim, **config}, words))
     else:

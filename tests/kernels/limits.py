@@ -3,9 +3,8 @@
 Parts: `first` (first call with an empty and a filled compile cache), `identification` (alone, at 131,072 tokens),
 `profile` (everything that the all-theta curves need against dense attention), `crossover` (from which length and
 density sparse wins, on a busy GPU and called eagerly), `short` (what dense kernels reach where a query sees as few keys
-as in an anchor region) and `million` (1,048,576 tokens in 20 heads: more than 2^31
-elements, with sampled rows against float64). Planted input (`anchorscope/planted.py`); dense is cuDNN. Writes one JSON
-object.
+as in an anchor region) and `million` (1,048,576 tokens in 20 heads: more than 2^31 elements, with sampled rows against
+float64). Planted input (`anchorscope/planted.py`); dense is cuDNN. Writes one JSON object.
 """
 
 from __future__ import annotations
@@ -22,12 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 from timing import dense_time, median, run_profile
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from anchorscope.bench.measures import count_pairs
 from anchorscope.kernels import anchor, identify, pipeline
-from anchorscope.params import AnchorParams, anchor_pairs, visible_pairs
+from anchorscope.params import AnchorParams
 from anchorscope.planted import planted
 
 FIRST = """
@@ -105,10 +106,7 @@ def crossover() -> list[dict[str, Any]]:
             def dense(q=q, k=k, v=v) -> torch.Tensor:
                 return dense_attention(q, k, v)
 
-            counts = sparse().stripes.counts.double().mean((0, 1))
-            sizes = torch.full_like(counts, params.group)
-            sizes[-1] = n - params.group * (len(sizes) - 1)
-            density = (float((counts * sizes).sum()) + anchor_pairs(n, params)) / visible_pairs(n)
+            density = count_pairs(n, params, sparse().stripes).density
             dense()
             times: list[tuple[float, float]] = []
             for _ in range(repeats):
@@ -139,7 +137,7 @@ def crossover() -> list[dict[str, Any]]:
 
 
 def short() -> list[dict[str, Any]]:
-    """Dense causal attention over 65,536 tokens in sequences of `n`: rate of pairs, relative to one sequence of all."""
+    """Dense causal attention, about 65,536 tokens in sequences of `n`: pairs a second relative to one sequence."""
     heat = planted(65536, device="cuda")
     rates: dict[str, float] = {}
     rows = []
@@ -233,6 +231,7 @@ def main() -> None:
         "command": f"python tests/kernels/limits.py {' '.join(args.parts)} --out {args.out.name}",
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
+        "triton": triton.__version__,
     }
     for name in args.parts:
         found[name] = parts[name]()

@@ -27,6 +27,15 @@ def test_one_kernel_per_target() -> None:
     assert f"compiled {len(cases)}, failed 0" in compile_ahead(*cases)
 
 
+def test_unknown_case_is_refused() -> None:
+    """A typing error must not compile everything, or nothing."""
+    pytest.importorskip("triton")
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, str(SCRIPT), "anchor-sm80-63"], env=env, capture_output=True, text=True)
+    assert run.returncode == 2
+    assert "anchor-sm80-63" in run.stderr
+
+
 @pytest.mark.slow
 def test_every_kernel_and_target() -> None:
     """The same for all of them."""
