@@ -55,7 +55,7 @@ test-gpu: $(STAMP)  ## run the kernel tests on a CUDA GPU
 	$(BIN)/python -m pytest -m gpu
 
 compile-ahead: $(STAMP)  ## compile the kernels for five GPU architectures, without a GPU; check shared memory and spills
-	$(BIN)/python tests/kernels/compile_ahead.py
+	$(BIN)/python tests/benchmarks/compile_ahead.py
 
 lint: $(STAMP)  ## style, formatting and types, as CI checks them
 	$(BIN)/ruff check .

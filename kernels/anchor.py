@@ -8,13 +8,20 @@ of docs/method.md.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import LN2, Problem, accumulate, architecture, launch, problem, traced
+from .common import LN2, accumulate, architecture, checked, launch, traced
+from .geometry import Geometry, Placement
 from .types import AnchorState
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @triton.jit(
@@ -178,89 +185,78 @@ def pool_kernel(
 
 @torch.library.custom_op("anchorscope::anchor", mutates_args=())
 def anchor_op(
-    q: Tensor, k: Tensor, v: Tensor | None, block: int, step: int, init: int, lookback: int, scale: float,
-    window: int | None, softcap: float | None, offset: int, precise: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Launcher of `anchor_kernel`; see `anchor` for the meaning and the results."""
-    p = problem(
-        q, k, v, block=block, step=step, init=init, lookback=lookback, scale=scale, window=window, softcap=softcap,
-        offset=offset,
-    )  # fmt: skip
-    return _launch(q, k, v, p, precise)
+    q: Tensor, k: Tensor, v: Tensor | None, sizes: Sequence[int], scale: float, cap: float, precise: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`anchor` for torch.compile and autograd; the geometry is flat (`Geometry.flat`)."""
+    return _launch(q, k, v, Geometry.unflat(sizes, scale, cap), precise)
 
 
 @anchor_op.register_fake
-def _(q, k, v, block, step, init, lookback, scale, window, softcap, offset, precise):
-    batch, heads, n, dim = q.shape
+def _(q, k, v, sizes, scale, cap, precise):
+    return _outputs(q, v, Geometry.unflat(sizes, scale, cap), precise)
+
+
+def _outputs(q: Tensor, v: Tensor | None, geo: Geometry, precise: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Room for the results, in the order of `AnchorState`."""
     kind = torch.float32 if precise else q.dtype
-    blocks = (n + block - 1) // block
     return (
-        q.new_empty(batch, heads, n, 0 if v is None else dim, dtype=kind),
-        q.new_empty(batch, heads, n, dtype=torch.float32),
-        q.new_empty(batch, heads, blocks, dim, dtype=kind),
-        q.new_empty(batch, heads, blocks, dtype=torch.float32),
+        q.new_empty(geo.batch, geo.heads, geo.queries, 0 if v is None else geo.dim, dtype=kind),
+        q.new_empty(geo.batch, geo.heads, geo.queries, dtype=torch.float32),
+        q.new_empty(geo.batch, geo.heads, geo.blocks, geo.dim, dtype=kind),
+        q.new_empty(geo.batch, geo.heads, geo.blocks, dtype=torch.float32),
     )
 
 
-def _launch(q: Tensor, k: Tensor, v: Tensor | None, p: Problem, precise: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _launch(
+    q: Tensor, k: Tensor, v: Tensor | None, geo: Geometry, precise: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if v is not None and architecture(q.device) == "sm90":
         try:
             from . import anchor_hopper
         except ImportError:  # Gluon came with Triton 3.4
-            return portable(q, k, v, p, precise)
-        if anchor_hopper.suits(q, k, v, p, precise):
-            return anchor_hopper.anchor_hopper(q, k, v, p)
-    return portable(q, k, v, p, precise)
+            return portable(q, k, v, geo, precise)
+        if anchor_hopper.suits(q, k, v, geo, precise):
+            return anchor_hopper.anchor_hopper(q, k, v, geo)
+    return portable(q, k, v, geo, precise)
 
 
 def portable(
-    q: Tensor, k: Tensor, v: Tensor | None, p: Problem, precise: bool
+    q: Tensor, k: Tensor, v: Tensor | None, geo: Geometry, precise: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Launcher of `anchor_kernel`, which runs on every architecture."""
-    kind = torch.float32 if precise else q.dtype
-    out = q.new_empty(p.batch, p.heads, p.queries, 0 if v is None else p.dim, dtype=kind)
-    lse = q.new_empty(p.batch, p.heads, p.queries, dtype=torch.float32)
-    q_bar = q.new_empty(p.batch, p.heads, p.blocks, p.dim, dtype=kind)
-    a_bar = q.new_empty(p.batch, p.heads, p.blocks, dtype=torch.float32)
-    c = launch("anchor_precise" if precise else "anchor", q.device, q.element_size(), p.dim_pad)
-    bm = min(c["BM"], max(16, triton.next_power_of_2(p.group)))
-    pool = bm % p.block == 0
+    out, lse, q_bar, a_bar = _outputs(q, v, geo, precise)
+    c = launch("anchor_precise" if precise else "anchor", q.device, q.element_size(), geo.dim_pad)
+    bm = min(c["BM"], max(16, triton.next_power_of_2(geo.group)))
+    pool = bm % geo.block == 0
     tops = lse if pool else torch.empty_like(lse)
-    tiles = triton.cdiv(p.group, bm)
+    tiles = triton.cdiv(geo.group, bm)
     keys_v = k if v is None else v
     with torch.cuda.device_of(q):
-        anchor_kernel[(p.groups * tiles * p.batch * p.heads,)](
+        anchor_kernel[(geo.groups * tiles * geo.batch * geo.heads,)](
             q, k, keys_v, out, lse, tops, q_bar, a_bar,
             *q.stride(), *k.stride(), *keys_v.stride(), *out.stride(),
-            p.queries, p.offset, p.init, p.lookback, p.window or 0, p.heads, p.repeats, p.group, tiles, p.blocks,
-            p.batch * p.heads, p.scale, p.cap,
-            DIM=p.dim, D=p.dim_pad, BM=bm, BN=c["BN"], BLOCK=p.block if pool else 1, HAS_V=v is not None,
-            WINDOW=p.window is not None, SOFTCAP=p.cap > 0, SPLIT=precise and q.dtype != torch.float32, POOL=pool,
+            geo.queries, geo.offset, geo.init, geo.lookback, geo.window or 0, geo.heads, geo.repeats, geo.group, tiles,
+            geo.blocks, geo.batch * geo.heads, geo.scale, geo.cap,
+            DIM=geo.dim, D=geo.dim_pad, BM=bm, BN=c["BN"], BLOCK=geo.block if pool else 1, HAS_V=v is not None,
+            WINDOW=geo.window is not None, SOFTCAP=geo.cap > 0, SPLIT=precise and q.dtype != torch.float32, POOL=pool,
             PRECISION="ieee", num_warps=c["num_warps"], num_stages=c["num_stages"],
         )  # fmt: skip
         if not pool:
-            pool_kernel[(p.blocks, p.batch * p.heads)](
-                q, tops, q_bar, a_bar, *q.stride(), p.queries, p.heads, p.block, p.blocks,
-                DIM=p.dim, D=p.dim_pad, BM=32,
+            pool_kernel[(geo.blocks, geo.batch * geo.heads)](
+                q, tops, q_bar, a_bar, *q.stride(), geo.queries, geo.heads, geo.block, geo.blocks,
+                DIM=geo.dim, D=geo.dim_pad, BM=32,
             )  # fmt: skip
     return out, lse, q_bar, a_bar
 
 
-def anchor(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor | None,
-    *,
-    block: int = 128,
-    step: int = 16,
-    init: int | None = None,
-    lookback: int | None = None,
-    scale: float | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
-    offset: int | None = None,
-    precise: bool = False,
-) -> AnchorState:
+def anchor_at(q: Tensor, k: Tensor, v: Tensor | None, geo: Geometry, precise: bool = False) -> AnchorState:
+    """`anchor` for a call that is checked already (`common.checked`)."""
+    if traced(q, k, v):
+        return AnchorState(*anchor_op(q, k, v, *geo.flat(), precise))
+    return AnchorState(*_launch(q, k, v, geo, precise))
+
+
+def anchor(q: Tensor, k: Tensor, v: Tensor | None, *, precise: bool = False, **place: Unpack[Placement]) -> AnchorState:
     """Softmax state over the anchor region A(i) = {j <= i : j < init or j >= G(g) - lookback} of every query.
 
     Args:
@@ -268,13 +264,8 @@ def anchor(
             otherwise.
         k, v: (B, Hkv, N, d), not repeated; query head h reads kv head h // (H // Hkv). Without `v` no output is
             computed.
-        block, step: queries pooled together, and blocks that share one selection.
-        init, lookback: tokens always kept at the start and before each group; default `block`.
-        scale: softmax scale, default d ** -0.5.
-        window: key j is visible to query i only if i - j < window.
-        softcap: scores become c * tanh(s / c).
-        offset: absolute position of the first query, default N - n.
         precise: for measurements: `out` and `q_bar` in float32, weights not rounded to 16 bits.
+        **place: see `Placement`.
 
     Returns:
         AnchorState(out (B, H, n, d) in q.dtype or float32 if precise, (B, H, n, 0) without v; lse (B, H, n) float32 in
@@ -283,12 +274,4 @@ def anchor(
     Raises:
         ValueError: shapes, dtypes, devices or parameters that do not fit.
     """
-    p = problem(
-        q, k, v, block=block, step=step, init=init, lookback=lookback, scale=scale, window=window, softcap=softcap,
-        offset=offset,
-    )  # fmt: skip
-    if not traced(q, k, v):
-        return AnchorState(*_launch(q, k, v, p, precise))
-    return AnchorState(
-        *anchor_op(q, k, v, p.block, p.step, p.init, p.lookback, p.scale, p.window, p.cap or None, p.offset, precise)
-    )
+    return anchor_at(q, k, v, checked(q, k, v, **place), precise)

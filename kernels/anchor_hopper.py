@@ -27,7 +27,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .common import Problem, launch, processors
+from .common import launch, processors
+from .geometry import Geometry
 
 # Triton 3.9 knows only the new names, 3.6 only the old ones.
 tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -426,53 +427,63 @@ def walk(x: Tensor) -> tuple[list[int], list[int], tuple[int, int, int, int]] | 
     return [rows, columns], [sn, 1], (yb, yh, xb, xh)
 
 
-def suits(q: Tensor, k: Tensor, v: Tensor | None, p: Problem, precise: bool) -> bool:
+def suits(q: Tensor, k: Tensor, v: Tensor | None, geo: Geometry, precise: bool) -> bool:
     """Whether `anchor_hopper` can run a call, on a Hopper GPU."""
     return (
         v is not None
         and not precise
         and q.dtype != torch.float32
-        and p.dim in (64, 128, 256)
-        and p.window is None
-        and p.cap == 0
-        and p.group % BM == 0
-        and p.block % HALF == 0
+        and geo.dim in (64, 128, 256)
+        and geo.window is None
+        and geo.cap == 0
+        and geo.group % BM == 0
+        and geo.block % HALF == 0
         and all(walk(x) is not None for x in (q, k, v))
     )
 
 
-def anchor_hopper(q: Tensor, k: Tensor, v: Tensor, p: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def anchor_hopper(q: Tensor, k: Tensor, v: Tensor, geo: Geometry) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """out, lse, q_bar, a_bar of `anchor` for a call that `suits`."""
-    c = launch("anchor_hopper", q.device, 2, p.dim)
-    units = triton.cdiv(p.queries, HALF)
+    c = launch("anchor_hopper", q.device, 2, geo.dim)
+    units = triton.cdiv(geo.queries, HALF)
     f32 = torch.float32
-    out = q.new_empty(p.batch, p.heads, p.queries, p.dim)
-    lse = q.new_empty(p.batch, p.heads, p.queries, dtype=f32)
+    out = q.new_empty(geo.batch, geo.heads, geo.queries, geo.dim)
+    lse = q.new_empty(geo.batch, geo.heads, geo.queries, dtype=f32)
     tops = torch.empty_like(lse)
-    q_sum = q.new_empty(p.batch, p.heads, units, p.dim, dtype=f32)
-    q_bar = q.new_empty(p.batch, p.heads, p.blocks, p.dim)
-    a_bar = q.new_empty(p.batch, p.heads, p.blocks, dtype=f32)
+    q_sum = q.new_empty(geo.batch, geo.heads, units, geo.dim, dtype=f32)
+    q_bar = q.new_empty(geo.batch, geo.heads, geo.blocks, geo.dim)
+    a_bar = q.new_empty(geo.batch, geo.heads, geo.blocks, dtype=f32)
     descriptors = []
     steps: list[int] = []
-    for x, columns in ((q, p.dim), (k, PIECE), (v, PIECE)):
+    for x, columns in ((q, geo.dim), (k, PIECE), (v, PIECE)):
         found = walk(x)
         assert found is not None, "ask suits() first"
         shape, strides, step = found
         descriptors.append(TensorDescriptor(x, shape, strides, [HALF, columns], shared_layout(HALF, columns, x.dtype)))
         steps += step
-    tiles = p.group // BM
-    items = triton.cdiv(p.queries, BM) * p.batch * p.heads
+    tiles = geo.group // BM
+    items = triton.cdiv(geo.queries, BM) * geo.batch * geo.heads
     with torch.cuda.device_of(q):
         programs = min(items, processors(q.device))
         anchor_hopper_kernel[(programs,)](
             *descriptors, out, lse, tops, q_sum,
-            p.queries, p.offset, p.init, p.lookback, p.heads, p.repeats, p.group, tiles, p.batch * p.heads,
-            items, *digits_of(programs, p.batch * p.heads, tiles),
-            p.scale * 1.4426950408889634, *steps,
-            D=p.dim, BN=c["BN"], STAGES=c["STAGES"], QUEUE=c["QUEUE"], CONSUMER_REGS=c["CONSUMER_REGS"],
+            geo.queries, geo.offset, geo.init, geo.lookback, geo.heads, geo.repeats, geo.group, tiles,
+            geo.batch * geo.heads, items, *digits_of(programs, geo.batch * geo.heads, tiles),
+            geo.scale * 1.4426950408889634, *steps,
+            D=geo.dim, BN=c["BN"], STAGES=c["STAGES"], QUEUE=c["QUEUE"], CONSUMER_REGS=c["CONSUMER_REGS"],
             num_warps=4, maxnreg=c["MAXNREG"],
         )  # fmt: skip
-        fold_kernel[(triton.cdiv(p.blocks, FOLDING["SHARE"]), p.batch * p.heads)](
-            q_sum, tops, q_bar, a_bar, p.queries, units, p.blocks, p.block // HALF, p.block, D=p.dim, **FOLDING
+        fold_kernel[(triton.cdiv(geo.blocks, FOLDING["SHARE"]), geo.batch * geo.heads)](
+            q_sum,
+            tops,
+            q_bar,
+            a_bar,
+            geo.queries,
+            units,
+            geo.blocks,
+            geo.block // HALF,
+            geo.block,
+            D=geo.dim,
+            **FOLDING,
         )
     return out, lse, q_bar, a_bar

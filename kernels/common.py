@@ -1,7 +1,7 @@
 """What the Triton kernels share: checked problem sizes, launch configurations, device helpers.
 
 Launch configurations come from `launch.json`, keyed by op, architecture, bytes per element and padded head dimension,
-so that results are bit-identical from run to run; nothing is tuned at run time (`tests/kernels/timing.py --write`
+so that results are bit-identical from run to run; nothing is tuned at run time (`tests/benchmarks/timing.py --write`
 updates the file).
 """
 
@@ -11,12 +11,17 @@ import json
 import math
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .geometry import Geometry, Placement, geometry
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
@@ -28,50 +33,6 @@ MAX_HEAD_DIM = 256
 def interpreting() -> bool:
     """Whether Triton runs its kernels in the CPU interpreter (TRITON_INTERPRET=1 before the import)."""
     return bool(triton.knobs.runtime.interpret)
-
-
-class Problem(NamedTuple):
-    """Checked sizes of one call; positions in tokens, `scale` positive, `cap` 0 without a soft-cap."""
-
-    batch: int
-    heads: int
-    kv_heads: int
-    queries: int
-    keys: int
-    dim: int
-    block: int
-    step: int
-    init: int
-    lookback: int
-    offset: int
-    window: int | None
-    scale: float
-    cap: float
-
-    @property
-    def group(self) -> int:
-        """Queries per group."""
-        return self.block * self.step
-
-    @property
-    def blocks(self) -> int:
-        """Query blocks; the last may be short."""
-        return math.ceil(self.queries / self.block)
-
-    @property
-    def groups(self) -> int:
-        """Groups; the last may be short."""
-        return math.ceil(self.queries / self.group)
-
-    @property
-    def repeats(self) -> int:
-        """Query heads per kv head."""
-        return self.heads // self.kv_heads
-
-    @property
-    def dim_pad(self) -> int:
-        """Head dimension rounded up to a power of two of at least 16."""
-        return max(16, triton.next_power_of_2(self.dim))
 
 
 def check_tensors(**tensors: Tensor | None) -> None:
@@ -94,90 +55,33 @@ def check_tensors(**tensors: Tensor | None) -> None:
         )
 
 
-def problem(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor | None = None,
-    *,
-    block: int = 128,
-    step: int = 16,
-    init: int | None = None,
-    lookback: int | None = None,
-    scale: float | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
-    offset: int | None = None,
-) -> Problem:
-    """Check one call's tensors and parameters; defaults as in docs/method.md. Raises ValueError."""
+def checked(q: Tensor, k: Tensor, v: Tensor | None = None, **place: Unpack[Placement]) -> Geometry:
+    """Check one call's tensors, q (B, H, n, d) and k, v (B, Hkv, N, d), and its parameters.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or parameters that do not fit.
+    """
     check_tensors(q=q, k=k, v=v)
-    p = _sized(q.shape, k.shape, block, step, init, lookback, scale, window, softcap, offset)
+    geo = _fitting(geometry(q.shape, k.shape, **place))
     if v is not None and v.shape != k.shape:
         raise ValueError(f"v {tuple(v.shape)} must have the shape of k {tuple(k.shape)}")
-    return p
+    return geo
 
 
-def pooled_problem(
-    q_bar: Tensor, k: Tensor, queries: int, block: int, step: int, init: int | None, lookback: int | None,
-    scale: float | None, window: int | None, softcap: float | None, offset: int | None,
-) -> Problem:  # fmt: skip
-    """`problem` for stages that have the pooled queries (B, H, blocks, d) instead of the queries."""
+def checked_pooled(q_bar: Tensor, k: Tensor, queries: int, **place: Unpack[Placement]) -> Geometry:
+    """`checked` for stages that have the pooled queries (B, H, blocks, d) in place of the n queries."""
     check_tensors(k=k)
     batch, heads, blocks, dim = q_bar.shape
-    shape = torch.Size((batch, heads, queries, dim))
-    p = _sized(shape, k.shape, block, step, init, lookback, scale, window, softcap, offset)
-    if blocks != p.blocks:
-        raise ValueError(f"q_bar has {blocks} blocks, but {queries} queries in blocks of {block} make {p.blocks}")
-    return p
+    geo = _fitting(geometry((batch, heads, queries, dim), k.shape, **place))
+    if blocks != geo.blocks:
+        raise ValueError(f"q_bar has {blocks} blocks, but {queries} queries in blocks of {geo.block} make {geo.blocks}")
+    return geo
 
 
-@lru_cache(maxsize=256)
-def _sized(
-    q_shape: torch.Size, k_shape: torch.Size, block: int, step: int, init: int | None, lookback: int | None,
-    scale: float | None, window: int | None, softcap: float | None, offset: int | None,
-) -> Problem:  # fmt: skip
-    batch, heads, n, dim = q_shape
-    if k_shape[0] != batch or k_shape[3] != dim or heads % k_shape[1]:
-        raise ValueError(
-            f"k {tuple(k_shape)} does not fit q {tuple(q_shape)}: same batch and head_dim, and query heads a multiple "
-            "of kv heads"
-        )
-    if dim > MAX_HEAD_DIM:
-        raise ValueError(f"head_dim {dim} is above the kernels' limit of {MAX_HEAD_DIM}; use the torch back end")
-    keys = k_shape[2]
-    offset = keys - n if offset is None else offset
-    if offset < 0 or offset + n > keys:
-        raise ValueError(f"offset {offset} with {n} queries does not lie within the {keys} keys")
-    scale = dim**-0.5 if scale is None else float(scale)
-    if not (scale > 0 and math.isfinite(scale)):
-        raise ValueError(f"scale must be a positive number, not {scale}")
-    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
-        raise ValueError(f"softcap must be a positive number or None, not {softcap}")
-    if window is not None and window < 1:
-        raise ValueError(f"window must be at least 1 or None, not {window}")
-    if block < 1 or step < 1:
-        raise ValueError(f"block and step must be at least 1, not {block} and {step}")
-    init = block if init is None else init
-    lookback = block if lookback is None else lookback
-    if init < 0 or lookback < 0:
-        raise ValueError(f"init and lookback must not be negative, not {init} and {lookback}")
-    # Beyond the sequence these change nothing; cut so that position arithmetic stays within 32 bits.
-    limit = 2 * keys
-    return Problem(
-        batch,
-        heads,
-        k_shape[1],
-        n,
-        keys,
-        dim,
-        block if block <= n else n,
-        step if block <= n and step * block <= n + block else max(1, math.ceil(n / min(block, n))),
-        min(init, limit),
-        min(lookback, limit),
-        offset,
-        None if window is None or window >= keys else window,
-        scale,
-        0.0 if softcap is None else float(softcap),
-    )
+def _fitting(geo: Geometry) -> Geometry:
+    if geo.dim > MAX_HEAD_DIM:
+        raise ValueError(f"head_dim {geo.dim} is above the kernels' limit of {MAX_HEAD_DIM}; use the torch back end")
+    return geo
 
 
 @lru_cache(maxsize=1)
@@ -211,15 +115,15 @@ def launch_for(op: str, arch: str, itemsize: int, dim_pad: int) -> dict[str, int
     return dict(sizes[str(min(int(s) for s in sizes if int(s) >= dim_pad))])
 
 
-def theta_tensor(theta: float | Tensor, p: Problem, device: torch.device) -> Tensor:
+def theta_tensor(theta: float | Tensor, geo: Geometry, device: torch.device) -> Tensor:
     """Thetas in nats as (B, H) float32: a number for all heads, or a (B, H) tensor. Raises ValueError."""
     if isinstance(theta, Tensor):
-        if theta.numel() != 1 and theta.shape != (p.batch, p.heads):
+        if theta.numel() != 1 and theta.shape != (geo.batch, geo.heads):
             raise ValueError(f"theta must be a number or a (batch, heads) tensor, not of shape {tuple(theta.shape)}")
-        return theta.to(device, torch.float32).expand(p.batch, p.heads).contiguous()
+        return theta.to(device, torch.float32).expand(geo.batch, geo.heads).contiguous()
     if math.isnan(theta):
         raise ValueError("theta must not be NaN")
-    return torch.full((p.batch, p.heads), float(theta), device=device, dtype=torch.float32)
+    return torch.full((geo.batch, geo.heads), float(theta), device=device, dtype=torch.float32)
 
 
 def traced(*tensors: Tensor | None) -> bool:

@@ -9,13 +9,20 @@ Source: Zhang et al., AnchorAttention (EMNLP 2025), step 2, with the candidates 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import Problem, architecture, launch, pooled_problem, theta_tensor, traced
+from .common import architecture, checked_pooled, launch, theta_tensor, traced
+from .geometry import Geometry, Placement, geometry
 from .types import AnchorState, Stripes
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 PAD = 256  # columns of the bit mask are a multiple of this, which every BC of `score_kernel` divides
 SHARE = 512  # words of the bit mask that one program lists
@@ -207,136 +214,145 @@ def list_kernel(Bits, Before, Offsets, Columns, offset, init, lookback, window, 
             base += tl.sum(got, 0)
 
 
-def stacking(p: Problem, rows: int) -> tuple[int, int, int, bool]:
+def stacking(geo: Geometry, rows: int) -> tuple[int, int, int, bool]:
     """(TG groups, RC heads, SP blocks, whether a group takes several steps) stacked to about `rows` pooled queries."""
-    sp = min(triton.next_power_of_2(p.step), rows)
-    rc = min(triton.next_power_of_2(p.repeats), rows // sp)
-    return rows // (sp * rc), rc, sp, p.step > sp
+    sp = min(triton.next_power_of_2(geo.step), rows)
+    rc = min(triton.next_power_of_2(geo.repeats), rows // sp)
+    return rows // (sp * rc), rc, sp, geo.step > sp
 
 
-def _bits(q_bar: Tensor, a_bar: Tensor, k: Tensor, theta: Tensor, p: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _bits(
+    q_bar: Tensor, a_bar: Tensor, k: Tensor, theta: Tensor, geo: Geometry
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Bit mask, counts, offsets and counts before each share; see `bits_op`."""
-    bits, counts, offsets, before = _outputs(q_bar, k, p.groups)
-    _score(q_bar, a_bar, k, theta, bits, p)
+    bits, counts, offsets, before = _outputs(q_bar, geo)
+    _score(q_bar, a_bar, k, theta, bits, geo)
     with torch.cuda.device_of(k):
         count_kernel[(bits.shape[0],)](
-            bits, counts, before, p.offset, p.init, p.lookback, p.window or 0, p.group, p.groups, bits.shape[1],
-            before.shape[1], WINDOW=p.window is not None, SHARE=SHARE, **COUNTING,
+            bits, counts, before, geo.offset, geo.init, geo.lookback, geo.window or 0, geo.group, geo.groups,
+            bits.shape[1], before.shape[1], WINDOW=geo.window is not None, SHARE=SHARE, **COUNTING,
         )  # fmt: skip
         scan_kernel[(1,)](counts, offsets, bits.shape[0], **SCANNING)
     return bits, counts, offsets, before
 
 
-def _score(q_bar: Tensor, a_bar: Tensor, k: Tensor, theta: Tensor, bits: Tensor, p: Problem) -> None:
+def _score(q_bar: Tensor, a_bar: Tensor, k: Tensor, theta: Tensor, bits: Tensor, geo: Geometry) -> None:
     if architecture(k.device) == "sm90":
         try:
             from . import identify_hopper
         except ImportError:  # Gluon came with Triton 3.4, the portable kernel does the same
             pass
         else:
-            if identify_hopper.suits(q_bar, k, p):
-                identify_hopper.score_hopper(q_bar, a_bar, k, theta, bits, p)
+            if identify_hopper.suits(q_bar, k, geo):
+                identify_hopper.score_hopper(q_bar, a_bar, k, theta, bits, geo)
                 return
-    portable(q_bar, a_bar, k, theta, bits, p)
+    portable(q_bar, a_bar, k, theta, bits, geo)
 
 
-def portable(q_bar: Tensor, a_bar: Tensor, k: Tensor, theta: Tensor, bits: Tensor, p: Problem) -> None:
+def portable(q_bar: Tensor, a_bar: Tensor, k: Tensor, theta: Tensor, bits: Tensor, geo: Geometry) -> None:
     """Launcher of `score_kernel`, which runs on every architecture: fills `bits` (B * H * groups, words) int32."""
-    c = launch("identify", k.device, k.element_size(), p.dim_pad)
-    tg, rc, sp, sub = stacking(p, c["ROWS"])
-    chunks = triton.cdiv(p.repeats, rc)
+    c = launch("identify", k.device, k.element_size(), geo.dim_pad)
+    tg, rc, sp, sub = stacking(geo, c["ROWS"])
+    chunks = triton.cdiv(geo.repeats, rc)
     # No group has candidates beyond this column.
-    last = max(0, p.offset + (p.groups - 1) * p.group - p.lookback)
+    last = max(0, geo.offset + (geo.groups - 1) * geo.group - geo.lookback)
     if last == 0:
         return
     with torch.cuda.device_of(k):
-        score_kernel[(p.batch * p.kv_heads * chunks, triton.cdiv(last, c["BC"]))](
+        score_kernel[(geo.batch * geo.kv_heads * chunks, triton.cdiv(last, c["BC"]))](
             q_bar, a_bar, k, theta, bits.view(torch.int16),
             *q_bar.stride()[:3], *k.stride(),
-            p.keys, p.offset, p.init, p.lookback, p.window or 0, p.heads, p.repeats, p.group, p.groups, p.block,
-            p.blocks, p.step, chunks, bits.shape[1] * 2, p.scale, p.cap,
-            DIM=p.dim, D=p.dim_pad, BC=c["BC"], TG=tg, RC=rc, SP=sp, SUB=sub, WINDOW=p.window is not None,
-            SOFTCAP=p.cap > 0, PRECISION="ieee", num_warps=c["num_warps"], num_stages=c["num_stages"],
+            geo.keys, geo.offset, geo.init, geo.lookback, geo.window or 0, geo.heads, geo.repeats, geo.group,
+            geo.groups, geo.block, geo.blocks, geo.step, chunks, bits.shape[1] * 2, geo.scale, geo.cap,
+            DIM=geo.dim, D=geo.dim_pad, BC=c["BC"], TG=tg, RC=rc, SP=sp, SUB=sub, WINDOW=geo.window is not None,
+            SOFTCAP=geo.cap > 0, PRECISION="ieee", num_warps=c["num_warps"], num_stages=c["num_stages"],
         )  # fmt: skip
 
 
 @torch.library.custom_op("anchorscope::stripe_bits", mutates_args=())
 def bits_op(
-    q_bar: Tensor, a_bar: Tensor, k: Tensor, theta: Tensor, queries: int, block: int, step: int, init: int,
-    lookback: int, scale: float, window: int | None, softcap: float | None, offset: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    q_bar: Tensor, a_bar: Tensor, k: Tensor, theta: Tensor, sizes: Sequence[int], scale: float, cap: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Bit mask (B * H * groups, words) int32 over columns, counts (B, H, groups) int32, offsets, and bits set before
     each share of a row (B * H * groups, shares) int32; see `identify`.
 
     Words outside a group's candidates, and shares without any, are not written.
     """
-    p = pooled_problem(q_bar, k, queries, block, step, init, lookback, scale, window, softcap, offset)
-    return _bits(q_bar, a_bar, k, theta, p)
+    return _bits(q_bar, a_bar, k, theta, Geometry.unflat(sizes, scale, cap))
 
 
-def _outputs(q_bar: Tensor, k: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    batch, heads = q_bar.shape[:2]
-    words = (k.shape[2] + PAD - 1) // PAD * (PAD // 32)
-    rows = batch * heads * groups
+@bits_op.register_fake
+def _(q_bar, a_bar, k, theta, sizes, scale, cap):
+    return _outputs(q_bar, Geometry.unflat(sizes, scale, cap))
+
+
+def _outputs(q_bar: Tensor, geo: Geometry) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    words = (geo.keys + PAD - 1) // PAD * (PAD // 32)
+    rows = geo.batch * geo.heads * geo.groups
     return (
         q_bar.new_empty(rows, words, dtype=torch.int32),
-        q_bar.new_empty(batch, heads, groups, dtype=torch.int32),
+        q_bar.new_empty(geo.batch, geo.heads, geo.groups, dtype=torch.int32),
         q_bar.new_empty(rows + 1, dtype=torch.int64),
         q_bar.new_empty(rows, (words + SHARE - 1) // SHARE, dtype=torch.int32),
     )
 
 
-@bits_op.register_fake
-def _(q_bar, a_bar, k, theta, queries, block, step, init, lookback, scale, window, softcap, offset):
-    return _outputs(q_bar, k, (queries + block * step - 1) // (block * step))
-
-
-def _list(
-    bits: Tensor, before: Tensor, offsets: Tensor, capacity: int, group: int, groups: int, init: int, lookback: int,
-    window: int | None, offset: int,
-) -> Tensor:  # fmt: skip
+def _list(bits: Tensor, before: Tensor, offsets: Tensor, capacity: int, geo: Geometry) -> Tensor:
     """Columns (capacity,) int32 of the bit mask of `bits_op`, row r starting at offsets[r]; see `identify`."""
     columns = bits.new_empty(capacity)
     if capacity:
         with torch.cuda.device_of(bits):
             list_kernel[before.shape](
-                bits, before, offsets, columns, offset, init, lookback, window or 0, group, groups, bits.shape[1],
-                before.shape[1], capacity, WINDOW=window is not None, SHARE=SHARE, **LISTING,
+                bits, before, offsets, columns, geo.offset, geo.init, geo.lookback, geo.window or 0, geo.group,
+                geo.groups, bits.shape[1], before.shape[1], capacity, WINDOW=geo.window is not None, SHARE=SHARE,
+                **LISTING,
             )  # fmt: skip
     return columns
 
 
-list_op = torch.library.custom_op("anchorscope::stripe_list", mutates_args=())(_list)
+@torch.library.custom_op("anchorscope::stripe_list", mutates_args=())
+def list_op(
+    bits: Tensor, before: Tensor, offsets: Tensor, capacity: int, sizes: Sequence[int], scale: float, cap: float
+) -> Tensor:
+    """`_list` for torch.compile and autograd; the geometry is flat (`Geometry.flat`)."""
+    return _list(bits, before, offsets, capacity, Geometry.unflat(sizes, scale, cap))
 
 
 @list_op.register_fake
-def _(bits, before, offsets, capacity, group, groups, init, lookback, window, offset):
+def _(bits, before, offsets, capacity, sizes, scale, cap):
     return bits.new_empty(capacity)
 
 
-def candidates(
-    q_shape: torch.Size,
-    keys: int,
+def candidates(q_shape: Sequence[int], keys: int, **place: Unpack[Placement]) -> int:
+    """Candidate columns over all groups and heads: no selection is larger.
+
+    Args:
+        q_shape: (B, H, n, d), the shape of the queries.
+        keys: N.
+        **place: see `Placement`.
+    """
+    batch, heads, _, dim = q_shape
+    return geometry(q_shape, (batch, heads, keys, dim), **place).most_stripes
+
+
+def identify_at(
+    state: AnchorState | tuple[Tensor, Tensor],
+    k: Tensor,
+    geo: Geometry,
     *,
-    block: int = 128,
-    step: int = 16,
-    init: int | None = None,
-    lookback: int | None = None,
-    offset: int | None = None,
-    **_other: object,
-) -> int:
-    """Candidate columns over all groups and heads: no selection is larger. `q_shape` is that of the queries."""
-    batch, heads, n, _dim = q_shape
-    group = block * step
-    init = block if init is None else init
-    lookback = block if lookback is None else lookback
-    offset = keys - n if offset is None else offset
-    least = max(0, (lookback + init - offset) // group + 1)  # first group with candidates
-    groups = (n + group - 1) // group
-    spare = offset - lookback - init
-    if least >= groups:
-        return 0
-    return batch * heads * ((groups - least) * spare + group * (groups * (groups - 1) - least * (least - 1)) // 2)
+    theta: float | Tensor,
+    capacity: int | None = None,
+) -> Stripes:
+    """`identify` for a call that is checked already (`common.checked`)."""
+    *_, q_bar, a_bar = state
+    q_bar, a_bar, limit = q_bar.contiguous(), a_bar.contiguous(), theta_tensor(theta, geo, k.device)
+    if traced(q_bar, k):
+        bits, counts, offsets, before = bits_op(q_bar, a_bar, k, limit, *geo.flat())
+        room = int(offsets[-1]) if capacity is None else capacity
+        return Stripes(list_op(bits, before, offsets, room, *geo.flat()), offsets, counts)
+    bits, counts, offsets, before = _bits(q_bar, a_bar, k, limit, geo)
+    room = int(offsets[-1]) if capacity is None else capacity
+    return Stripes(_list(bits, before, offsets, room, geo), offsets, counts)
 
 
 def identify(
@@ -345,28 +361,22 @@ def identify(
     *,
     theta: float | Tensor,
     queries: int,
-    block: int = 128,
-    step: int = 16,
-    init: int | None = None,
-    lookback: int | None = None,
-    scale: float | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
-    offset: int | None = None,
     capacity: int | None = None,
+    **place: Unpack[Placement],
 ) -> Stripes:
     """Stripes of every group: candidate columns whose margin is at most theta.
 
     The margin of column j is the smallest of a_bar(t) - score(q_bar(t), k_j) over the group's blocks t that see j.
-    Pooled queries are rounded to the dtype of `k` for the product (`margins` in profile.py does not round them).
+    Pooled queries are rounded to the dtype of `k` for the product (`margins.py` does not round them).
 
     Args:
         state: what `anchor` returned, or (q_bar (B, H, blocks, d), a_bar (B, H, blocks) float32).
         k: (B, Hkv, N, d), as given to `anchor`.
         theta: nats, a number or a (B, H) tensor; -inf selects nothing, +inf every candidate that some query sees.
-        queries: n, and the other parameters as given to `anchor`.
+        queries: n, the number of queries behind `state`.
         capacity: length of `columns`. Without it the total is read back from the GPU once, the only synchronisation.
             With it nothing synchronises; `offsets[-1] > capacity` then tells that columns were left out.
+        **place: as given to `anchor`.
 
     Returns:
         Stripes(columns int32, offsets (B * H * groups + 1,) int64, counts (B, H, groups) int32).
@@ -374,19 +384,5 @@ def identify(
     Raises:
         ValueError: shapes or parameters that do not fit.
     """
-    q_bar, a_bar = (state.q_bar, state.a_bar) if isinstance(state, AnchorState) else state
-    p = pooled_problem(q_bar, k, queries, block, step, init, lookback, scale, window, softcap, offset)
-    q_bar, a_bar, limit = q_bar.contiguous(), a_bar.contiguous(), theta_tensor(theta, p, k.device)
-    traces = traced(q_bar, k)
-    if traces:
-        bits, counts, offsets, before = bits_op(
-            q_bar, a_bar, k, limit, queries, p.block, p.step, p.init, p.lookback, p.scale, p.window, p.cap or None,
-            p.offset,
-        )  # fmt: skip
-    else:
-        bits, counts, offsets, before = _bits(q_bar, a_bar, k, limit, p)
-    room = int(offsets[-1]) if capacity is None else capacity
-    columns = (list_op if traces else _list)(
-        bits, before, offsets, room, p.group, p.groups, p.init, p.lookback, p.window, p.offset
-    )
-    return Stripes(columns, offsets, counts)
+    geo = checked_pooled(state[-2], k, queries, **place)
+    return identify_at(state, k, geo, theta=theta, capacity=capacity)

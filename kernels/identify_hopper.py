@@ -26,7 +26,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .anchor_hopper import HALF, PIECE, await_tile, reinterpret, rounds, shared_layout, tma_load, walk
-from .common import Problem, launch, processors
+from .common import launch, processors
+from .geometry import Geometry
 from .sparse_hopper import gather
 
 ROWS = 128  # pooled queries in a stack
@@ -234,56 +235,56 @@ def score_hopper_kernel(
     )  # fmt: skip
 
 
-def stacking(p: Problem) -> tuple[int, int, int]:
+def stacking(geo: Geometry) -> tuple[int, int, int]:
     """(TG groups, RC heads, SP blocks) stacked to 128 pooled queries."""
-    rc = min(triton.next_power_of_2(p.repeats), ROWS // p.step, 16)
-    return ROWS // (rc * p.step), rc, p.step
+    rc = min(triton.next_power_of_2(geo.repeats), ROWS // geo.step, 16)
+    return ROWS // (rc * geo.step), rc, geo.step
 
 
-def suits(q_bar: Tensor, k: Tensor, p: Problem) -> bool:
+def suits(q_bar: Tensor, k: Tensor, geo: Geometry) -> bool:
     """Whether `score_hopper` can run a call, on a Hopper GPU."""
     return (
         k.dtype != torch.float32
         and q_bar.dtype == k.dtype
-        and p.dim in (64, 128, 256)
-        and p.window is None
-        and p.cap == 0
-        and p.step in (4, 8, 16, 32, 64)
+        and geo.dim in (64, 128, 256)
+        and geo.window is None
+        and geo.cap == 0
+        and geo.step in (4, 8, 16, 32, 64)
         and walk(k) is not None
     )
 
 
-def score_hopper(q_bar: Tensor, a_bar: Tensor, k: Tensor, theta: Tensor, bits: Tensor, p: Problem) -> None:
+def score_hopper(q_bar: Tensor, a_bar: Tensor, k: Tensor, theta: Tensor, bits: Tensor, geo: Geometry) -> None:
     """Fill `bits` (B * H * groups, words) int32 for a call that `suits`."""
-    c = launch("identify_hopper", k.device, 2, p.dim)
-    tg, rc, sp = stacking(p)
+    c = launch("identify_hopper", k.device, 2, geo.dim)
+    tg, rc, sp = stacking(geo)
     found = walk(k)
     assert found is not None, "ask suits() first"
     shape, strides, steps = found
-    chunks = triton.cdiv(p.repeats, rc)
-    parts = p.batch * p.kv_heads * chunks
-    stacks = triton.cdiv(p.groups, tg)
-    first = p.init // KEYS.value
+    chunks = triton.cdiv(geo.repeats, rc)
+    parts = geo.batch * geo.kv_heads * chunks
+    stacks = triton.cdiv(geo.groups, tg)
+    first = geo.init // KEYS.value
     # No group has candidates beyond the last one's.
-    tiles = triton.cdiv(max(0, p.offset + (p.groups - 1) * p.group - p.lookback), KEYS.value) - first
+    tiles = triton.cdiv(max(0, geo.offset + (geo.groups - 1) * geo.group - geo.lookback), KEYS.value) - first
     if tiles <= 0:
         return
     need = a_bar.new_empty(parts, stacks, ROWS)
-    pooled = q_bar.view(-1, p.dim)
+    pooled = q_bar.view(-1, geo.dim)
     rows = ROWS // rc
     with torch.cuda.device_of(k):
         need_kernel[(stacks, parts)](
-            a_bar, theta, need, p.heads, p.repeats, p.groups, p.step, p.blocks, chunks, stacks, p.scale,
+            a_bar, theta, need, geo.heads, geo.repeats, geo.groups, geo.step, geo.blocks, chunks, stacks, geo.scale,
             RC=rc, ROWS=ROWS, num_warps=4,
         )  # fmt: skip
         score_hopper_kernel[(min(parts * tiles, processors(k.device)),)](
             TensorDescriptor(
                 pooled, list(pooled.shape), list(pooled.stride()), [rows, PIECE], shared_layout(rows, PIECE, k.dtype)
             ),
-            TensorDescriptor(k, shape, strides, [HALF, p.dim], shared_layout(HALF, p.dim, k.dtype)),
+            TensorDescriptor(k, shape, strides, [HALF, geo.dim], shared_layout(HALF, geo.dim, k.dtype)),
             need, bits.view(torch.int16),
-            p.offset, p.init, p.lookback, p.kv_heads, p.repeats, p.group, p.groups, p.blocks, chunks, stacks, first,
-            parts, parts * tiles, bits.shape[1] * 2, *steps,
-            D=p.dim, TG=tg, RC=rc, SP=sp, KEEP=c["KEEP"], STAGES=c["STAGES"], CONSUMER_REGS=c["CONSUMER_REGS"],
+            geo.offset, geo.init, geo.lookback, geo.kv_heads, geo.repeats, geo.group, geo.groups, geo.blocks, chunks,
+            stacks, first, parts, parts * tiles, bits.shape[1] * 2, *steps,
+            D=geo.dim, TG=tg, RC=rc, SP=sp, KEEP=c["KEEP"], STAGES=c["STAGES"], CONSUMER_REGS=c["CONSUMER_REGS"],
             num_warps=4, maxnreg=c["MAXNREG"],
         )  # fmt: skip

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
+from .geometry import Geometry, Placement, geometry
 from .types import Stripes
 
 SMALL_LIST = 512 * 2**20  # bytes
@@ -56,7 +57,7 @@ def anchor_attention(
     Raises:
         ValueError: shapes or parameters that do not fit, an unknown back end.
     """
-    place: dict[str, Any] = {
+    place: Placement = {
         "block": block,
         "step": step,
         "init": init,
@@ -67,24 +68,29 @@ def anchor_attention(
         "offset": offset,
     }
     if backend == "triton":
-        from . import anchor, identify, sparse
+        from .common import checked
 
-        state = anchor.anchor(q, k, v, **place)
-        room = capacity
-        if room is None:
-            most = identify.candidates(q.shape, k.shape[2], **place)
-            room = most if most * 4 <= SMALL_LIST else None
-        stripes = identify.identify(state, k, theta=theta, queries=q.shape[2], capacity=room, **place)
-        out, lse = sparse.sparse(q, k, v, state, stripes, inplace=True, **place)
-        overflow = None if capacity is None else stripes.offsets[-1] > capacity
-        return Attention(out, lse, stripes, overflow)
+        return _triton(q, k, v, checked(q, k, v, **place), theta, capacity)
     if backend == "torch":
         if capacity is not None:
             raise ValueError("capacity is an option of the triton back end")
-        from . import torch_backend
+        from .torch_backend import attention_at
 
-        state = torch_backend.anchor(q, k, v, **place)
-        stripes = torch_backend.identify(state, k, theta=theta, queries=q.shape[2], **place)
-        out, lse = torch_backend.sparse(q, k, v, state, stripes, **place)
-        return Attention(out, lse, stripes, None)
+        return Attention(*attention_at(q, k, v, geometry(q.shape, k.shape, **place), theta), None)
     raise ValueError(f"unknown back end {backend!r}; there are 'triton' and 'torch'")
+
+
+def _triton(q: Tensor, k: Tensor, v: Tensor, geo: Geometry, theta: float | Tensor, capacity: int | None) -> Attention:
+    """The kernels in a row; the output of the anchor region is continued in place."""
+    from .anchor import anchor_at
+    from .identify import identify_at
+    from .sparse import sparse_at
+
+    state = anchor_at(q, k, v, geo)
+    room = capacity
+    if room is None:
+        room = geo.most_stripes if geo.most_stripes * 4 <= SMALL_LIST else None
+    stripes = identify_at(state, k, geo, theta=theta, capacity=room)
+    out, lse = sparse_at(q, k, v, state, stripes, geo, inplace=True)
+    overflow = None if capacity is None else stripes.offsets[-1] > capacity
+    return Attention(out, lse, stripes, overflow)

@@ -10,60 +10,21 @@ exact partition of docs/method.md: anchor region, candidates and later keys are 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from .geometry import Geometry, Placement
+from .geometry import geometry as sizes
 
-class Geometry(NamedTuple):
-    """Positions shared by all functions here. `window` None means full causal attention."""
-
-    queries: int
-    keys: int
-    offset: int
-    block: int
-    step: int
-    init: int
-    lookback: int
-    window: int | None = None
-
-    @property
-    def group(self) -> int:
-        return self.block * self.step
-
-    @property
-    def blocks(self) -> int:
-        return math.ceil(self.queries / self.block)
-
-    @property
-    def groups(self) -> int:
-        return math.ceil(self.queries / self.group)
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
-def geometry(
-    q: Tensor,
-    k: Tensor,
-    *,
-    block: int = 128,
-    step: int = 16,
-    init: int | None = None,
-    lookback: int | None = None,
-    window: int | None = None,
-    offset: int | None = None,
-) -> Geometry:
-    """Geometry of one call; `init` and `lookback` default to `block`, `offset` to N - n."""
-    n, total = q.shape[-2], k.shape[-2]
-    return Geometry(
-        n,
-        total,
-        total - n if offset is None else offset,
-        block,
-        step,
-        block if init is None else init,
-        block if lookback is None else lookback,
-        window,
-    )
+def geometry(q: Tensor, k: Tensor, **place: Unpack[Placement]) -> Geometry:
+    """The geometry of one call."""
+    return sizes(q.shape, k.shape, **place)
 
 
 def repeat_kv(x: Tensor, heads: int) -> Tensor:
@@ -111,14 +72,14 @@ def pooled(q: Tensor, s: Tensor, geo: Geometry) -> tuple[Tensor, Tensor]:
     return q_bar, a_bar
 
 
-def margins(q: Tensor, k: Tensor, geo: Geometry, *, scale: float, softcap: float | None = None) -> Tensor:
+def margins(q: Tensor, k: Tensor, geo: Geometry) -> Tensor:
     """Margin of every column, (B, H, groups, N) float64; +inf where the column is no candidate or no block sees it.
 
     delta(t, j) = mean anchor of block t - score of the block's mean query with key j; the margin is the minimum over
     the group's blocks that see j (with a window: blocks whose first query t0 has t0 - j < window).
     """
-    q_bar, a_bar = pooled(q, scores(q, k, scale=scale, softcap=softcap), geo)
-    delta = a_bar[..., None] - scores(q_bar, k, scale=scale, softcap=softcap)
+    q_bar, a_bar = pooled(q, scores(q, k, scale=geo.scale, softcap=geo.softcap), geo)
+    delta = a_bar[..., None] - scores(q_bar, k, scale=geo.scale, softcap=geo.softcap)
     if geo.window is not None:
         first = torch.arange(geo.blocks, device=q.device)[:, None] * geo.block + geo.offset
         j = torch.arange(geo.keys, device=q.device)[None, :]
@@ -147,25 +108,12 @@ def masked_attention(s: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor
 
 
 def anchor_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    theta: float | Tensor = 12.0,
-    block: int = 128,
-    step: int = 16,
-    init: int | None = None,
-    lookback: int | None = None,
-    scale: float | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
-    offset: int | None = None,
+    q: Tensor, k: Tensor, v: Tensor, *, theta: float | Tensor = 12.0, **place: Unpack[Placement]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Anchor attention end to end: output (B, H, n, d), LSE over the kept keys (B, H, n), kept mask (B, H, n, N)."""
-    geo = geometry(q, k, block=block, step=step, init=init, lookback=lookback, window=window, offset=offset)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    mask = keep_mask(margins(q, k, geo, scale=scale, softcap=softcap), theta, geo)
-    out, lse = masked_attention(scores(q, k, scale=scale, softcap=softcap), v, mask)
+    geo = geometry(q, k, **place)
+    mask = keep_mask(margins(q, k, geo), theta, geo)
+    out, lse = masked_attention(scores(q, k, scale=geo.scale, softcap=geo.softcap), v, mask)
     return out, lse, mask
 
 

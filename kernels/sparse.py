@@ -7,13 +7,20 @@ of K and V per step. Candidates lie before the group, so no causal mask is neede
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import LN2, LOG2E, Problem, accumulate, architecture, launch, problem, traced
+from .common import LN2, LOG2E, accumulate, architecture, checked, launch, traced
+from .geometry import Geometry, Placement
 from .types import AnchorState, Stripes
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @triton.jit(
@@ -95,7 +102,7 @@ def sparse_kernel(
 
 
 def _launch(
-    out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, columns: Tensor, offsets: Tensor, p: Problem
+    out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, columns: Tensor, offsets: Tensor, geo: Geometry
 ) -> None:  # fmt: skip
     if columns.numel() == 0:
         return
@@ -105,43 +112,59 @@ def _launch(
         except ImportError:  # Gluon came with Triton 3.4, the portable kernel does the same
             pass
         else:
-            if sparse_hopper.suits(out, lse, q, k, v, p):
-                sparse_hopper.sparse_hopper(out, lse, q, k, v, columns, offsets, p)
+            if sparse_hopper.suits(out, lse, q, k, v, geo):
+                sparse_hopper.sparse_hopper(out, lse, q, k, v, columns, offsets, geo)
                 return
-    portable(out, lse, q, k, v, columns, offsets, p)
+    portable(out, lse, q, k, v, columns, offsets, geo)
 
 
 def portable(
-    out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, columns: Tensor, offsets: Tensor, p: Problem
+    out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, columns: Tensor, offsets: Tensor, geo: Geometry
 ) -> None:  # fmt: skip
     """Launcher of `sparse_kernel`, which runs on every architecture."""
-    c = launch("sparse", q.device, q.element_size(), p.dim_pad)
-    bm = min(c["BM"], max(16, triton.next_power_of_2(p.group)))
-    tiles = triton.cdiv(p.group, bm)
+    c = launch("sparse", q.device, q.element_size(), geo.dim_pad)
+    bm = min(c["BM"], max(16, triton.next_power_of_2(geo.group)))
+    tiles = triton.cdiv(geo.group, bm)
     with torch.cuda.device_of(q):
-        sparse_kernel[(tiles * p.batch * p.heads * p.groups,)](
+        sparse_kernel[(tiles * geo.batch * geo.heads * geo.groups,)](
             q, k, v, out, lse, columns, offsets,
             *q.stride(), *k.stride(), *v.stride(), *out.stride(),
-            p.queries, p.offset, p.window or 0, p.heads, p.repeats, p.group, p.groups, tiles, p.batch * p.heads,
-            columns.numel(), p.scale, p.cap,
-            DIM=p.dim, D=p.dim_pad, BM=bm, BN=c["BN"], WINDOW=p.window is not None, SOFTCAP=p.cap > 0,
+            geo.queries, geo.offset, geo.window or 0, geo.heads, geo.repeats, geo.group, geo.groups, tiles,
+            geo.batch * geo.heads, columns.numel(), geo.scale, geo.cap,
+            DIM=geo.dim, D=geo.dim_pad, BM=bm, BN=c["BN"], WINDOW=geo.window is not None, SOFTCAP=geo.cap > 0,
             PRECISION="ieee", num_warps=c["num_warps"], num_stages=c["num_stages"],
         )  # fmt: skip
 
 
 @torch.library.custom_op("anchorscope::sparse_", mutates_args=("out", "lse"))
 def sparse_op(
-    out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, columns: Tensor, offsets: Tensor, block: int, step: int,
-    scale: float, window: int | None, softcap: float | None, offset: int,
+    out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, columns: Tensor, offsets: Tensor, sizes: Sequence[int],
+    scale: float, cap: float,
 ) -> None:  # fmt: skip
-    """Continues `out` (B, H, n, d) and `lse` (B, H, n) in place; see `sparse`."""
-    p = problem(q, k, v, block=block, step=step, scale=scale, window=window, softcap=softcap, offset=offset)
-    _launch(out, lse, q, k, v, columns, offsets, p)
+    """Continues `out` (B, H, n, d) and `lse` (B, H, n) in place, for torch.compile and autograd; see `sparse`."""
+    _launch(out, lse, q, k, v, columns, offsets, Geometry.unflat(sizes, scale, cap))
 
 
 @sparse_op.register_fake
-def _(out, lse, q, k, v, columns, offsets, block, step, scale, window, softcap, offset):
+def _(out, lse, q, k, v, columns, offsets, sizes, scale, cap):
     return None
+
+
+def sparse_at(
+    q: Tensor, k: Tensor, v: Tensor, state: AnchorState, stripes: Stripes, geo: Geometry, *, inplace: bool = False
+) -> tuple[Tensor, Tensor]:
+    """`sparse` for a call that is checked already (`common.checked`)."""
+    rows = geo.batch * geo.heads * geo.groups
+    if stripes.offsets.numel() != rows + 1:
+        raise ValueError(
+            f"stripes list {stripes.offsets.numel() - 1} rows, but the call has {rows} (batch x heads x groups)"
+        )
+    out, lse = (state.out, state.lse) if inplace else (state.out.clone(), state.lse.clone())
+    if traced(q, k, v):
+        sparse_op(out, lse, q, k, v, stripes.columns, stripes.offsets, *geo.flat())
+    else:
+        _launch(out, lse, q, k, v, stripes.columns, stripes.offsets, geo)
+    return out, lse
 
 
 def sparse(
@@ -151,23 +174,17 @@ def sparse(
     state: AnchorState,
     stripes: Stripes,
     *,
-    block: int = 128,
-    step: int = 16,
-    init: int | None = None,
-    lookback: int | None = None,
-    scale: float | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
-    offset: int | None = None,
     inplace: bool = False,
+    **place: Unpack[Placement],
 ) -> tuple[Tensor, Tensor]:
     """Exact attention of every query over its anchor region and its group's stripes.
 
     Args:
-        q, k, v: as given to `anchor`, and so the parameters; `init` and `lookback` are implied by the stripes.
+        q, k, v: as given to `anchor`.
         state: what `anchor` returned.
         stripes: what `identify` returned (with any capacity; columns beyond it are left out).
         inplace: overwrite `state.out` and `state.lse` and return them, which saves a copy of the output.
+        **place: as given to `anchor`; the stripes imply `init` and `lookback`.
 
     Returns:
         Output (B, H, n, d) in the dtype of `state.out`, and LSE over the kept keys (B, H, n) float32 in nats.
@@ -175,21 +192,4 @@ def sparse(
     Raises:
         ValueError: shapes or parameters that do not fit.
     """
-    p = problem(
-        q, k, v, block=block, step=step, init=init, lookback=lookback, scale=scale, window=window, softcap=softcap,
-        offset=offset,
-    )  # fmt: skip
-    if stripes.offsets.numel() != p.batch * p.heads * p.groups + 1:
-        raise ValueError(
-            f"stripes list {stripes.offsets.numel() - 1} rows, but the call has {p.batch * p.heads * p.groups} "
-            "(batch x heads x groups)"
-        )
-    out, lse = (state.out, state.lse) if inplace else (state.out.clone(), state.lse.clone())
-    if traced(q, k, v):
-        sparse_op(
-            out, lse, q, k, v, stripes.columns, stripes.offsets, p.block, p.step, p.scale, p.window, p.cap or None,
-            p.offset,
-        )  # fmt: skip
-    else:
-        _launch(out, lse, q, k, v, stripes.columns, stripes.offsets, p)
-    return out, lse
+    return sparse_at(q, k, v, state, stripes, checked(q, k, v, **place), inplace=inplace)

@@ -37,7 +37,8 @@ from .anchor_hopper import (
     tma_load,
     walk,
 )
-from .common import Problem, launch, processors
+from .common import launch, processors
+from .geometry import Geometry
 
 # Triton 3.9 knows only the new name, 3.6 only the old one.
 gather = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
@@ -323,15 +324,15 @@ def sparse_hopper_kernel(
     )  # fmt: skip
 
 
-def suits(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, p: Problem) -> bool:
+def suits(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, geo: Geometry) -> bool:
     """Whether `sparse_hopper` can run a call, on a Hopper GPU."""
     return (
         q.dtype != torch.float32
         and out.dtype == q.dtype
-        and p.dim in (64, 128, 256)
-        and p.window is None
-        and p.cap == 0
-        and p.group % BM == 0
+        and geo.dim in (64, 128, 256)
+        and geo.window is None
+        and geo.cap == 0
+        and geo.group % BM == 0
         and out.is_contiguous()
         and lse.is_contiguous()
         and all(walk(x) is not None for x in (out, q, k, v))
@@ -339,27 +340,28 @@ def suits(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, p: Problem)
 
 
 def sparse_hopper(
-    out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, columns: Tensor, offsets: Tensor, p: Problem
+    out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, columns: Tensor, offsets: Tensor, geo: Geometry
 ) -> None:
     """Continue `out` and `lse` in place for a call that `suits`."""
-    c = launch("sparse_hopper", q.device, 2, p.dim)
+    c = launch("sparse_hopper", q.device, 2, geo.dim)
     found = walk(q)
     assert found is not None, "ask suits() first"
     shape, strides, steps = found
-    tiles = p.group // BM
-    items = p.groups * tiles * p.batch * p.heads
+    tiles = geo.group // BM
+    items = geo.groups * tiles * geo.batch * geo.heads
     with torch.cuda.device_of(q):
         programs = min(items, processors(q.device))
         sparse_hopper_kernel[(programs,)](
-            TensorDescriptor(q, shape, strides, [HALF, p.dim], shared_layout(HALF, p.dim, q.dtype)),
+            TensorDescriptor(q, shape, strides, [HALF, geo.dim], shared_layout(HALF, geo.dim, q.dtype)),
             TensorDescriptor(
-                out, [out.numel() // p.dim, p.dim], [p.dim, 1], [HALF, p.dim], shared_layout(HALF, p.dim, q.dtype)
+                out, [out.numel() // geo.dim, geo.dim], [geo.dim, 1], [HALF, geo.dim],
+                shared_layout(HALF, geo.dim, q.dtype),
             ),
             k, v, out, lse, columns, offsets,
             *k.stride()[:3], *v.stride()[:3],
-            p.queries, p.heads, p.repeats, p.group, p.groups, tiles, p.batch * p.heads, items,
-            *digits_of(programs, tiles, p.batch * p.heads), columns.numel(),
-            p.scale * 1.4426950408889634, *steps,
-            D=p.dim, BN=c["BN"], STAGES=c["STAGES"], QUEUE=c["QUEUE"], CONSUMER_REGS=c["CONSUMER_REGS"],
+            geo.queries, geo.heads, geo.repeats, geo.group, geo.groups, tiles, geo.batch * geo.heads, items,
+            *digits_of(programs, tiles, geo.batch * geo.heads), columns.numel(),
+            geo.scale * 1.4426950408889634, *steps,
+            D=geo.dim, BN=c["BN"], STAGES=c["STAGES"], QUEUE=c["QUEUE"], CONSUMER_REGS=c["CONSUMER_REGS"],
             PRODUCER_REGS=c["PRODUCER_REGS"], TURNS=bool(c["TURNS"]), num_warps=4, maxnreg=c["MAXNREG"],
         )  # fmt: skip

@@ -13,103 +13,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from .geometry import Geometry, Placement, geometry
 from .types import AnchorState, Stripes
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _CHUNK_SCORES = {
     "cpu": 1 << 19,
     "cuda": 1 << 26,
 }  # elements: a CPU wants them in cache, a GPU wants large products
-
-
-class Layout(NamedTuple):
-    """Checked sizes and positions of one call."""
-
-    batch: int
-    heads: int
-    kv_heads: int
-    queries: int
-    keys: int
-    offset: int
-    block: int
-    step: int
-    init: int
-    lookback: int
-    window: int | None
-
-    @property
-    def group(self) -> int:
-        """Queries per group."""
-        return self.block * self.step
-
-    @property
-    def ratio(self) -> int:
-        """Query heads per kv head."""
-        return self.heads // self.kv_heads
-
-    @property
-    def blocks(self) -> int:
-        return math.ceil(self.queries / self.block)
-
-    @property
-    def groups(self) -> int:
-        return math.ceil(self.queries / self.group)
-
-    def rows(self, group: int) -> tuple[int, int]:
-        """Queries [first, last) of a group, counted from the first query of the call."""
-        return group * self.group, min((group + 1) * self.group, self.queries)
-
-    def local_start(self, group: int) -> int:
-        """First key of the group's local region, G(g) - lookback."""
-        return max(self.offset + group * self.group - self.lookback, 0)
-
-    def candidates(self, group: int) -> tuple[int, int]:
-        """Candidate keys [start, stop) that some query of the group sees; empty when stop <= start."""
-        start = self.init
-        if self.window is not None:
-            start = max(start, self.offset + group * self.group - self.window + 1)
-        return start, self.local_start(group)
-
-
-def layout(
-    q_shape: torch.Size | tuple[int, ...],
-    k_shape: torch.Size | tuple[int, ...],
-    *,
-    block: int,
-    step: int,
-    init: int | None,
-    lookback: int | None,
-    window: int | None,
-    offset: int | None,
-) -> Layout:
-    """Check shapes and positions; fill in the defaults (`init` and `lookback`: `block`; `offset`: N - n).
-
-    Raises:
-        ValueError: the shapes do not fit together, a length is out of range, or queries lie beyond the last key.
-    """
-    if len(q_shape) != 4 or len(k_shape) != 4:
-        raise ValueError(f"q and k must be (B, heads, tokens, d), not {tuple(q_shape)} and {tuple(k_shape)}")
-    (batch, heads, n, d), (k_batch, kv_heads, total, k_d) = q_shape, k_shape
-    if batch != k_batch or d != k_d:
-        raise ValueError(f"q {tuple(q_shape)} and k {tuple(k_shape)} differ in batch size or head dimension")
-    if kv_heads < 1 or heads % kv_heads:
-        raise ValueError(f"{heads} query heads are not a multiple of {kv_heads} kv heads")
-    for name, value, low in (("block", block, 1), ("step", step, 1)):
-        if value < low:
-            raise ValueError(f"{name} must be at least {low}, not {value}")
-    init, lookback = (block if x is None else x for x in (init, lookback))
-    if init < 0 or lookback < 0:
-        raise ValueError(f"init and lookback must not be negative, not {init} and {lookback}")
-    if window is not None and window < 1:
-        raise ValueError(f"window must be at least 1, not {window}")
-    offset = total - n if offset is None else offset
-    if n < 1 or offset < 0 or offset + n > total:
-        raise ValueError(f"queries at positions {offset} to {offset + n - 1} do not lie within the {total} keys")
-    return Layout(batch, heads, kv_heads, n, total, offset, block, step, init, lookback, window)
 
 
 def _working_dtype(x: Tensor) -> torch.dtype:
@@ -128,46 +46,32 @@ def _chunks(first: int, last: int, scores: int, device: torch.device) -> Iterato
         yield low, min(low + size, last)
 
 
-def anchor(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    block: int = 128,
-    step: int = 16,
-    init: int | None = None,
-    lookback: int | None = None,
-    scale: float | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
-    offset: int | None = None,
-) -> AnchorState:
+def anchor(q: Tensor, k: Tensor, v: Tensor, **place: Unpack[Placement]) -> AnchorState:
     """Exact softmax over A(i) = {j <= i : j < init or j >= G(g) - lookback}, and the pooled anchors.
 
     Args:
         q: (B, H, n, d) queries; `k`, `v`: (B, Hkv, N, d). bf16, fp16, float32 or float64.
-        block, step: queries pooled together, and blocks per group.
-        init, lookback: tokens always kept at the start and before each group; `block` by default.
-        scale: softmax scale; 1 / sqrt(d) by default.
-        window: key j is visible to query i only if i - j < window.
-        softcap: every score becomes c * tanh(s / c), in nats.
-        offset: absolute position of the first query; N - n by default.
+        **place: see `Placement`.
 
     Returns:
         AnchorState, all of it float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: shapes or parameters that do not fit (see `layout`).
+        ValueError: shapes or parameters that do not fit (see `geometry`).
     """
-    geo = layout(q.shape, k.shape, block=block, step=step, init=init, lookback=lookback, window=window, offset=offset)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return anchor_at(q, k, v, geometry(q.shape, k.shape, **place))
+
+
+def anchor_at(q: Tensor, k: Tensor, v: Tensor, geo: Geometry) -> AnchorState:
+    """`anchor` for a call whose geometry is known."""
+    scale, softcap, window = geo.scale, geo.softcap, geo.window
     dtype = _working_dtype(q)
     out = torch.empty(q.shape[:3] + v.shape[3:], dtype=dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=dtype, device=q.device)
     top = torch.empty_like(lse)
     for b in range(geo.batch):
         for kv in range(geo.kv_heads):
-            heads = slice(kv * geo.ratio, (kv + 1) * geo.ratio)
+            heads = slice(kv * geo.repeats, (kv + 1) * geo.repeats)
             keys, values = k[b, kv].to(dtype), v[b, kv].to(dtype)
             for g in range(geo.groups):
                 first, last = geo.rows(g)
@@ -180,10 +84,10 @@ def anchor(
                 region_v = torch.cat((values[:head_end], values[local:end])) if head_end else values[local:end]
                 position = torch.arange(local - head_end, end, device=q.device)
                 position[:head_end] = torch.arange(head_end, device=q.device)
-                for low, high in _chunks(first, last, geo.ratio * len(position), q.device):
+                for low, high in _chunks(first, last, geo.repeats * len(position), q.device):
                     size = head_end + geo.offset + high - local
                     rows = (q[b, heads, low:high].to(dtype) * scale).flatten(0, 1)  # (R * rows, d)
-                    s = _capped(rows @ region_k[:size].T, softcap).view(geo.ratio, high - low, size)
+                    s = _capped(rows @ region_k[:size].T, softcap).view(geo.repeats, high - low, size)
                     i = torch.arange(low, high, device=q.device)[:, None] + geo.offset
                     if window is None:  # only the last columns can be later than their query
                         edge = max(size - (high - low), 0)
@@ -194,7 +98,7 @@ def anchor(
                     peak = s.amax(-1, keepdim=True)
                     p = s.sub_(peak).exp_()
                     total = p.sum(-1, keepdim=True)
-                    o = (p.flatten(0, 1) @ region_v[:size]).view(geo.ratio, high - low, -1)
+                    o = (p.flatten(0, 1) @ region_v[:size]).view(geo.repeats, high - low, -1)
                     out[b, heads, low:high] = o / total
                     lse[b, heads, low:high] = (peak + total.log())[..., 0]
                     top[b, heads, low:high] = peak[..., 0]
@@ -204,19 +108,7 @@ def anchor(
 
 
 def identify(
-    state: AnchorState,
-    k: Tensor,
-    *,
-    theta: float | Tensor,
-    queries: int,
-    block: int = 128,
-    step: int = 16,
-    init: int | None = None,
-    lookback: int | None = None,
-    scale: float | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
-    offset: int | None = None,
+    state: AnchorState, k: Tensor, *, theta: float | Tensor, queries: int, **place: Unpack[Placement]
 ) -> Stripes:
     """Stripes of every group: the candidate columns whose margin is at most theta.
 
@@ -227,6 +119,7 @@ def identify(
         k: (B, Hkv, N, d).
         theta: nats; a number or a (B, H) tensor. +inf selects every visible candidate, -inf none.
         queries: n, the number of queries behind `state`.
+        **place: as given to `anchor`.
 
     Returns:
         Stripes. With a window, a column that no query of the group sees is never selected.
@@ -235,19 +128,16 @@ def identify(
         ValueError: theta is NaN or has the wrong shape, or shapes do not fit.
     """
     batch, heads, blocks, d = state.q_bar.shape
-    geo = layout(
-        (batch, heads, queries, d),
-        k.shape,
-        block=block,
-        step=step,
-        init=init,
-        lookback=lookback,
-        window=window,
-        offset=offset,
-    )
+    geo = geometry((batch, heads, queries, d), k.shape, **place)
     if blocks != geo.blocks:
-        raise ValueError(f"state has {blocks} blocks but {queries} queries in blocks of {block} make {geo.blocks}")
-    scale = d**-0.5 if scale is None else scale
+        raise ValueError(f"state has {blocks} blocks but {queries} queries in blocks of {geo.block} make {geo.blocks}")
+    return identify_at(state, k, geo, theta)
+
+
+def identify_at(state: AnchorState, k: Tensor, geo: Geometry, theta: float | Tensor) -> Stripes:
+    """`identify` for a call whose geometry is known."""
+    batch, heads, blocks, _ = state.q_bar.shape
+    block, step, scale, softcap, window = geo.block, geo.step, geo.scale, geo.softcap, geo.window
     device = k.device
     limit = torch.as_tensor(theta, dtype=state.a_bar.dtype, device=device)
     if limit.ndim and limit.shape != (batch, heads):
@@ -258,7 +148,7 @@ def identify(
     found: list[list[Tensor]] = [[] for _ in range(batch * heads)]  # per (b, h): one tensor per group
     for b in range(batch):
         for kv in range(geo.kv_heads):
-            own = slice(kv * geo.ratio, (kv + 1) * geo.ratio)
+            own = slice(kv * geo.repeats, (kv + 1) * geo.repeats)
             keys = k[b, kv].to(state.q_bar.dtype)
             pooled, anchors, most = state.q_bar[b, own] * scale, state.a_bar[b, own], limit[b, own, None]
             for g in range(geo.groups):
@@ -266,9 +156,9 @@ def identify(
                 tile = pooled[:, span].flatten(0, 1)  # (R * blocks of the group, d)
                 level = anchors[:, span, None]
                 start, stop = geo.candidates(g)
-                parts: list[list[Tensor]] = [[] for _ in range(geo.ratio)]
+                parts: list[list[Tensor]] = [[] for _ in range(geo.repeats)]
                 for low, high in _chunks(start, stop, len(tile), device):
-                    s = _capped(tile @ keys[low:high].T, softcap).view(geo.ratio, -1, high - low)
+                    s = _capped(tile @ keys[low:high].T, softcap).view(geo.repeats, -1, high - low)
                     delta = level - s
                     if window is not None:
                         t0 = geo.offset + torch.arange(span.start, span.stop, device=device)[:, None] * block
@@ -281,7 +171,7 @@ def identify(
                         part.append(row.nonzero()[:, 0] + low)
                 for r, part in enumerate(parts):
                     joined = torch.cat(part) if part else torch.empty(0, dtype=torch.int64, device=device)
-                    found[b * heads + kv * geo.ratio + r].append(joined.int())
+                    found[b * heads + kv * geo.repeats + r].append(joined.int())
     lists = [x for row in found for x in row]
     counts = torch.tensor([len(x) for x in lists], dtype=torch.int64)
     offsets = torch.zeros(len(lists) + 1, dtype=torch.int64)
@@ -290,20 +180,7 @@ def identify(
 
 
 def sparse(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    state: AnchorState,
-    stripes: Stripes,
-    *,
-    block: int = 128,
-    step: int = 16,
-    init: int | None = None,
-    lookback: int | None = None,
-    scale: float | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
-    offset: int | None = None,
+    q: Tensor, k: Tensor, v: Tensor, state: AnchorState, stripes: Stripes, **place: Unpack[Placement]
 ) -> tuple[Tensor, Tensor]:
     """Continue the softmax of `state` over the stripes of each group: exact attention over everything kept.
 
@@ -312,20 +189,26 @@ def sparse(
         inputs).
 
     Raises:
-        ValueError: shapes or parameters that do not fit (see `layout`).
+        ValueError: shapes or parameters that do not fit (see `geometry`).
     """
-    geo = layout(q.shape, k.shape, block=block, step=step, init=init, lookback=lookback, window=window, offset=offset)
+    return sparse_at(q, k, v, state, stripes, geometry(q.shape, k.shape, **place))
+
+
+def sparse_at(
+    q: Tensor, k: Tensor, v: Tensor, state: AnchorState, stripes: Stripes, geo: Geometry
+) -> tuple[Tensor, Tensor]:
+    """`sparse` for a call whose geometry is known."""
+    scale, softcap, window = geo.scale, geo.softcap, geo.window
     if stripes.counts.shape != (geo.batch, geo.heads, geo.groups):
         expected = (geo.batch, geo.heads, geo.groups)
         raise ValueError(f"stripes are for (B, H, groups) {tuple(stripes.counts.shape)}, the queries make {expected}")
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
     dtype = state.lse.dtype
     out = torch.empty(q.shape[:3] + v.shape[3:], dtype=q.dtype, device=q.device)
     lse = torch.empty_like(state.lse)
     ends = stripes.offsets.tolist()
     for b in range(geo.batch):
         for h in range(geo.heads):
-            keys, values = k[b, h // geo.ratio], v[b, h // geo.ratio]
+            keys, values = k[b, h // geo.repeats], v[b, h // geo.repeats]
             for g in range(geo.groups):
                 first, last = geo.rows(g)
                 row = (b * geo.heads + h) * geo.groups + g
@@ -352,19 +235,7 @@ def sparse(
 
 
 def anchor_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    theta: float | Tensor = 12.0,
-    block: int = 128,
-    step: int = 16,
-    init: int | None = None,
-    lookback: int | None = None,
-    scale: float | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
-    offset: int | None = None,
+    q: Tensor, k: Tensor, v: Tensor, *, theta: float | Tensor = 12.0, **place: Unpack[Placement]
 ) -> tuple[Tensor, Tensor]:
     """The three stages in a row: exact causal attention over the anchor region and the stripes of each group.
 
@@ -376,16 +247,13 @@ def anchor_attention(
     Raises:
         ValueError: shapes or parameters that do not fit.
     """
-    place: dict[str, Any] = {
-        "block": block,
-        "step": step,
-        "init": init,
-        "lookback": lookback,
-        "scale": scale,
-        "window": window,
-        "softcap": softcap,
-        "offset": offset,
-    }
-    state = anchor(q, k, v, **place)
-    stripes = identify(state, k, theta=theta, queries=q.shape[-2], **place)
-    return sparse(q, k, v, state, stripes, **place)
+    return attention_at(q, k, v, geometry(q.shape, k.shape, **place), theta)[:2]
+
+
+def attention_at(
+    q: Tensor, k: Tensor, v: Tensor, geo: Geometry, theta: float | Tensor
+) -> tuple[Tensor, Tensor, Stripes]:
+    """`anchor_attention` for a call whose geometry is known, with the selection."""
+    state = anchor_at(q, k, v, geo)
+    stripes = identify_at(state, k, geo, theta)
+    return (*sparse_at(q, k, v, state, stripes, geo), stripes)

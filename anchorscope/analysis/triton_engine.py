@@ -10,7 +10,10 @@ from torch import Tensor
 
 from anchorscope.analysis.engine import Cancelled, Group, HeadAccumulator, HeadResult, HeadShape
 from anchorscope.kernels.anchor import anchor
-from anchorscope.kernels.profile import bin_columns, column_mass, dense_lse, margins, sweep
+from anchorscope.kernels.column_mass import column_mass
+from anchorscope.kernels.dense_lse import dense_lse
+from anchorscope.kernels.margins import margins
+from anchorscope.kernels.sweep import bin_columns, sweep
 
 
 def profile_head_triton(q: Tensor, k: Tensor, v: Tensor | None, shape: HeadShape) -> HeadResult:

@@ -73,7 +73,7 @@ class _Pipeline(NamedTuple):
         q, k, v, place = self._inputs(heads, piece)
         if self.backend == "torch":
             return torch_backend.anchor(q, k, v, init=k.shape[2], **place).lse
-        from anchorscope.kernels.profile import dense_lse
+        from anchorscope.kernels.dense_lse import dense_lse
 
         return dense_lse(q, k, None, **place)[1]
 

@@ -255,11 +255,10 @@ def test_classes_at_their_thresholds():
 def dense_stripes(q, k, params, theta, **how):
     """(groups, N) bool of stripes and of visible candidates, from the reference."""
     q, k = q.double()[None, None], k.double()[None, None]
-    window = how.pop("window", None)
     geo = reference.geometry(
-        q, k, block=params.block, step=params.step, init=params.init, lookback=params.lookback, window=window
+        q, k, block=params.block, step=params.step, init=params.init, lookback=params.lookback, **how
     )
-    margin = reference.margins(q, k, geo, **how)[0, 0]
+    margin = reference.margins(q, k, geo)[0, 0]
     return (margin <= theta) & torch.isfinite(margin), torch.isfinite(margin)
 
 

@@ -26,10 +26,12 @@ class Brute:
             init=params.init,
             lookback=params.lookback,
             window=window,
+            scale=scale,
+            softcap=softcap,
         )
         self.params = params
         self.s = reference.scores(q, k, scale=scale, softcap=softcap)
-        self.margin = reference.margins(q, k, self.geo, scale=scale, softcap=softcap)
+        self.margin = reference.margins(q, k, self.geo)
         self.visible = reference.visible_mask(self.geo)
         self.p = torch.softmax(self.s.masked_fill(~self.visible, -math.inf), -1)[0, 0]
 

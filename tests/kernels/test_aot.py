@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).with_name("compile_ahead.py")
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "compile_ahead.py"
 
 
 def compile_ahead(*cases: str) -> str:

@@ -18,10 +18,14 @@ pytest.importorskip("triton")
 
 from anchorscope.kernels import reference  # noqa: E402
 from anchorscope.kernels.anchor import anchor  # noqa: E402
+from anchorscope.kernels.column_mass import column_mass  # noqa: E402
+from anchorscope.kernels.dense_lse import dense_lse  # noqa: E402
+from anchorscope.kernels.geometry import geometry  # noqa: E402
 from anchorscope.kernels.identify import candidates, identify  # noqa: E402
+from anchorscope.kernels.margins import margins  # noqa: E402
 from anchorscope.kernels.pipeline import Attention, anchor_attention  # noqa: E402
-from anchorscope.kernels.profile import bin_columns, column_mass, dense_lse, margins, sweep  # noqa: E402
 from anchorscope.kernels.sparse import sparse  # noqa: E402
+from anchorscope.kernels.sweep import bin_columns, sweep  # noqa: E402
 
 pytestmark = [pytest.mark.gpu] if GPU else []
 DEVICE = "cuda" if GPU and not INTERPRET else "cpu"
@@ -193,9 +197,8 @@ def _poison(monkeypatch: pytest.MonkeyPatch):
 def test_stages(case: Case) -> None:
     """Every stage against the specification."""
     q, k, v = case.tensors()
-    geo = reference.geometry(q, k, **{n: x for n, x in case.params.items() if n not in ("scale", "softcap")})
-    scale = case.dim**-0.5 if case.scale is None else case.scale
-    s = reference.scores(q, k, scale=scale, softcap=case.softcap)
+    geo = reference.geometry(q, k, **case.params)
+    s = reference.scores(q, k, scale=geo.scale, softcap=case.softcap)
     most = s.abs().max().item()
     eps = EPS[case.dtype]
     near = 1e-4 + 1e-6 * most  # float32 sums of products
@@ -209,7 +212,7 @@ def test_stages(case: Case) -> None:
     close(state.a_bar, a_bar, near, "mean anchor")
     close(state.q_bar, q_bar, eps * max(1.0, 0.1 * case.size), "mean query")
 
-    exact = reference.margins(q, k, geo, scale=scale, softcap=case.softcap)
+    exact = reference.margins(q, k, geo)
     theta = middle(exact) if case.theta is None else case.theta
     stripes = identify(state, k, theta=theta, queries=case.n, **case.params)
     kept = keep_of(stripes, geo, q)
@@ -218,7 +221,7 @@ def test_stages(case: Case) -> None:
         assert stripes.columns.numel() > 0
     slack = near
     if case.dtype != F32:
-        slack += 2.0**-7 * scale * q_bar.norm(dim=-1).max().item() * k.double().norm(dim=-1).max().item()
+        slack += 2.0**-7 * geo.scale * q_bar.norm(dim=-1).max().item() * k.double().norm(dim=-1).max().item()
     possible = reference.candidate_mask(geo).sum().item() * case.batch * case.heads
     assert candidates(q.shape, k.shape[2], **case.params) == possible
     if abs(theta) == INF:
@@ -240,9 +243,8 @@ PROFILE = CASES[::3] if INTERPRET else [c for c in CASES if c.n < 200 or c.n in 
 def test_profile(case: Case) -> None:
     """Dense LSE, margins, column masses and the sweep against the specification, at several thetas at once."""
     q, k, v = case.tensors(1)
-    geo = reference.geometry(q, k, **{n: x for n, x in case.params.items() if n not in ("scale", "softcap")})
-    scale = case.dim**-0.5 if case.scale is None else case.scale
-    s = reference.scores(q, k, scale=scale, softcap=case.softcap)
+    geo = reference.geometry(q, k, **case.params)
+    s = reference.scores(q, k, scale=geo.scale, softcap=case.softcap)
     near = 1e-4 + 1e-6 * s.abs().max().item()
     call = {n: case.params[n] for n in ("scale", "window", "softcap")}
     grid = {**call, "block": case.block, "step": case.step}
@@ -259,7 +261,7 @@ def test_profile(case: Case) -> None:
 
     state = anchor(q, k, v, precise=True, **case.params)
     margin = margins(state, k, queries=case.n, **case.params)
-    exact = reference.margins(q, k, geo, scale=scale, softcap=case.softcap)
+    exact = reference.margins(q, k, geo)
     finite = torch.isfinite(exact)
     assert torch.equal(torch.isfinite(margin), finite)
     close(margin[finite], exact[finite], 0.0 if not finite.any() else near, "margins") if finite.any() else None
@@ -420,7 +422,7 @@ def test_repeatable() -> None:
         ({"scale": -1.0}, "positive"),
         ({"softcap": 0.0}, "softcap"),
         ({"window": 0}, "window"),
-        ({"block": 0}, "block and step"),
+        ({"block": 0}, "block must be at least 1"),
         ({"init": -1}, "negative"),
         ({"offset": 3}, "offset 3"),
         ({"theta": math.nan}, "NaN"),
@@ -459,7 +461,7 @@ def test_hopper_equals_portable(dim: int, n: int, keys: int, block: int, step: i
 
     case = Case(n, keys, 6, 2, 2, dim, BF16, block, step, transposed=transposed)
     q, k, v = case.tensors()
-    p = common.problem(q, k, v, block=block, step=step, init=block, lookback=block)
+    p = common.checked(q, k, v, block=block, step=step, init=block, lookback=block)
     assert p.group % 128 or anchor_hopper.suits(q, k, v, p, False)
     if p.group % 128:  # a short prompt shrinks its group
         p = p._replace(block=64, step=128 * p.queries // 64)
@@ -472,7 +474,7 @@ def test_hopper_equals_portable(dim: int, n: int, keys: int, block: int, step: i
         assert identify_hopper.suits(ours[2], k, p)
         theta = torch.full(q.shape[:2], 10.0, device=q.device)
         theta[0, 0], theta[1, 5] = -INF, INF
-        masks = [torch.zeros_like(stage_two._outputs(ours[2], k, p.groups)[0]) for _ in range(2)]
+        masks = [torch.zeros_like(stage_two._outputs(ours[2], p)[0]) for _ in range(2)]
         stage_two.portable(ours[2], ours[3], k, theta, masks[0], p)
         identify_hopper.score_hopper(ours[2], ours[3], k, theta, masks[1], p)
         rows = [m.view(2, 6, p.groups, -1) for m in masks]  # beyond the candidates a mask is not defined
@@ -497,11 +499,11 @@ def test_custom_ops() -> None:
     """The ops' fakes agree with what they return, and the whole pipeline compiles."""
     case = Case(n=300, heads=4, kv_heads=2, dim=64, dtype=F16, block=32)
     q, k, v = case.tensors()
-    a = (32, 2, 32, 32, 0.125, None, None, 0)
-    torch.library.opcheck(torch.ops.anchorscope.anchor, (q, k, v, *a, False))
+    flat = geometry(q.shape, k.shape, **case.params).flat()
+    torch.library.opcheck(torch.ops.anchorscope.anchor, (q, k, v, *flat, False))
     state = anchor(q, k, v, **case.params)
     theta = torch.full((1, 4), 2.0, device=q.device)
-    torch.library.opcheck(torch.ops.anchorscope.stripe_bits, (state.q_bar, state.a_bar, k, theta, 300, *a))
+    torch.library.opcheck(torch.ops.anchorscope.stripe_bits, (state.q_bar, state.a_bar, k, theta, *flat))
     stripes = identify(state, k, theta=4.0, queries=300, **case.params)
     args = (
         state.out.clone(),
@@ -511,17 +513,12 @@ def test_custom_ops() -> None:
         v,
         stripes.columns,
         stripes.offsets,
-        32,
-        2,
-        0.125,
-        None,
-        None,
-        0,
+        *flat,
     )
     torch.library.opcheck(torch.ops.anchorscope.sparse_, args)
     lse = dense_lse(q, k, None)[1]
-    torch.library.opcheck(torch.ops.anchorscope.dense_lse, (q, k, v, 0.125, None, None, 0))
-    torch.library.opcheck(torch.ops.anchorscope.column_mass, (q, k, lse, 32, 2, 0.125, None, None, 0))
+    torch.library.opcheck(torch.ops.anchorscope.dense_lse, (q, k, v, *flat))
+    torch.library.opcheck(torch.ops.anchorscope.column_mass, (q, k, lse, *flat))
     plain = anchor_attention(q, k, v, theta=4.0, capacity=100_000, **case.params)
     compiled = torch.compile(anchor_attention, fullgraph=True)(q, k, v, theta=4.0, capacity=100_000, **case.params)
     assert torch.equal(plain.out, compiled.out)

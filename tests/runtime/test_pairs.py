@@ -42,7 +42,7 @@ def test_counts_are_those_of_the_masks(n: int, offset: int, window: int | None, 
     assert visible_pairs(n, offset, window) == int(reference.visible_mask(geo).sum())
     assert region_pairs(n, offset, shape, window) == int(reference.anchor_mask(geo).sum())
     assert has_candidates(n, offset, shape) == bool(reference.candidate_mask(geo).any())
-    keep = reference.keep_mask(reference.margins(q, k, geo, scale=8**-0.5), 1.0, geo)
+    keep = reference.keep_mask(reference.margins(q, k, geo), 1.0, geo)
     state = torch_backend.anchor(q, k, k, **place)
     stripes = torch_backend.identify(state, k, theta=1.0, queries=n, **place)
     counted = 8 * region_pairs(n, offset, shape, window) + int(stripe_pairs(stripes, n, offset, shape, window))

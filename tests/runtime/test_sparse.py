@@ -209,10 +209,10 @@ def test_recall_and_pairs_are_those_of_the_specification(model: Any) -> None:
     expected: dict[int, tuple[int, float]] = {}
 
     def judge(call: Any) -> None:
-        geo = reference.geometry(call.q, call.k, block=8, step=2, init=4, lookback=4)
+        geo = reference.geometry(call.q, call.k, block=8, step=2, init=4, lookback=4, scale=call.scale)
         theta = torch.tensor([[math.inf if t is None else t for t in MIXED]])
         s = reference.scores(call.q, call.k, scale=call.scale)
-        mask = reference.keep_mask(reference.margins(call.q, call.k, geo, scale=call.scale), theta, geo)
+        mask = reference.keep_mask(reference.margins(call.q, call.k, geo), theta, geo)
         expected[call.layer] = int(mask.sum()), float(reference.recall_rows(s, mask, geo).mean())
 
     with brute_force(model, config), intercept(model, judge):

@@ -1,8 +1,8 @@
 """Compiles every kernel for GPUs that are not here, with the committed launch configurations: bf16, one grid, without
 window, soft-cap and exact margins.
 
-`python tests/kernels/compile_ahead.py [OP-ARCH-DIM ...]` (all without arguments) exits 1 when a tile does not fit the
-target's shared memory or a kernel spills more than spills.json allows: bytes of stack per thread (CUDA) or spilled
+`python tests/benchmarks/compile_ahead.py [OP-ARCH-DIM ...]` (all without arguments) exits 1 when a tile does not fit
+the target's shared memory or a kernel spills more than spills.json allows: bytes of stack per thread (CUDA) or spilled
 registers (AMD), for the Triton named there; the budget may shrink, not grow. `--budget` prints a new one. DIM is 0 for
 kernels that have none. As many processes as processors.
 """
@@ -24,7 +24,18 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from anchorscope.kernels import anchor, anchor_hopper, common, identify, identify_hopper, profile, sparse
+from anchorscope.kernels import (
+    anchor,
+    anchor_hopper,
+    column_mass,
+    common,
+    dense_lse,
+    identify,
+    identify_hopper,
+    margins,
+    sparse,
+    sweep,
+)
 
 TARGETS = {
     "sm80": (GPUTarget("cuda", 80, 32), 166912),
@@ -47,12 +58,12 @@ KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "sparse": (sparse.sparse_kernel, PLAIN),
     "identify": (identify.score_kernel, {"RC": 4, "SP": 16, "SUB": False, **PLAIN}),
     "margins": (
-        profile.margin_kernel,
+        margins.margin_kernel,
         {"RC": 2, "SP": 16, "SUB": False, "WINDOW": False, "SOFTCAP": False, "EXACT": False, "SHIFT": 8},
     ),
-    "dense_lse": (profile.dense_kernel, {"HAS_V": False, "SPLIT": False, **PLAIN}),
-    "column_mass": (profile.mass_kernel, PLAIN),
-    "sweep": (profile.sweep_kernel, {"HAS_V": True, "SPLIT": True, **PLAIN}),
+    "dense_lse": (dense_lse.dense_kernel, {"HAS_V": False, "SPLIT": False, **PLAIN}),
+    "column_mass": (column_mass.mass_kernel, PLAIN),
+    "sweep": (sweep.sweep_kernel, {"HAS_V": True, "SPLIT": True, **PLAIN}),
 }
 HOPPER = ("anchor_hopper", "identify_hopper", "sparse_hopper")
 # kernels without an entry in the launch table: configuration, architectures, head dimensions

@@ -1,4 +1,4 @@
-"""What `anchorscope bench` does not time, on a GPU: `python tests/kernels/limits.py PART [PART ...] --out FILE`.
+"""What `anchorscope bench` does not time, on a GPU: `python tests/benchmarks/limits.py PART [PART ...] --out FILE`.
 
 Parts: `first` (first call with an empty and a filled compile cache), `identification` (alone, at 131,072 tokens),
 `profile` (everything that the all-theta curves need against dense attention), `crossover` (from which length and
@@ -228,7 +228,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     found: dict[str, Any] = {
-        "command": f"python tests/kernels/limits.py {' '.join(args.parts)} --out {args.out.name}",
+        "command": f"python tests/benchmarks/limits.py {' '.join(args.parts)} --out {args.out.name}",
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,

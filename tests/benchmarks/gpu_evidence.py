@@ -1,4 +1,4 @@
-"""Collect what docs/benchmarks keeps from a GPU machine: `python tests/helpers/gpu_evidence.py OUT [--analyze-tokens
+"""Collect what docs/benchmarks keeps from a GPU machine: `python tests/benchmarks/gpu_evidence.py OUT [--analyze-tokens
 N]`.
 
 1. the tests marked `gpu`, with their summary; 2. `analyze` on a planted dump of N tokens x 32 query heads through the

@@ -1,4 +1,4 @@
-"""Times a whole model's prefill, dense against sparse, on a GPU: `python tests/runtime/prefill_timing.py OUT.json`.
+"""Times a whole model's prefill, dense against sparse, on a GPU: `python tests/benchmarks/prefill.py OUT.json`.
 
 The model has the configuration of Llama-3.1-8B and random weights, whose attention would have no structure. So in both
 arms attention receives planted Q, K and V (anchorscope/planted.py) instead of the model's own, in place and at no
@@ -31,8 +31,8 @@ from anchorscope import attention_clock, sparse_attention
 from anchorscope.anchors import AnchorConfig
 from anchorscope.bench.environment import hardware, versions
 from anchorscope.capture.hook import AttentionInputs, Own, divert
+from anchorscope.kernels.dense_lse import dense_lse
 from anchorscope.kernels.pipeline import anchor_attention
-from anchorscope.kernels.profile import dense_lse
 from anchorscope.params import AnchorParams
 from anchorscope.planted import planted
 
@@ -223,7 +223,7 @@ def main() -> None:
                 flush=True,
             )
             record = {
-                "command": " ".join(["python tests/runtime/prefill_timing.py", Path(args.out).name, *sys.argv[2:]]),
+                "command": " ".join(["python tests/benchmarks/prefill.py", Path(args.out).name, *sys.argv[2:]]),
                 "versions": {**versions(), "transformers": transformers.__version__},
                 "hardware": hardware(torch.device("cuda")),
                 "kernels_sha256": kernels_sha256(),

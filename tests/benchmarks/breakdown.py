@@ -1,4 +1,4 @@
-"""Where the time of the pipeline goes by kernel, on a GPU: `python tests/kernels/breakdown.py [BLOCKxSTEP ...]`.
+"""Where the time of the pipeline goes by kernel, on a GPU: `python tests/benchmarks/breakdown.py [BLOCKxSTEP ...]`.
 
 Calls alternate with dense attention, so that the chip is about as warm as in `anchorscope bench`; each pair is waited
 for. With `--out FILE` the figures are also written as JSON, with density and efficiency.
@@ -56,8 +56,8 @@ def main() -> None:
         )
     if args.out:
         about = {
-            "command": f"python tests/kernels/breakdown.py {' '.join(args.grids)} --n {args.n} --theta {args.theta:g} "
-            f"--repeats {args.repeats} --out {args.out.name}",
+            "command": f"python tests/benchmarks/breakdown.py {' '.join(args.grids)} --n {args.n} "
+            f"--theta {args.theta:g} --repeats {args.repeats} --out {args.out.name}",
             "about": "medians of kernels, calls between dense ones; whole: first kernel's start to last one's end",
             "gpu": torch.cuda.get_device_name(),
             "torch": torch.__version__,

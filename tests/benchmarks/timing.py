@@ -1,4 +1,4 @@
-"""Times launch configurations of the kernels on planted input, on a GPU: `python tests/kernels/timing.py OP [OP ...]`.
+"""Times launch configurations of the kernels on planted input: `python tests/benchmarks/timing.py OP [OP ...]`.
 
 Each op is timed alone, medians of CUDA events; the Hopper kernels are compared with the portable ones on the way.
 `--write` puts the fastest configuration into kernels/launch.json. Without `--only` the whole pipeline and the profile
@@ -26,10 +26,12 @@ from anchorscope.kernels import (
     identify,
     identify_hopper,
     pipeline,
-    profile,
     sparse,
     sparse_hopper,
 )
+from anchorscope.kernels.column_mass import column_mass
+from anchorscope.kernels.dense_lse import dense_lse
+from anchorscope.kernels.margins import margins
 from anchorscope.planted import planted
 
 VARIANTS: dict[str, list[dict[str, Any]]] = {
@@ -161,8 +163,8 @@ def main() -> None:
     out, final = (x.clone() for x in (state.out, state.lse))
     limit = torch.full(q.shape[:2], args.theta, device="cuda")
     fine = anchor.anchor(q[:, :4], k[:, :1], None, precise=True, **grid)
-    fit = common.problem(q, k, v, **grid)
-    bits = identify._outputs(state.q_bar, k, fit.groups)[0]
+    fit = common.checked(q, k, v, **grid)
+    bits = identify._outputs(state.q_bar, fit)[0]
     calls: dict[str, Callable[[], object]] = {
         "anchor_hopper": lambda: anchor_hopper.anchor_hopper(q, k, v, fit),
         "anchor": lambda: anchor.portable(q, k, v, fit, False),
@@ -172,9 +174,9 @@ def main() -> None:
         "sparse": lambda: sparse.portable(out, final, q, k, v, stripes.columns, stripes.offsets, fit),
         "identify_hopper": lambda: identify_hopper.score_hopper(state.q_bar, state.a_bar, k, limit, bits, fit),
         "identify": lambda: identify.portable(state.q_bar, state.a_bar, k, limit, bits, fit),
-        "margins": lambda: profile.margins(fine, k[:, :1], queries=n, **grid),
-        "column_mass": lambda: profile.column_mass(q[:, :4], k[:, :1], lse[:, :4], **grid),
-        "dense_lse": lambda: profile.dense_lse(q[:, :4], k[:, :1], None),
+        "margins": lambda: margins(fine, k[:, :1], queries=n, **grid),
+        "column_mass": lambda: column_mass(q[:, :4], k[:, :1], lse[:, :4], **grid),
+        "dense_lse": lambda: dense_lse(q[:, :4], k[:, :1], None),
     }
     fastest: dict[str, tuple[float, dict[str, Any]]] = {}
     for number, (op, config) in enumerate(plan(args.ops)):
@@ -278,10 +280,10 @@ def run_profile(q: torch.Tensor, k: torch.Tensor) -> None:
     ratio, n = q.shape[1] // k.shape[1], q.shape[2]
     for h in range(k.shape[1]):
         mine, keys = q[:, h * ratio : (h + 1) * ratio], k[:, h : h + 1]
-        lse = profile.dense_lse(mine, keys, None)[1]
+        lse = dense_lse(mine, keys, None)[1]
         state = anchor.anchor(mine, keys, None, precise=True)
-        profile.margins(state, keys, queries=n)
-        profile.column_mass(mine, keys, lse)
+        margins(state, keys, queries=n)
+        column_mass(mine, keys, lse)
 
 
 def report_profile(q: torch.Tensor, k: torch.Tensor, dense: float) -> None:

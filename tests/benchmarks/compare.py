@@ -1,4 +1,4 @@
-"""Seconds per head of every method's sweep, on whatever device there is: `python tests/compare/timing.py 32768`."""
+"""Seconds per head of every method's sweep, on whatever device there is: `python tests/benchmarks/compare.py 32768`."""
 
 from __future__ import annotations
 

@@ -1,0 +1,136 @@
+"""Dense causal attention with its LSE: what every recall and every output error is measured against.
+
+Products of 16-bit inputs are exact in float32 and accumulate in float32; float32 inputs are multiplied in IEEE float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import LN2, accumulate, checked, launch
+from .geometry import Geometry, Placement
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+@triton.jit(do_not_specialize=["n", "offset", "window", "heads", "repeats", "tiles", "batch_heads"])
+def dense_kernel(
+    Q, K, V, Out, Lse,
+    sqb, sqh, sqn, sqd, skb, skh, skn, skd, svb, svh, svn, svd,
+    n, offset, window, heads, repeats, tiles, batch_heads, scale, cap,
+    DIM: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    HAS_V: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid: (tiles * B * H,), longest first. Out: (B, H, n, DIM) float32 contiguous."""
+    pid = tl.program_id(0)
+    bh = pid % batch_heads
+    row0 = (tiles - 1 - pid // batch_heads) * BM
+    b = (bh // heads).to(tl.int64)
+    h = bh % heads
+    hk = (h // repeats).to(tl.int64)
+    i = tl.arange(0, BM)
+    d = tl.arange(0, D)
+    c = tl.arange(0, BN)
+    rows = row0 + i
+    live = rows < n
+    inner = d < DIM
+    q_at = Q + b * sqb + h.to(tl.int64) * sqh + row0.to(tl.int64) * sqn + i[:, None] * sqn + d[None, :] * sqd
+    q = tl.load(q_at, mask=live[:, None] & inner[None, :], other=0.0)  # [BM, D]
+    k_at = K + b * skb + hk * skh + c[:, None] * skn + d[None, :] * skd
+    v_at = V + b * svb + hk * svh + c[:, None] * svn + d[None, :] * svd
+    first = offset + row0
+    stop = offset + tl.minimum(row0 + BM, n)
+    begin = 0
+    full = (first + 1) // BN
+    if WINDOW:
+        begin = tl.maximum(first - window + 1, 0)
+        full = 0
+
+    total = tl.zeros([BM], tl.float32)
+    top = tl.full([BM], float("-inf"), tl.float32)
+    acc = tl.zeros([BM, D], tl.float32) if HAS_V else total
+    for it in tl.range(0, full):
+        j = tl.cast(it * BN, tl.int64)
+        if D == DIM:
+            k = tl.load(k_at + j * skn)  # [BN, D]
+        else:
+            k = tl.load(k_at + j * skn, mask=inner[None, :], other=0.0)
+        qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        v = k
+        if HAS_V:
+            v = tl.load(v_at + j * svn, mask=inner[None, :], other=0.0)
+        acc, total, top = accumulate(acc, total, top, qk, v, scale, cap, SOFTCAP, False, HAS_V, SPLIT, PRECISION)
+    for j in tl.range(begin + full * BN, stop, BN):
+        cols = j + c
+        there = (cols < stop)[:, None] & inner[None, :]
+        k = tl.load(k_at + tl.cast(j, tl.int64) * skn, mask=there, other=0.0)
+        qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        seen = cols[None, :] <= (offset + rows)[:, None]
+        if WINDOW:
+            seen = seen & ((offset + rows)[:, None] - cols[None, :] < window)
+        qk = tl.where(seen, qk, float("-inf"))
+        v = k
+        if HAS_V:
+            v = tl.load(v_at + tl.cast(j, tl.int64) * svn, mask=there, other=0.0)
+        acc, total, top = accumulate(acc, total, top, qk, v, scale, cap, SOFTCAP, True, HAS_V, SPLIT, PRECISION)
+
+    flat = bh.to(tl.int64) * n + rows
+    tl.store(Lse + flat, (top + tl.log2(total)) * LN2, mask=live)
+    if HAS_V:
+        to = Out + flat[:, None] * DIM + d[None, :]
+        tl.store(to, acc / total[:, None], mask=live[:, None] & inner[None, :])
+
+
+@torch.library.custom_op("anchorscope::dense_lse", mutates_args=())
+def dense_op(
+    q: Tensor, k: Tensor, v: Tensor | None, sizes: Sequence[int], scale: float, cap: float
+) -> tuple[Tensor, Tensor]:
+    """Launcher of `dense_kernel`; the geometry is flat (`Geometry.flat`). See `dense_lse`."""
+    geo = Geometry.unflat(sizes, scale, cap)
+    out, lse = _outputs(q, v, geo)
+    c = launch("dense_lse" if v is None else "anchor_precise", q.device, q.element_size(), geo.dim_pad)
+    keys_v = k if v is None else v
+    tiles = triton.cdiv(geo.queries, c["BM"])
+    with torch.cuda.device_of(q):
+        dense_kernel[(tiles * geo.batch * geo.heads,)](
+            q, k, keys_v, out, lse, *q.stride(), *k.stride(), *keys_v.stride(),
+            geo.queries, geo.offset, geo.window or 0, geo.heads, geo.repeats, tiles, geo.batch * geo.heads, geo.scale,
+            geo.cap,
+            DIM=geo.dim, D=geo.dim_pad, BM=c["BM"], BN=c["BN"], HAS_V=v is not None, WINDOW=geo.window is not None,
+            SOFTCAP=geo.cap > 0, SPLIT=q.dtype != torch.float32, PRECISION="ieee",
+            num_warps=c["num_warps"], num_stages=c["num_stages"],
+        )  # fmt: skip
+    return out, lse
+
+
+@dense_op.register_fake
+def _(q, k, v, sizes, scale, cap):
+    return _outputs(q, v, Geometry.unflat(sizes, scale, cap))
+
+
+def _outputs(q: Tensor, v: Tensor | None, geo: Geometry) -> tuple[Tensor, Tensor]:
+    shape = geo.batch, geo.heads, geo.queries
+    return (
+        q.new_empty(*shape, 0 if v is None else geo.dim, dtype=torch.float32),
+        q.new_empty(*shape, dtype=torch.float32),
+    )
+
+
+def dense_lse(q: Tensor, k: Tensor, v: Tensor | None, **place: Unpack[Placement]) -> tuple[Tensor | None, Tensor]:
+    """Dense causal attention: output (B, H, n, d) float32, or None without V, and LSE (B, H, n) float32 in nats.
+
+    Shapes and parameters as in `anchor`; groups play no part. With V the weights reach the tensor cores unrounded (two
+    halves), so that the output's error is that of float32 sums.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or parameters that do not fit.
+    """
+    out, lse = dense_op(q, k, v, *checked(q, k, v, **place).flat())
+    return (None if v is None else out), lse

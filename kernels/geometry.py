@@ -1,0 +1,203 @@
+"""One geometry for the reference, the torch and the Triton back end: sizes of a call, positions of its queries and
+keys, and the integers that follow from them.
+
+Positions are absolute, in tokens. Groups start at the first query of the call, at position `offset`. Source: Zhang et
+al., AnchorAttention (EMNLP 2025), section 3, with the partition of docs/method.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple, TypedDict
+
+
+class Placement(TypedDict, total=False):
+    """The keyword parameters that every stage shares.
+
+    Keys:
+        block: queries pooled together; 128 by default.
+        step: blocks that share one selection; 16 by default.
+        init: first tokens that are always kept; `block` by default.
+        lookback: tokens before each group that are always kept; `block` by default.
+        scale: softmax scale; d ** -0.5 by default.
+        window: key j is visible to query i only if i - j < window; None means full causal attention.
+        softcap: every score s becomes c * tanh(s / c), in nats; None means no soft-cap.
+        offset: absolute position of the first query; N - n by default.
+    """
+
+    block: int
+    step: int
+    init: int | None
+    lookback: int | None
+    scale: float | None
+    window: int | None
+    softcap: float | None
+    offset: int | None
+
+
+class Geometry(NamedTuple):
+    """Checked sizes and positions of one call; `geometry` makes it.
+
+    Attributes:
+        batch, heads, kv_heads: B, H and Hkv; query head h reads kv head h // (H // Hkv).
+        queries, keys: n and N.
+        dim: head dimension d.
+        block, step, init, lookback, offset, window: see `Placement`, all filled in; tokens (step: blocks).
+        scale: softmax scale.
+        softcap: nats, or None.
+    """
+
+    batch: int
+    heads: int
+    kv_heads: int
+    queries: int
+    keys: int
+    dim: int
+    block: int
+    step: int
+    init: int
+    lookback: int
+    offset: int
+    window: int | None
+    scale: float
+    softcap: float | None
+
+    @property
+    def group(self) -> int:
+        """Queries per group."""
+        return self.block * self.step
+
+    @property
+    def blocks(self) -> int:
+        """Query blocks; the last may be short."""
+        return -(-self.queries // self.block)
+
+    @property
+    def groups(self) -> int:
+        """Groups; the last may be short."""
+        return -(-self.queries // self.group)
+
+    @property
+    def repeats(self) -> int:
+        """Query heads per kv head."""
+        return self.heads // self.kv_heads
+
+    @property
+    def dim_pad(self) -> int:
+        """Head dimension rounded up to a power of two of at least 16, as tiles need it."""
+        return max(16, 1 << (self.dim - 1).bit_length())
+
+    @property
+    def cap(self) -> float:
+        """The soft-cap as kernels take it: 0 without one."""
+        return self.softcap or 0.0
+
+    def rows(self, group: int) -> tuple[int, int]:
+        """Queries [first, last) of a group, counted from the first query of the call."""
+        return group * self.group, min((group + 1) * self.group, self.queries)
+
+    def local_start(self, group: int) -> int:
+        """First key of the group's local region, G(g) - lookback."""
+        return max(self.offset + group * self.group - self.lookback, 0)
+
+    def candidates(self, group: int) -> tuple[int, int]:
+        """Candidate keys [start, stop) that some query of the group sees; empty when stop <= start."""
+        start = self.init
+        if self.window is not None:
+            start = max(start, self.offset + group * self.group - self.window + 1)
+        return start, self.local_start(group)
+
+    @property
+    def most_stripes(self) -> int:
+        """Candidate columns over all groups and heads, whatever the window: no selection is larger."""
+        least = max(0, (self.lookback + self.init - self.offset) // self.group + 1)  # first group with candidates
+        count = self.groups - least
+        if count <= 0:
+            return 0
+        spare = self.offset - self.lookback - self.init
+        each = count * spare + self.group * (self.groups * (self.groups - 1) - least * (least - 1)) // 2
+        return self.batch * self.heads * each
+
+    def flat(self) -> tuple[list[int], float, float]:
+        """The geometry as a registered op takes it: integers, scale and soft-cap; 0 for no window or no soft-cap."""
+        return [*self[:11], self.window or 0], self.scale, self.cap
+
+    @classmethod
+    def unflat(cls, integers: Sequence[int], scale: float, cap: float) -> Geometry:
+        """The geometry that `flat` took apart."""
+        *sizes, window = integers
+        return cls._make((*sizes, window or None, scale, cap or None))
+
+
+@lru_cache(maxsize=256)
+def geometry(
+    q_shape: Sequence[int],
+    k_shape: Sequence[int],
+    *,
+    block: int = 128,
+    step: int = 16,
+    init: int | None = None,
+    lookback: int | None = None,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    offset: int | None = None,
+) -> Geometry:
+    """Check the sizes and parameters of one call and fill in the defaults of `Placement`.
+
+    Lengths beyond the sequence change nothing and are cut, so that position arithmetic stays within 32 bits.
+
+    Args:
+        q_shape: (B, H, n, d).
+        k_shape: (B, Hkv, N, d).
+
+    Raises:
+        ValueError: the shapes do not fit together, a parameter is out of range, or queries lie beyond the last key.
+    """
+    if len(q_shape) != 4 or len(k_shape) != 4:
+        raise ValueError(f"q and k must be (batch, heads, tokens, d), not {tuple(q_shape)} and {tuple(k_shape)}")
+    (batch, heads, n, dim), (k_batch, kv_heads, keys, k_dim) = q_shape, k_shape
+    if k_batch != batch or k_dim != dim or kv_heads < 1 or heads % kv_heads:
+        raise ValueError(
+            f"k {tuple(k_shape)} does not fit q {tuple(q_shape)}: both need the same batch and head_dim, and the query"
+            " heads must be a multiple of the kv heads"
+        )
+    for name, value in (("block", block), ("step", step)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}")
+    init, lookback = (block if x is None else x for x in (init, lookback))
+    if init < 0 or lookback < 0:
+        raise ValueError(f"init and lookback must not be negative, not {init} and {lookback}")
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1 or None, not {window}")
+    scale = dim**-0.5 if scale is None else float(scale)
+    if not (scale > 0 and math.isfinite(scale)):
+        raise ValueError(f"scale must be a positive number, not {scale}")
+    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
+        raise ValueError(f"softcap must be a positive number or None, not {softcap}")
+    offset = keys - n if offset is None else offset
+    if n < 1 or offset < 0 or offset + n > keys:
+        raise ValueError(f"{n} queries from offset {offset} on do not lie within the {keys} keys")
+    if block > n:
+        block, step = n, 1
+    elif step * block > n + block:
+        step = -(-n // block)
+    window = None if window is None or window >= keys else window
+    return Geometry(
+        batch,
+        heads,
+        kv_heads,
+        n,
+        keys,
+        dim,
+        block,
+        step,
+        min(init, 2 * keys),
+        min(lookback, 2 * keys),
+        offset,
+        window,
+        scale,
+        None if softcap is None else float(softcap),
+    )
