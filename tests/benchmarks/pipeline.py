@@ -11,6 +11,7 @@ import argparse
 import json
 import statistics
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -30,7 +31,7 @@ def events(call, repeats: int) -> float:
         call()
         mark.record()
     torch.cuda.synchronize()
-    return statistics.median(a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False))
+    return statistics.median(a.elapsed_time(b) for a, b in pairwise(marks))
 
 
 def host(call, repeats: int) -> float:
