@@ -15,7 +15,7 @@ TOKENS ?= 4096
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo study test test-slow test-browser test-gpu compile-ahead lint format types package clean
+.PHONY: help demo study families test test-slow test-browser test-gpu compile-ahead lint format types package clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -53,6 +53,9 @@ test-browser: $(STAMP)  ## run the tests of the HTML report in headless Chromium
 
 test-gpu: $(STAMP)  ## run the kernel tests on a CUDA GPU
 	$(BIN)/python -m pytest -m gpu
+
+families: $(STAMP)  ## run every model family and rewrite docs/families.md
+	OMP_NUM_THREADS=1 $(BIN)/python tests/helpers/family_runs.py docs/families.md
 
 compile-ahead: $(STAMP)  ## compile the kernels for five GPU architectures, without a GPU; check shared memory and spills
 	$(BIN)/python tests/benchmarks/compile_ahead.py

@@ -1,4 +1,4 @@
-"""Every family that can be captured runs sparse: theta = +inf is its own attention, a finite one is the method's."""
+"""Every family runs sparse or is refused: theta = +inf is its own attention, a finite one is the method's."""
 
 from __future__ import annotations
 
@@ -10,17 +10,14 @@ import torch
 
 pytest.importorskip("transformers")
 
-from families import REFUSED, SUPPORTED, prompt, tiny
+from families import FAMILIES, prompt, tiny
+from family_runs import UnknownFamily, check_refusal, runnable
 from sparse_models import brute_force, divergence, everywhere
 
 from anchorscope import sparse_attention
 from anchorscope.errors import InputError
 
-# one of each kind in the default tier, everything in the slow one
-QUICK = ["cohere2", "gemma2", "gemma3_text", "gpt2", "granite", "jamba", "llama", "mistral", "qwen2", "qwen3_next"]
 THETA = {"granite": 0.05}  # its small scale leaves no score further than that from its anchor
-# llama4's full layers can run sparse, only its chunked ones are refused: see test_chunked_layers
-UNFIT = [f for f in REFUSED if f != "llama4_text"]
 
 
 @pytest.fixture(autouse=True)
@@ -36,11 +33,12 @@ def logits(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
         return model(ids).logits
 
 
-def check(family: str) -> None:
-    model, ids = tiny(family), torch.tensor([prompt().token_ids])
+def check(model: torch.nn.Module, family: str) -> None:
+    ids = torch.tensor([prompt().token_ids])
     own = logits(model, ids)
     with sparse_attention(model, everywhere(model, math.inf)) as run:
         all_kept = logits(model, ids)
+    assert run.layers()
     assert all(x.kind == "sparse" and x.kept_pairs == x.visible_pairs for x in run.layers())
     assert float(divergence(all_kept, own).max()) < 1e-5
     assert torch.equal(all_kept.argmax(-1), own.argmax(-1))
@@ -58,22 +56,19 @@ def check(family: str) -> None:
     assert torch.equal(logits(model, ids), own)
 
 
-@pytest.mark.parametrize("family", QUICK)
-def test_equals_the_specification(family: str) -> None:
-    check(family)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", sorted(SUPPORTED.keys() - set(QUICK)))
-def test_equals_the_specification_too(family: str) -> None:
-    check(family)
-
-
-@pytest.mark.parametrize("family", UNFIT)
-def test_refused_by_name_and_reason(family: str) -> None:
-    model = tiny(family)
-    with pytest.raises(InputError, match=REFUSED[family][1]), sparse_attention(model, 1.0):
-        pass
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_equals_the_specification_or_is_refused_with_a_reason(family: str) -> None:
+    try:
+        model = runnable(family)
+    except UnknownFamily as error:
+        pytest.skip(str(error))
+    try:
+        with sparse_attention(model, 1.0):
+            logits(model, torch.tensor([prompt().token_ids]))
+    except InputError as error:
+        check_refusal(family, str(error))
+        return
+    check(model, family)
 
 
 def test_chunked_layers() -> None:
