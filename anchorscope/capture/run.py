@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from anchorscope.capture.hook import AttentionCall, intercept
+from anchorscope.capture.kvcache import cache_option, result_cache
 from anchorscope.capture.memory import Curve, free_bytes, prefill_curve, weight_bytes
 from anchorscope.capture.models import (
     LoadedModel,
@@ -234,8 +235,8 @@ def prefill(model: PreTrainedModel, token_ids: Sequence[int], *, chunk: int | No
         cache = None
         result: Any = None
         for part in ids.split(chunk, dim=1):
-            result = runner(input_ids=part, past_key_values=cache, use_cache=True, **options)
-            cache = getattr(result, "past_key_values", None)
+            result = runner(input_ids=part, use_cache=True, **cache_option(runner, cache), **options)
+            cache = result_cache(result)
             if cache is None:
                 raise InputError(f"{type(model).__name__} keeps no KV cache: --chunk does not work with it")
         return getattr(result, "logits", None)

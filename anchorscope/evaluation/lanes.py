@@ -15,6 +15,7 @@ import torch
 
 from anchorscope import runtime
 from anchorscope.anchors import AnchorConfig
+from anchorscope.capture.kvcache import cache_option, result_cache
 from anchorscope.evaluation.metrics import Reference, TokenScores
 from anchorscope.evaluation.tasks import Sample
 
@@ -178,11 +179,10 @@ class Lane:
         options: dict[str, Any] = {}
         if not every and "logits_to_keep" in inspect.signature(self._model.forward).parameters:
             options["logits_to_keep"] = 1
-        if self.cache is not None:
-            options["past_key_values"] = self.cache
+        options.update(cache_option(self._model, self.cache))
         result = self._model(input_ids=ids[None], use_cache=cached, **options)
         if cached:
-            self.cache = result.past_key_values
+            self.cache = result_cache(result)
         return result.logits[0] if every else result.logits[0, -1:]
 
     def _now(self) -> float:

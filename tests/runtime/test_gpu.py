@@ -16,6 +16,7 @@ from sparse_models import brute_force, divergence, everywhere
 from anchorscope import AnchorParams, SparseRun, sparse_attention
 from anchorscope.anchors import AnchorConfig, LayerAnchors
 from anchorscope.capture.hook import AttentionInputs
+from anchorscope.capture.kvcache import cache_option, result_cache
 from anchorscope.runtime.plan import Plan
 
 pytestmark = [
@@ -88,8 +89,8 @@ def test_generation_caches_and_batches() -> None:
         assert error(together[1:, 100:], logits(model, ids(600, 3))) < 1e-4
         assert [x.kept_pairs for x in run.layers()] == [x.kept_pairs for x in counted]
         whole = logits(model, ids())
-        cached = model(ids()[:, :1024], use_cache=True).past_key_values
-        assert error(logits(model, ids()[:, 1024:], past_key_values=cached), whole[:, 1024:]) < 1e-4
+        cached = result_cache(model(ids()[:, :1024], use_cache=True))
+        assert error(logits(model, ids()[:, 1024:], **cache_option(model, cached)), whole[:, 1024:]) < 1e-4
 
 
 def test_softcap_and_windows() -> None:

@@ -19,6 +19,7 @@ from sparse_models import SMALL, brute_force, divergence, everywhere
 from anchorscope import attention_clock, register_attention, sparse_attention
 from anchorscope.anchors import AnchorConfig, LayerAnchors
 from anchorscope.capture import intercept, model_facts
+from anchorscope.capture.kvcache import cache_option
 from anchorscope.errors import InputError, MissingBackendError
 from anchorscope.params import AnchorParams
 
@@ -42,15 +43,15 @@ def ids(count: int = 80, seed: int = 0) -> torch.Tensor:
     return torch.tensor([prompt(count, seed=seed).token_ids])
 
 
-def logits(model: Any, x: torch.Tensor, **options: Any) -> torch.Tensor:
+def logits(model: Any, x: torch.Tensor, cache: Any = None, **options: Any) -> torch.Tensor:
     with torch.no_grad():
-        return model(x, **options).logits
+        return model(x, **cache_option(model, cache), **options).logits
 
 
 def chunked(model: Any, x: torch.Tensor, size: int) -> torch.Tensor:
     """Logits of a prefill in chunks."""
     cache = transformers.DynamicCache()
-    return torch.cat([logits(model, part, past_key_values=cache, use_cache=True) for part in x.split(size, dim=1)], 1)
+    return torch.cat([logits(model, part, cache, use_cache=True) for part in x.split(size, dim=1)], 1)
 
 
 def generate(model: Any, x: torch.Tensor, **options: Any) -> torch.Tensor:
@@ -151,10 +152,10 @@ def test_windows_of_cropped_caches_are_left_dense() -> None:
     mistral = tiny("mistral")
     with sparse_attention(mistral, everywhere(mistral, -math.inf)) as run:
         cache = transformers.DynamicCache(config=mistral.config)
-        first = logits(mistral, ids()[:, :48], past_key_values=cache)
+        first = logits(mistral, ids()[:, :48], cache)
         assert [x.kind for x in run.layers()] == ["sparse"] * 3
         run.reset()
-        logits(mistral, ids()[:, 48:], past_key_values=cache)
+        logits(mistral, ids()[:, 48:], cache)
         assert [x.kind for x in run.layers()] == ["dense"] * 3
         assert [x.visible_pairs for x in run.layers()] == [6 * 32 * 24] * 3
     assert not close(first, logits(mistral, ids()[:, :48]))
