@@ -16,8 +16,8 @@ from typing import Any
 
 from anchorscope._version import __version__
 from anchorscope.errors import InputError
+from anchorscope.files import write_atomic
 from anchorscope.params import AnchorParams
-from anchorscope.profiles import write_atomic
 
 FORMAT = "anchorscope-anchors"
 VERSION = 1

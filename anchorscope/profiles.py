@@ -8,12 +8,10 @@ quick and needs neither torch nor the dump. docs/method.md defines the quantitie
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +19,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from anchorscope.errors import DumpError, InputError, RunFailure
+from anchorscope.errors import DumpError, InputError
+from anchorscope.files import write_atomic
 from anchorscope.params import AnchorParams
 
 FORMAT = "anchorscope-profile"
@@ -293,27 +292,6 @@ def bin_edges(length: int, limit: int, multiple: int = 1) -> np.ndarray:
     units = math.ceil(length / multiple)
     width = math.ceil(units / limit) * multiple
     return np.append(np.arange(0, length, width, dtype=np.int64), np.int64(length))
-
-
-def write_atomic(path: Path | str, data: bytes) -> None:
-    """Write `data` under a temporary name in the same folder, flush, rename: all or nothing.
-
-    Raises:
-        RunFailure: the folder is missing or not writable, or the disk is full; nothing is left behind.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise RunFailure(f"cannot write {path}: {error.strerror or error}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 def _digests(arrays: dict[str, np.ndarray], scalars: dict[str, Any]) -> dict[str, str]:

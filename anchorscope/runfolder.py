@@ -16,7 +16,7 @@ from typing import Any
 
 from anchorscope._version import __version__
 from anchorscope.errors import InputError, RunFailure
-from anchorscope.profiles import write_atomic
+from anchorscope.files import write_atomic
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -94,11 +93,6 @@ def make_folder(path: Path) -> Path:
     except OSError as error:
         raise InputError(f"--out {path} cannot be made: {error.strerror}") from None
     return path
-
-
-def json_bytes(value: object) -> bytes:
-    """JSON as our files hold it: indented, in the order given, no NaN."""
-    return (json.dumps(value, indent=2, sort_keys=False, allow_nan=False) + "\n").encode()
 
 
 def run_jobs(

@@ -26,7 +26,6 @@ from anchorscope.analysis.jobs import (
     Progress,
     ProgressCallback,
     choose_jobs,
-    json_bytes,
     make_folder,
     run_jobs,
 )
@@ -34,7 +33,6 @@ from anchorscope.analysis.tables import (
     CURVES_COLUMNS,
     HEADS_COLUMNS,
     HeadLine,
-    csv_text,
     curves_rows,
     heads_rows,
     jsonable,
@@ -43,9 +41,10 @@ from anchorscope.analysis.tables import (
 )
 from anchorscope.dumps import Dump, LayerTensors, open_dump
 from anchorscope.errors import DumpError, InputError
+from anchorscope.files import csv_text, json_bytes, write_atomic
 from anchorscope.locks import folder_lock
 from anchorscope.params import AnchorParams, anchor_pairs, recommend_groups, visible_pairs
-from anchorscope.profiles import HeadProfile, write_atomic
+from anchorscope.profiles import HeadProfile
 from anchorscope.runfolder import RunFolder
 
 STATE = "analysis.json"

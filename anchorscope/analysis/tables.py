@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -78,15 +76,6 @@ def curves_rows(profile: HeadProfile) -> list[tuple[str, ...]]:
     picks = np.unique(np.concatenate([[0], picks.clip(max=len(density) - 1), [len(density) - 1]]))
     rows += [(*key, "oracle", "", number(density[i]), number(recall[i])) for i in picks]
     return rows
-
-
-def csv_text(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """CSV with a header and Unix line ends."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows(rows)
-    return buffer.getvalue()
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 
 from anchorscope.analysis.engine import HeadShape
-from anchorscope.analysis.jobs import Progress, ProgressCallback, json_bytes, make_folder
+from anchorscope.analysis.jobs import Progress, ProgressCallback, make_folder
 from anchorscope.analysis.run import Plan as AnalysisPlan
 from anchorscope.analysis.run import analyze, plan_analysis, versions
-from anchorscope.analysis.tables import csv_text, jsonable
+from anchorscope.analysis.tables import jsonable
 from anchorscope.anchors import AnchorConfig, LayerAnchors
 from anchorscope.calibration.choose import BY, By, Choice, Problem, reach, spend
 from anchorscope.calibration.costs import Costs, by_density, costs_json
@@ -37,9 +37,9 @@ from anchorscope.calibration.sources import (
 )
 from anchorscope.calibration.tables import COLUMNS, head_rows, layer_rows, table_row
 from anchorscope.errors import InputError
+from anchorscope.files import csv_text, json_bytes, write_atomic
 from anchorscope.locks import folder_lock
 from anchorscope.params import AnchorParams
-from anchorscope.profiles import write_atomic
 from anchorscope.runfolder import RunFolder
 from anchorscope.selection import describe_indices, parse_thetas
 

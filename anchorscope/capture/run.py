@@ -31,11 +31,11 @@ from anchorscope.dumps.writer import (
     DumpWriter,
     check_disk,
     check_output,
-    human_bytes,
     prompt_record,
     torch_dtype,
 )
 from anchorscope.errors import AnchorScopeError, InputError, RunFailure
+from anchorscope.files import human_bytes
 
 if TYPE_CHECKING:
     import os

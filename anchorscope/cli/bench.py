@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from anchorscope.cli.common import human_bytes, note, progress_bar, stdout_console, warn
+from anchorscope.cli.common import note, progress_bar, stdout_console, warn
 from anchorscope.errors import InputError, RunFailure
+from anchorscope.files import human_bytes
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from anchorscope.cli.common import human_bytes, note, stderr_console
+from anchorscope.cli.common import note, stderr_console
 from anchorscope.errors import InputError
+from anchorscope.files import human_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -38,15 +38,6 @@ def warn(sentence: str) -> None:
     print(f"warning: {sentence}", file=sys.stderr)
 
 
-def human_bytes(count: float) -> str:
-    """1536 -> '1.5 kB' (decimal units, as disks are sold)."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
-
-
 def chosen(source: Dump, layers: str, heads: str, prompts: str) -> dict[str, Any]:
     """What --layers, --heads and --prompts choose of a dump, as keyword arguments; None means all.
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from anchorscope.cli.common import chosen, human_bytes, note, progress_bar, stdout_console, warn
+from anchorscope.cli.common import chosen, note, progress_bar, stdout_console, warn
 from anchorscope.errors import InputError
+from anchorscope.files import human_bytes
 
 if TYPE_CHECKING:
     from anchorscope.compare import Comparison

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from anchorscope.cli.common import human_bytes, stderr_console, stdout_console
+from anchorscope.cli.common import stderr_console, stdout_console
 from anchorscope.errors import DumpError
+from anchorscope.files import human_bytes, visible
 
 if TYPE_CHECKING:
     from anchorscope.dumps import Verification
@@ -91,7 +92,6 @@ def _show(result: Verification) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from anchorscope.dumps.format import printable
     from anchorscope.selection import describe_indices
 
     dump, console = result.dump, stdout_console()
@@ -107,7 +107,7 @@ def _show(result: Verification) -> None:
         "state": result.state + ("" if result.complete else ", unfinished"),
     }
     for key, value in lines.items():
-        console.print(f"{key:<8} {printable(value)}", soft_wrap=True, markup=False)
+        console.print(f"{key:<8} {visible(value, 600)}", soft_wrap=True, markup=False)
 
     # one row for each kind of layer of a prompt: hybrids and windows show at a glance
     groups: dict[tuple[str, ...], list[int]] = {}

@@ -19,17 +19,17 @@ from torch import Tensor
 
 from anchorscope.analysis.backends import resolve_device
 from anchorscope.analysis.engine import Cancelled, full_precision
-from anchorscope.analysis.jobs import Job, Progress, ProgressCallback, choose_jobs, json_bytes, make_folder, run_jobs
+from anchorscope.analysis.jobs import Job, Progress, ProgressCallback, choose_jobs, make_folder, run_jobs
 from anchorscope.analysis.run import versions
-from anchorscope.analysis.tables import csv_text, jsonable
+from anchorscope.analysis.tables import jsonable
 from anchorscope.compare.score import LAST_ROWS, Score, score
 from anchorscope.compare.tables import COLUMNS, RECALLS, Point, methods_rows, needed_table, winners
 from anchorscope.dumps import Dump, LayerTensors, open_dump
 from anchorscope.errors import DumpError, InputError
+from anchorscope.files import csv_text, json_bytes, write_atomic
 from anchorscope.locks import folder_lock
 from anchorscope.methods import Contender, Head, Selection, line_up
 from anchorscope.methods.head import chunk_rows
-from anchorscope.profiles import write_atomic
 from anchorscope.runfolder import RunFolder
 
 STATE = "run.json"

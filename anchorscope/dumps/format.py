@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anchorscope.errors import DumpError
+from anchorscope.errors import DumpError, InputError
+from anchorscope.files import member, read_json, visible
 
 FORMAT = "anchorscope-dump"
 VERSION = 1
@@ -82,15 +83,9 @@ class Entry:
     sha256: str | None = None
 
 
-def printable(text: str, limit: int = 600) -> str:
-    """Text from a file, fit for one line of a terminal: no control characters, the middle of long ones left out."""
-    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
-    return text if len(text) <= limit else f"{text[: limit * 2 // 3]} ... {text[-limit // 4 :]}"
-
-
 def damaged(message: str) -> DumpError:
     """The error for a dump that cannot be used; what it quotes comes from an untrusted file."""
-    return DumpError(printable(message))
+    return DumpError(visible(message, 600))
 
 
 def canonical_sha256(manifest: dict[str, Any]) -> str:
@@ -131,11 +126,9 @@ def plain_file(folder: Path, name: object) -> Path | None:
     Refused: separators of any system, drive letters, `..`, hidden names, symbolic links (they may lead outside),
     devices, pipes.
     """
-    if not isinstance(name, str) or not name.endswith(".safetensors") or not name.isprintable() or len(name) > 200:
+    path = member(folder, name, ".safetensors")
+    if path is None:
         return None
-    if name.startswith(".") or any(c in name for c in '/\\:*?"<>|'):
-        return None
-    path = folder / name
     try:
         return path if stat.S_ISREG(os.lstat(path).st_mode) else None
     except FileNotFoundError:
@@ -155,25 +148,21 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         what = "is a file, not a dump folder" if folder.exists() else "does not exist"
         raise damaged(f"{folder} {what}: give the folder that `anchorscope capture` wrote")
     try:
-        info = os.lstat(path)
-        if not stat.S_ISREG(info.st_mode):
+        if not stat.S_ISREG(os.lstat(path).st_mode):
             raise damaged(f"{path} must be a regular file, not a link, folder or device")
-        if info.st_size > MAX_MANIFEST_BYTES:
-            raise damaged(f"{path} is {info.st_size} bytes long; more than {MAX_MANIFEST_BYTES} is not a manifest")
-        raw = path.read_bytes()
     except FileNotFoundError:
         raise damaged(f"{folder} is not a dump: it holds no {MANIFEST}") from None
     except OSError as error:
         raise damaged(f"{path} cannot be read: {error.strerror}") from None
     try:
-        manifest = json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
+        manifest = read_json(path, MAX_MANIFEST_BYTES, "manifest")
         if not isinstance(manifest, dict):
-            raise ValueError("it holds no JSON object")
+            raise InputError(f"manifest {path} holds no JSON object")
         checksum = canonical_sha256(manifest)
     except RecursionError:
-        raise damaged(f"{path} is nested too deeply to be a manifest") from None
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-        raise damaged(f"{path} is truncated or not JSON ({error}); capture this dump again") from None
+        raise damaged(f"manifest {path} is nested too deeply") from None
+    except InputError as error:
+        raise damaged(f"{error}; capture this dump again") from None
 
     version: Any = manifest.get("version")
     if manifest.get("format") != FORMAT:
@@ -332,14 +321,3 @@ def read_header(path: Path) -> tuple[dict[str, tuple[int, int, int]], str]:
     if heads % kv:
         raise damaged(f"{path}: {heads} query heads cannot share {kv} kv heads evenly")
     return {name: (shape[0], shape[1], shape[2]) for name, (shape, _) in found.items()}, DTYPES[dtype]
-
-
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is not a JSON number")
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("an object repeats a key")
-    return result

@@ -37,6 +37,7 @@ from anchorscope.dumps.format import (
 )
 from anchorscope.dumps.reader import Dump, file_sha256, nonfinite_row, open_dump
 from anchorscope.errors import DumpError, InputError, RunFailure
+from anchorscope.files import human_bytes
 from anchorscope.locks import LOCK, folder_lock
 
 if TYPE_CHECKING:
@@ -551,15 +552,6 @@ def check_disk(path: Path, needed: int) -> None:
             f"{path} needs {human_bytes(needed)} and its disk has {human_bytes(free)} free:"
             " use fewer --tokens, --layers or --kv-heads, or another disk"
         )
-
-
-def human_bytes(count: float) -> str:
-    """Bytes in a readable unit, decimal as disks are sold: 1536 is "1.5 kB"."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
 
 
 def remove_dump_files(path: Path) -> None:

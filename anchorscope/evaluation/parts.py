@@ -13,7 +13,7 @@ import safetensors.numpy
 
 from anchorscope.evaluation.lanes import Work
 from anchorscope.evaluation.metrics import TokenScores
-from anchorscope.profiles import write_atomic
+from anchorscope.files import write_atomic
 
 ARRAYS = ("nll", "kl", "agree")
 

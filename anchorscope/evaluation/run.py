@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from anchorscope.analysis.jobs import Progress, ProgressCallback, json_bytes, make_folder
+from anchorscope.analysis.jobs import Progress, ProgressCallback, make_folder
 from anchorscope.analysis.run import versions
-from anchorscope.analysis.tables import csv_text, jsonable
+from anchorscope.analysis.tables import jsonable
 from anchorscope.anchors import AnchorConfig, LayerAnchors
 from anchorscope.capture import (
     AttentionCall,
@@ -53,9 +53,9 @@ from anchorscope.evaluation.results import (
 )
 from anchorscope.evaluation.tasks import BY_DEPTH, PERPLEXITY, Sample, check_tasks, make_samples
 from anchorscope.evaluation.text import OWN_TEXT, Pieces, own_text
+from anchorscope.files import csv_text, json_bytes, write_atomic
 from anchorscope.locks import folder_lock
 from anchorscope.params import AnchorParams
-from anchorscope.profiles import write_atomic
 from anchorscope.runfolder import RunFolder
 from anchorscope.selection import describe_indices
 

@@ -20,11 +20,12 @@ import torch
 from anchorscope._version import __version__
 from anchorscope.analysis.backends import resolve_device
 from anchorscope.analysis.engine import Cancelled
-from anchorscope.analysis.jobs import Job, Progress, ProgressCallback, choose_jobs, json_bytes, make_folder, run_jobs
+from anchorscope.analysis.jobs import Job, Progress, ProgressCallback, choose_jobs, make_folder, run_jobs
 from anchorscope.analysis.run import versions
-from anchorscope.analysis.tables import csv_text, jsonable
+from anchorscope.analysis.tables import jsonable
 from anchorscope.dumps import Dump, Entry, LayerTensors, open_dump
 from anchorscope.errors import DumpError, InputError
+from anchorscope.files import csv_text, json_bytes, write_atomic
 from anchorscope.heads import diagnostics
 from anchorscope.heads.diagnostics import HeadDiagnostics, diagnose_head
 from anchorscope.heads.stripes import Stripes, head_stripes, overlap
@@ -42,7 +43,6 @@ from anchorscope.locks import folder_lock
 from anchorscope.methods import Head
 from anchorscope.methods.head import chunk_rows
 from anchorscope.params import AnchorParams
-from anchorscope.profiles import write_atomic
 from anchorscope.runfolder import RunFolder
 
 STATE = "run.json"

@@ -29,7 +29,8 @@ import numpy as np
 
 from anchorscope._version import __version__
 from anchorscope.errors import DumpError, InputError, MissingBackendError
-from anchorscope.profiles import HeadProfile, write_atomic
+from anchorscope.files import write_atomic
+from anchorscope.profiles import HeadProfile
 
 PAGE_BYTES = 14_500_000  # what heat maps are fitted to
 PLOTLY_BYTES = 5_000_000

@@ -11,7 +11,8 @@ from typing import NamedTuple
 from matplotlib.figure import Figure
 
 from anchorscope.errors import InputError
-from anchorscope.profiles import HeadProfile, write_atomic
+from anchorscope.files import write_atomic
+from anchorscope.profiles import HeadProfile
 from anchorscope.report.figures import layer_head_grid, recall_by_position, recall_density, stripe_heatmap
 
 Source = HeadProfile | Path | str

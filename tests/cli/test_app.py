@@ -225,12 +225,12 @@ def test_dumps_that_are_none(capsys, dump, tmp_path):
 
 
 def test_full_disk_is_exit_1(capsys, dump, tmp_path, monkeypatch):
-    import anchorscope.profiles as profiles
+    import anchorscope.files as files
 
     def no_space(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(profiles.os, "fsync", no_space)
+    monkeypatch.setattr(files.os, "fsync", no_space)
     refused(capsys, "No space left", "analyze", dump, "--out", tmp_path / "o", code=1)
     assert not (tmp_path / "o" / "report.json").exists()
     monkeypatch.undo()

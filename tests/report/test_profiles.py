@@ -16,7 +16,8 @@ import safetensors
 import safetensors.numpy
 
 from anchorscope.errors import DumpError, InputError, RunFailure
-from anchorscope.profiles import MAX_COLUMNS, MAX_ROWS, HeadProfile, bin_edges, profile_filename, write_atomic
+from anchorscope.files import write_atomic
+from anchorscope.profiles import MAX_COLUMNS, MAX_ROWS, HeadProfile, bin_edges, profile_filename
 
 from .synthetic import make_profile
 

@@ -12,11 +12,11 @@ from anchorscope.analysis.tables import (
     CURVES_COLUMNS,
     HEADS_COLUMNS,
     HeadLine,
-    csv_text,
     curves_rows,
     heads_rows,
     summarise,
 )
+from anchorscope.files import csv_text
 from anchorscope.profiles import HeadProfile, profile_filename
 
 from ..report.synthetic import make_profile
