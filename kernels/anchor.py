@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     ]
 )
 def anchor_kernel(
-    Q, K, V, Out, Lse, Tops, QBar, ABar,
+    Q, K, V, Out, Lse, RowMax, QBar, ABar,
     sqb, sqh, sqn, sqd, skb, skh, skn, skd, svb, svh, svn, svd, sob, soh, son, sod,
     n, offset, init, lookback, window, heads, repeats, group, tiles, blocks, batch_heads, scale, cap,
     DIM: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BLOCK: tl.constexpr,
@@ -103,9 +103,9 @@ def anchor_kernel(
         full_a = init_end // BN
         full_b = (first + 1 - start) // BN
 
-    total = tl.zeros([BM], tl.float32)
-    top = tl.full([BM], float("-inf"), tl.float32)
-    acc = tl.zeros([BM, D], tl.float32) if HAS_V else total
+    row_sum = tl.zeros([BM], tl.float32)
+    row_max = tl.full([BM], float("-inf"), tl.float32)
+    acc = tl.zeros([BM, D], tl.float32) if HAS_V else row_sum
 
     for it in tl.range(0, full_a + full_b):  # key tiles that all queries of the tile see in full
         j = tl.where(it < full_a, it * BN, start + (it - full_a) * BN).to(tl.int64)
@@ -121,7 +121,9 @@ def anchor_kernel(
                 v = tl.load(v_base + j * svn + v_off, mask=inner[None, :], other=0.0)
         else:
             v = k
-        acc, total, top = accumulate(acc, total, top, qk, v, scale, cap, SOFTCAP, False, HAS_V, SPLIT, PRECISION)
+        acc, row_sum, row_max = accumulate(
+            acc, row_sum, row_max, qk, v, scale, cap, SOFTCAP, False, HAS_V, SPLIT, PRECISION
+        )
 
     rest_a = init_from + full_a * BN
     rest_b = local_from + full_b * BN
@@ -142,24 +144,26 @@ def anchor_kernel(
             v = tl.load(v_base + j.to(tl.int64) * svn + v_off, mask=there[:, None] & inner[None, :], other=0.0)
         else:
             v = k
-        acc, total, top = accumulate(acc, total, top, qk, v, scale, cap, SOFTCAP, True, HAS_V, SPLIT, PRECISION)
+        acc, row_sum, row_max = accumulate(
+            acc, row_sum, row_max, qk, v, scale, cap, SOFTCAP, True, HAS_V, SPLIT, PRECISION
+        )
 
     flat = bh.to(tl.int64) * n + rows
-    tl.store(Lse + flat, tl.where(total > 0, (top + tl.log2(total)) * LN2, float("-inf")), mask=live)
+    tl.store(Lse + flat, tl.where(row_sum > 0, (row_max + tl.log2(row_sum)) * LN2, float("-inf")), mask=live)
     if HAS_V:
-        acc = acc * (1.0 / tl.where(total > 0, total, 1.0))[:, None]
+        acc = acc * (1.0 / tl.where(row_sum > 0, row_sum, 1.0))[:, None]
         o_at = Out + b * sob + h.to(tl.int64) * soh + row0.to(tl.int64) * son + i[:, None] * son + d[None, :] * sod
         tl.store(o_at, acc.to(Out.dtype.element_ty), mask=live[:, None] & inner[None, :])
     if POOL:
-        a_sum = tl.sum(tl.reshape(tl.where(live, top * LN2, 0.0), [parts, BLOCK]), 1)
+        a_sum = tl.sum(tl.reshape(tl.where(live, row_max * LN2, 0.0), [parts, BLOCK]), 1)
         tl.store(ABar + pooled, a_sum * share, mask=count > 0)
     else:
-        tl.store(Tops + flat, top * LN2, mask=live)
+        tl.store(RowMax + flat, row_max * LN2, mask=live)
 
 
 @triton.jit(do_not_specialize=["n", "heads", "block", "blocks"])
 def pool_kernel(
-    Q, Tops, QBar, ABar, sqb, sqh, sqn, sqd, n, heads, block, blocks,
+    Q, RowMax, QBar, ABar, sqb, sqh, sqn, sqd, n, heads, block, blocks,
     DIM: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """Grid: (blocks, B * H). Block sizes that do not fit the tile of `anchor_kernel` are pooled here."""
@@ -176,7 +180,7 @@ def pool_kernel(
         live = r + i < row_end
         at = q_base + tl.cast(r + i, tl.int64)[:, None] * sqn + d[None, :] * sqd
         q_sum += tl.sum(tl.load(at, mask=live[:, None] & (d < DIM)[None, :], other=0.0).to(tl.float32), 0)
-        a_sum += tl.load(Tops + bh.to(tl.int64) * n + r + i, mask=live, other=0.0)
+        a_sum += tl.load(RowMax + bh.to(tl.int64) * n + r + i, mask=live, other=0.0)
     count = (row_end - row0).to(tl.float32)
     at = bh.to(tl.int64) * blocks + t
     tl.store(ABar + at, tl.sum(a_sum, 0) / count)
@@ -228,12 +232,12 @@ def portable(
     c = launch("anchor_precise" if precise else "anchor", q.device, q.element_size(), geo.dim_pad)
     bm = min(c["BM"], max(16, triton.next_power_of_2(geo.group)))
     pool = bm % geo.block == 0
-    tops = lse if pool else torch.empty_like(lse)
+    row_max = lse if pool else torch.empty_like(lse)
     tiles = triton.cdiv(geo.group, bm)
     keys_v = k if v is None else v
     with torch.cuda.device_of(q):
         anchor_kernel[(geo.groups * tiles * geo.batch * geo.heads,)](
-            q, k, keys_v, out, lse, tops, q_bar, a_bar,
+            q, k, keys_v, out, lse, row_max, q_bar, a_bar,
             *q.stride(), *k.stride(), *keys_v.stride(), *out.stride(),
             geo.queries, geo.offset, geo.init, geo.lookback, geo.window or 0, geo.heads, geo.repeats, geo.group, tiles,
             geo.blocks, geo.batch * geo.heads, geo.scale, geo.cap,
@@ -243,7 +247,7 @@ def portable(
         )  # fmt: skip
         if not pool:
             pool_kernel[(geo.blocks, geo.batch * geo.heads)](
-                q, tops, q_bar, a_bar, *q.stride(), geo.queries, geo.heads, geo.block, geo.blocks,
+                q, row_max, q_bar, a_bar, *q.stride(), geo.queries, geo.heads, geo.block, geo.blocks,
                 DIM=geo.dim, D=geo.dim_pad, BM=32,
             )  # fmt: skip
     return out, lse, q_bar, a_bar

@@ -1,17 +1,15 @@
-"""Stage 1 for Hopper: the pass of anchor.py, warp-specialised, in Gluon.
+"""Stage 1 for Hopper: the pass of anchor.py, warp-specialized, in Gluon.
 
-A persistent program per multiprocessor walks its share of query tiles. One producer warp brings Q, K and V tiles by
-the bulk copy engine; two consumer warpgroups own 64 queries each and share the key tiles. A consumer's PV product runs
-beneath the softmax of the next tile, and the first QK product of the next query tile beneath the end of the current
-one. Scheduling after Shah et al., FlashAttention-3 (NeurIPS 2024), section 3. Queries are pooled by the tensor cores.
+A persistent program per multiprocessor takes its share of query tiles. One producer warp brings Q, K and V tiles by
+TMA; two consumer warpgroups own 64 queries each and share the key tiles. A consumer's PV GEMM runs beneath the softmax
+of the next key tile, and the first QK GEMM of the next query tile beneath the epilogue of the current one. Scheduling
+after Shah et al., FlashAttention-3 (NeurIPS 2024), section 3. Queries are pooled by the tensor cores.
 
 Head dimensions 64, 128 and 256, 16-bit, no window, no soft-cap, groups that are a multiple of 128 queries and blocks
 that are a multiple of 64; everything else runs the portable kernel.
 """
 
 from __future__ import annotations
-
-from functools import lru_cache
 
 import torch
 import triton
@@ -21,7 +19,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -29,47 +26,27 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .common import launch, processors
 from .geometry import Geometry
+from .hopper import (
+    BM,
+    HALF,
+    LN2,
+    PARTS,
+    PIECE,
+    coordinate_steps,
+    coordinates,
+    items_of_program,
+    next_coordinates,
+    next_stage,
+    reinterpret,
+    shared_layout,
+    softmax,
+    start_qk,
+    tma_load,
+    tma_view,
+    wait_full,
+)
 
-# Triton 3.9 knows only the new names, 3.6 only the old ones.
-tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-reinterpret = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
-
-HALF = 64  # queries of one consumer warpgroup
-BM = 2 * HALF
-PIECE = 64  # keys, and columns, that the copy engine brings at a time
 FOLDING = {"SHARE": 4, "num_warps": 1}
-LOG2E: gl.constexpr = gl.constexpr(1.4426950408889634)
-LN2: gl.constexpr = gl.constexpr(0.6931471805599453)
-# Rows of products as the tensor cores leave them, columns of every 8 that a thread has added up.
-PARTS: gl.constexpr = gl.constexpr(
-    gl.DistributedLinearLayout(
-        reg_bases=[[0, 1], [8, 0]], lane_bases=[[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]], warp_bases=[[16, 0], [32, 0]],
-        block_bases=[], shape=[64, 8],
-    )
-)  # fmt: skip
-
-
-@gluon.jit
-def rounds(items):
-    """Work items of this program: number t is program_id + t * num_programs."""
-    return (items - gl.program_id(0) + gl.num_programs(0) - 1) // gl.num_programs(0)
-
-
-@gluon.jit
-def digits(item, first, second):
-    """A work item as digits: item = a + first * (b + second * c). Costs more than a step, see `onward`."""
-    return item % first, item // first % second, item // first // second
-
-
-@gluon.jit
-def onward(a, b, c, step_a, step_b, step_c, first, second):
-    """Digits of the item `num_programs` further, whose own digits the steps are."""
-    a += step_a
-    carry = (a >= first).to(gl.int32)
-    a -= carry * first
-    b += step_b + carry
-    carry = (b >= second).to(gl.int32)
-    return a, b - carry * second, c + step_c + carry
 
 
 @gluon.jit
@@ -103,64 +80,51 @@ def _produce(
 ):  # fmt: skip
     """The producer warp."""
     number = 0  # key tiles so far
-    bh, tile, g = digits(gl.program_id(0), batch_heads, tiles)
-    for turn in range(rounds(items)):
+    bh, tile, g = coordinates(gl.program_id(0), batch_heads, tiles)
+    for work in range(items_of_program(items)):
         base, row0, row_end = _rows(tile, g, n, group, tiles)
-        start, _init, init_pieces, total = _keys(base, row0, row_end, offset, init, lookback, BN)
+        start, _init, init_pieces, key_tiles = _keys(base, row0, row_end, offset, init, lookback, BN)
         b = bh // heads
         h = bh % heads
         hk = h // repeats
-        place = turn % QUEUE
-        mbarrier.wait(q_empty.index(place), ((turn // QUEUE) & 1) ^ 1)
-        mbarrier.expect(q_full.index(place), 2 * q_desc.block_type.nbytes)
+        q_stage = work % QUEUE
+        mbarrier.wait(q_empty.index(q_stage), ((work // QUEUE) & 1) ^ 1)
+        mbarrier.expect(q_full.index(q_stage), 2 * q_desc.block_type.nbytes)
         y = b * qy_b + h * qy_h + row0
         x = b * qx_b + h * qx_h
-        tma_load(q_desc, [y, x], q_full.index(place), q_s.index(2 * place))
-        tma_load(q_desc, [y + 64, x], q_full.index(place), q_s.index(2 * place + 1))
+        tma_load(q_desc, [y, x], q_full.index(q_stage), q_s.index(2 * q_stage))
+        tma_load(q_desc, [y + 64, x], q_full.index(q_stage), q_s.index(2 * q_stage + 1))
         ky = b * ky_b + hk * ky_h
         kx = b * kx_b + hk * kx_h
         vy = b * vy_b + hk * vy_h
         vx = b * vx_b + hk * vx_h
-        for it in range(total):
-            slot = number % STAGES
-            mbarrier.wait(k_empty.index(slot), ((number // STAGES) & 1) ^ 1)
-            _load(k_desc, k_s, k_full, slot, it, ky, kx, start, init_pieces, D, BN)
-            mbarrier.wait(v_empty.index(slot), ((number // STAGES) & 1) ^ 1)
-            _load(v_desc, v_s, v_full, slot, it, vy, vx, start, init_pieces, D, BN)
+        for it in range(key_tiles):
+            stage = number % STAGES
+            mbarrier.wait(k_empty.index(stage), ((number // STAGES) & 1) ^ 1)
+            _load(k_desc, k_s, k_full, stage, it, ky, kx, start, init_pieces, D, BN)
+            mbarrier.wait(v_empty.index(stage), ((number // STAGES) & 1) ^ 1)
+            _load(v_desc, v_s, v_full, stage, it, vy, vx, start, init_pieces, D, BN)
             number += 1
-        bh, tile, g = onward(bh, tile, g, step_h, step_t, step_g, batch_heads, tiles)
-    # The consumers start a product after the last one; nobody uses it.
+        bh, tile, g = next_coordinates(bh, tile, g, step_h, step_t, step_g, batch_heads, tiles)
+    # The consumers start one QK GEMM beyond the last key tile and drop its result.
     mbarrier.wait(k_empty.index(number % STAGES), ((number // STAGES) & 1) ^ 1)
     mbarrier.arrive(k_full.index(number % STAGES), count=1)
-    place = rounds(items) % QUEUE
-    mbarrier.wait(q_empty.index(place), ((rounds(items) // QUEUE) & 1) ^ 1)
-    mbarrier.arrive(q_full.index(place), count=1)
+    q_stage = items_of_program(items) % QUEUE
+    mbarrier.wait(q_empty.index(q_stage), ((items_of_program(items) // QUEUE) & 1) ^ 1)
+    mbarrier.arrive(q_full.index(q_stage), count=1)
 
 
 @gluon.jit
-def _load(desc, tiles_s, full, slot, it, y, x, start, init_pieces, D: gl.constexpr, BN: gl.constexpr):
+def _load(desc, tiles_s, full, stage, it, y, x, start, init_pieces, D: gl.constexpr, BN: gl.constexpr):
     """Bring a key tile, its pieces in panels of 64 columns, as the tensor cores read it."""
     rows: gl.constexpr = BN // 64
     panels: gl.constexpr = D // 64
-    mbarrier.expect(full.index(slot), rows * panels * desc.block_type.nbytes)
+    mbarrier.expect(full.index(stage), rows * panels * desc.block_type.nbytes)
     for u in gl.static_range(rows):
         piece = it * rows + u
         j = gl.where(piece < init_pieces, piece * 64, start + (piece - init_pieces) * 64)
         for c in gl.static_range(panels):
-            tma_load(desc, [y + j, x + c * 64], full.index(slot), tiles_s.index((slot * panels + c) * rows + u))
-
-
-@gluon.jit
-def following(slot, phase, STAGES: gl.constexpr):
-    """The next buffer of a ring, and the parity of its barrier."""
-    wrap = slot == STAGES - 1
-    return gl.where(wrap, 0, slot + 1), gl.where(wrap, phase ^ 1, phase)
-
-
-@gluon.jit
-def await_tile(full, number, pred, STAGES: gl.constexpr):
-    """Wait for the tile (or queries) of a running number in its ring of buffers."""
-    mbarrier.wait(full.index(number % STAGES), (number // STAGES) & 1, pred=pred)
+            tma_load(desc, [y + j, x + c * 64], full.index(stage), tiles_s.index((stage * panels + c) * rows + u))
 
 
 @gluon.jit
@@ -181,30 +145,8 @@ def _masked(s, it, start, init_end, init_pieces, first, BN: gl.constexpr, S_L: g
 
 
 @gluon.jit
-def softmax(s, top, total, scale_log2, BN: gl.constexpr):
-    """Continue a softmax by products s (64, BN): weights, fade of what was, new maxima (log2 units) and sums.
-
-    Sums stay spread over 8 columns: `total` (64, 8) has the layout PARTS, `top` and the fade that of its rows.
-    """
-    x = gl.convert_layout(gl.max(gl.reshape(s, [64, BN // 8, 8]), 1), PARTS, assert_trivial=True)  # in registers
-    new = gl.maximum(top, gl.max(x, 1) * scale_log2)
-    fade = gl.exp2(top - new)
-    shift = gl.convert_layout(new, gl.SliceLayout(1, s.type.layout), assert_trivial=True)
-    w = gl.exp2(s * scale_log2 - shift[:, None])
-    part = gl.convert_layout(gl.sum(gl.reshape(w, [64, BN // 8, 8]), 1), PARTS, assert_trivial=True)
-    return w, fade, new, total * fade[:, None] + part
-
-
-@gluon.jit
-def product(q, keys, BN: gl.constexpr, S_L: gl.constexpr):
-    """Start the product of 64 queries and a key tile."""
-    zeros = gl.zeros([64, BN], gl.float32, S_L)
-    return warpgroup_mma(q, keys.permute((1, 0)), zeros, use_acc=False, is_async=True)
-
-
-@gluon.jit
 def _sum_queries(panels_s, at, live, to, dtype: gl.constexpr, D: gl.constexpr):
-    """Store the sum of the first `live` of 64 queries: a product of ones with panel `at` and the next ones."""
+    """Store the sum (D,) of the first `live` of 64 queries: a GEMM of ones with the panels from `at` on."""
     L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     P_L: gl.constexpr = gl.DotOperandLayout(0, L, 2)
     i = gl.arange(0, 64, gl.SliceLayout(0, P_L))
@@ -221,7 +163,7 @@ def _sum_queries(panels_s, at, live, to, dtype: gl.constexpr, D: gl.constexpr):
 @gluon.jit
 def _consume(
     half: gl.constexpr, q_s, panels_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-    Out, Lse, Tops, QSum, n, offset, init, lookback, group, tiles, batch_heads, items, step_h, step_t, step_g,
+    Out, Lse, RowMax, QSum, n, offset, init, lookback, group, tiles, batch_heads, items, step_h, step_t, step_g,
     scale_log2, D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, QUEUE: gl.constexpr,
 ):  # fmt: skip
     """One consumer warpgroup: queries 64 * half ... of each tile."""
@@ -232,70 +174,70 @@ def _consume(
     TOP: gl.constexpr = gl.SliceLayout(1, PARTS)
     OUT_L: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (D // 8), D // 8], [4, 1], [1, 0])
     dtype: gl.constexpr = k_s.dtype
-    slot = 0  # buffer of the current key tile, and the parity of its barriers
+    stage = 0  # buffer of the current key tile, and the parity of its barriers
     phase = 0
-    bh, tile, g = digits(gl.program_id(0), batch_heads, tiles)
+    bh, tile, g = coordinates(gl.program_id(0), batch_heads, tiles)
     mbarrier.wait(q_full.index(0), 0)
     mbarrier.wait(k_full.index(0), 0)
-    s = warpgroup_mma_wait(0, deps=[product(q_s.index(half), k_s.index(0), BN, S_L)])
-    for turn in range(rounds(items)):
+    s = warpgroup_mma_wait(0, deps=[start_qk(q_s.index(half), k_s.index(0), BN, S_L)])
+    for work in range(items_of_program(items)):
         base, row0, row_end = _rows(tile, g, n, group, tiles)
-        start, init_end, init_pieces, total_tiles = _keys(base, row0, row_end, offset, init, lookback, BN)
-        q = q_s.index(2 * (turn % QUEUE) + half)
+        start, init_end, init_pieces, key_tiles = _keys(base, row0, row_end, offset, init, lookback, BN)
+        q = q_s.index(2 * (work % QUEUE) + half)
         my0 = row0 + half * 64
         first = offset + my0
-        mine = total_tiles
+        mine = key_tiles
         if BN == 64 and half == 0:  # the last tile may lie after all queries of the first half
-            mine -= (start + (total_tiles - 1 - init_pieces) * 64 > first + 63).to(gl.int32)
-        top = gl.full([64], float("-inf"), gl.float32, TOP)
-        total = gl.zeros([64, 8], gl.float32, PARTS)
+            mine -= (start + (key_tiles - 1 - init_pieces) * 64 > first + 63).to(gl.int32)
+        row_max = gl.full([64], float("-inf"), gl.float32, TOP)
+        row_sum = gl.zeros([64, 8], gl.float32, PARTS)
         unit = bh * ((n + 63) // 64) + my0 // 64
-        panel = (2 * (turn % QUEUE) + half) * (D // 64)
+        panel = (2 * (work % QUEUE) + half) * (D // 64)
         _sum_queries(panels_s, panel, row_end - my0, QSum + unit.to(gl.int64) * D, dtype, D)
-        mbarrier.arrive(k_empty.index(slot), count=1)
+        mbarrier.arrive(k_empty.index(stage), count=1)
         s = _masked(s, 0, start, init_end, init_pieces, first, BN, S_L)
-        w, _fade, top, total = softmax(s, top, total, scale_log2, BN)
-        mbarrier.wait(v_full.index(slot), phase)
+        w, _rescale, row_max, row_sum = softmax(s, row_max, row_sum, scale_log2, BN)
+        mbarrier.wait(v_full.index(stage), phase)
         p = gl.convert_layout(w.to(dtype), P_L, assert_trivial=True)
         acc = gl.zeros([64, D], gl.float32, A_L)
         for it in range(1, mine):
-            old_slot = slot
-            slot, phase = following(slot, phase, STAGES)
-            mbarrier.wait(k_full.index(slot), phase)
-            s_token = product(q, k_s.index(slot), BN, S_L)
-            a_token = warpgroup_mma(p, v_s.index(old_slot), acc, is_async=True)
+            old_stage = stage
+            stage, phase = next_stage(stage, phase, STAGES)
+            mbarrier.wait(k_full.index(stage), phase)
+            s_token = start_qk(q, k_s.index(stage), BN, S_L)
+            a_token = warpgroup_mma(p, v_s.index(old_stage), acc, is_async=True)
             s = warpgroup_mma_wait(1, deps=[s_token])
-            mbarrier.arrive(k_empty.index(slot), count=1)
+            mbarrier.arrive(k_empty.index(stage), count=1)
             s = _masked(s, it, start, init_end, init_pieces, first, BN, S_L)
-            w, fade, top, total = softmax(s, top, total, scale_log2, BN)
-            # A wait here keeps the assembler from moving the exponentials behind the PV product.
-            mbarrier.wait(v_full.index(slot), phase)
+            w, rescale, row_max, row_sum = softmax(s, row_max, row_sum, scale_log2, BN)
+            # A wait here keeps the assembler from moving the exponentials behind the PV GEMM.
+            mbarrier.wait(v_full.index(stage), phase)
             acc = warpgroup_mma_wait(0, deps=[a_token])
-            mbarrier.arrive(v_empty.index(old_slot), count=1)
-            acc = acc * gl.convert_layout(fade, A_ROW, assert_trivial=True)[:, None]
+            mbarrier.arrive(v_empty.index(old_stage), count=1)
+            acc = acc * gl.convert_layout(rescale, A_ROW, assert_trivial=True)[:, None]
             p = gl.convert_layout(w.to(dtype), P_L, assert_trivial=True)
-        a_token = warpgroup_mma(p, v_s.index(slot), acc, is_async=True)
-        mbarrier.arrive(q_empty.index(turn % QUEUE), count=1)
-        last = slot
-        slot, phase = following(slot, phase, STAGES)
-        if mine < total_tiles:
-            mbarrier.wait(k_full.index(slot), phase)
-            mbarrier.arrive(k_empty.index(slot), count=1)
-            mbarrier.wait(v_full.index(slot), phase)
-            mbarrier.arrive(v_empty.index(slot), count=1)
-            slot, phase = following(slot, phase, STAGES)
-        # The next item's first product runs while this one is stored. After the last item nobody uses it.
-        await_tile(q_full, turn + 1, True, QUEUE)
-        mbarrier.wait(k_full.index(slot), phase)
-        s_token = product(q_s.index(2 * ((turn + 1) % QUEUE) + half), k_s.index(slot), BN, S_L)
+        a_token = warpgroup_mma(p, v_s.index(stage), acc, is_async=True)
+        mbarrier.arrive(q_empty.index(work % QUEUE), count=1)
+        last = stage
+        stage, phase = next_stage(stage, phase, STAGES)
+        if mine < key_tiles:
+            mbarrier.wait(k_full.index(stage), phase)
+            mbarrier.arrive(k_empty.index(stage), count=1)
+            mbarrier.wait(v_full.index(stage), phase)
+            mbarrier.arrive(v_empty.index(stage), count=1)
+            stage, phase = next_stage(stage, phase, STAGES)
+        # The next item's first QK GEMM runs while this one is stored; after the last item its result is dropped.
+        wait_full(q_full, work + 1, True, QUEUE)
+        mbarrier.wait(k_full.index(stage), phase)
+        s_token = start_qk(q_s.index(2 * ((work + 1) % QUEUE) + half), k_s.index(stage), BN, S_L)
 
         at = bh * n + my0
         rows = gl.arange(0, 64, TOP)
         live = my0 + rows < row_end
-        whole = gl.sum(total, 1)
-        gl.store(Lse + at + rows, (top + gl.log2(whole)) * LN2, mask=live)
-        gl.store(Tops + at + rows, top * LN2, mask=live)
-        share = gl.convert_layout(1.0 / whole, A_ROW, assert_trivial=True)
+        denominator = gl.sum(row_sum, 1)
+        gl.store(Lse + at + rows, (row_max + gl.log2(denominator)) * LN2, mask=live)
+        gl.store(RowMax + at + rows, row_max * LN2, mask=live)
+        share = gl.convert_layout(1.0 / denominator, A_ROW, assert_trivial=True)
         acc = warpgroup_mma_wait(1, deps=[a_token])
         mbarrier.arrive(v_empty.index(last), count=1)
         o = gl.convert_layout((acc * share[:, None]).to(dtype), OUT_L)
@@ -303,7 +245,7 @@ def _consume(
         o_at = Out + at.to(gl.int64) * D + (o_rows[:, None] * D + gl.arange(0, D, gl.SliceLayout(0, OUT_L))[None, :])
         gl.store(o_at, o, mask=(my0 + o_rows < row_end)[:, None])
         s = warpgroup_mma_wait(0, deps=[s_token])
-        bh, tile, g = onward(bh, tile, g, step_h, step_t, step_g, batch_heads, tiles)
+        bh, tile, g = next_coordinates(bh, tile, g, step_h, step_t, step_g, batch_heads, tiles)
 
 
 @gluon.jit(
@@ -314,12 +256,12 @@ def _consume(
     ]
 )  # fmt: skip
 def anchor_hopper_kernel(
-    q_desc, k_desc, v_desc, Out, Lse, Tops, QSum,
+    q_desc, k_desc, v_desc, Out, Lse, RowMax, QSum,
     n, offset, init, lookback, heads, repeats, group, tiles, batch_heads, items, step_h, step_t, step_g, scale_log2,
     qy_b, qy_h, qx_b, qx_h, ky_b, ky_h, kx_b, kx_h, vy_b, vy_h, vx_b, vx_h,
     D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, QUEUE: gl.constexpr, CONSUMER_REGS: gl.constexpr,
 ):  # fmt: skip
-    """Grid: one program per multiprocessor, 4 + 4 + 1 warps. Out: (B, H, n, D); Tops: (B, H, n); QSum: (B, H,
+    """Grid: one program per multiprocessor, 4 + 4 + 1 warps. Out: (B, H, n, D); RowMax: (B, H, n); QSum: (B, H,
     units of 64 queries, D)."""
     dtype: gl.constexpr = k_desc.dtype
     q_s = gl.allocate_shared_memory(dtype, [2 * QUEUE, 64, D], q_desc.layout)
@@ -346,12 +288,12 @@ def anchor_hopper_kernel(
     gl.warp_specialize(
         [
             (_consume, (
-                0, q_s, panels_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, Out, Lse, Tops,
+                0, q_s, panels_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, Out, Lse, RowMax,
                 QSum, n, offset, init, lookback, group, tiles, batch_heads, items, step_h, step_t, step_g, scale_log2,
                 D, BN, STAGES, QUEUE,
             )),
             (_consume, (
-                1, q_s, panels_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, Out, Lse, Tops,
+                1, q_s, panels_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, Out, Lse, RowMax,
                 QSum, n, offset, init, lookback, group, tiles, batch_heads, items, step_h, step_t, step_g, scale_log2,
                 D, BN, STAGES, QUEUE,
             )),
@@ -369,7 +311,7 @@ def anchor_hopper_kernel(
 
 
 @triton.jit(do_not_specialize=["n", "units", "blocks", "parts"])
-def fold_kernel(QSum, Tops, QBar, ABar, n, units, blocks, parts, block, D: tl.constexpr, SHARE: tl.constexpr):
+def fold_kernel(QSum, RowMax, QBar, ABar, n, units, blocks, parts, block, D: tl.constexpr, SHARE: tl.constexpr):
     """Grid: (blocks / SHARE, B * H). Means over blocks, from sums over units of 64 queries and from anchors."""
     bh = tl.program_id(1).to(tl.int64)
     d = tl.arange(0, D)
@@ -379,52 +321,11 @@ def fold_kernel(QSum, Tops, QBar, ABar, n, units, blocks, parts, block, D: tl.co
         a = tl.zeros([64], tl.float32)
         for u in tl.range(t * parts, tl.minimum((t + 1) * parts, units)):
             q += tl.load(QSum + (bh * units + u) * D + d)
-            a += tl.load(Tops + bh * n + u * 64 + i, mask=u * 64 + i < n, other=0.0)
+            a += tl.load(RowMax + bh * n + u * 64 + i, mask=u * 64 + i < n, other=0.0)
         share = 1.0 / tl.minimum(block, n - t * block).to(tl.float32)
         at = bh * blocks + t
         tl.store(QBar + at * D + d, (q * share).to(QBar.dtype.element_ty))
         tl.store(ABar + at, tl.sum(a, 0) * share)
-
-
-def digits_of(programs: int, first: int, second: int) -> tuple[int, int, int]:
-    """The steps of `onward`."""
-    return programs % first, programs // first % second, programs // first // second
-
-
-@lru_cache(maxsize=64)
-def shared_layout(rows: int, dim: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    """Layout of a (rows, dim) tile that the tensor cores read from shared memory."""
-    return gl.NVMMASharedLayout.get_default_for([rows, dim], gl.bfloat16 if dtype == torch.bfloat16 else gl.float16)
-
-
-def walk(x: Tensor) -> tuple[list[int], list[int], tuple[int, int, int, int]] | None:
-    """A (B, H, n, d) tensor as a matrix for the copy engine: shape, strides, and steps (y, x) per batch and head.
-
-    None where the layout does not allow it: last dimension not contiguous, unaligned, or no common row length.
-    """
-    batch, heads, n, d = x.shape
-    sb, sh, sn, sd = x.stride()
-    size = x.element_size()
-    if n == 1:
-        sn = d
-    if sd != 1 or x.data_ptr() % 16 or sn * size % 16 or sn < d:
-        return None
-    steps = []
-    for count, stride in ((batch, sb), (heads, sh)):
-        if count == 1:
-            steps.append((0, 0))
-        elif stride % sn == 0:
-            steps.append((stride // sn, 0))
-        elif stride + d <= sn:
-            steps.append((0, stride))
-        else:
-            return None
-    (yb, xb), (yh, xh) = steps
-    rows = (batch - 1) * yb + (heads - 1) * yh + n
-    columns = (batch - 1) * xb + (heads - 1) * xh + d
-    if columns > sn or rows >= 2**31:
-        return None
-    return [rows, columns], [sn, 1], (yb, yh, xb, xh)
 
 
 def suits(q: Tensor, k: Tensor, v: Tensor | None, geo: Geometry, precise: bool) -> bool:
@@ -438,7 +339,7 @@ def suits(q: Tensor, k: Tensor, v: Tensor | None, geo: Geometry, precise: bool) 
         and geo.cap == 0
         and geo.group % BM == 0
         and geo.block % HALF == 0
-        and all(walk(x) is not None for x in (q, k, v))
+        and all(tma_view(x) is not None for x in (q, k, v))
     )
 
 
@@ -449,14 +350,14 @@ def anchor_hopper(q: Tensor, k: Tensor, v: Tensor, geo: Geometry) -> tuple[Tenso
     f32 = torch.float32
     out = q.new_empty(geo.batch, geo.heads, geo.queries, geo.dim)
     lse = q.new_empty(geo.batch, geo.heads, geo.queries, dtype=f32)
-    tops = torch.empty_like(lse)
+    row_max = torch.empty_like(lse)
     q_sum = q.new_empty(geo.batch, geo.heads, units, geo.dim, dtype=f32)
     q_bar = q.new_empty(geo.batch, geo.heads, geo.blocks, geo.dim)
     a_bar = q.new_empty(geo.batch, geo.heads, geo.blocks, dtype=f32)
     descriptors = []
     steps: list[int] = []
     for x, columns in ((q, geo.dim), (k, PIECE), (v, PIECE)):
-        found = walk(x)
+        found = tma_view(x)
         assert found is not None, "ask suits() first"
         shape, strides, step = found
         descriptors.append(TensorDescriptor(x, shape, strides, [HALF, columns], shared_layout(HALF, columns, x.dtype)))
@@ -466,16 +367,16 @@ def anchor_hopper(q: Tensor, k: Tensor, v: Tensor, geo: Geometry) -> tuple[Tenso
     with torch.cuda.device_of(q):
         programs = min(items, processors(q.device))
         anchor_hopper_kernel[(programs,)](
-            *descriptors, out, lse, tops, q_sum,
+            *descriptors, out, lse, row_max, q_sum,
             geo.queries, geo.offset, geo.init, geo.lookback, geo.heads, geo.repeats, geo.group, tiles,
-            geo.batch * geo.heads, items, *digits_of(programs, geo.batch * geo.heads, tiles),
+            geo.batch * geo.heads, items, *coordinate_steps(programs, geo.batch * geo.heads, tiles),
             geo.scale * 1.4426950408889634, *steps,
             D=geo.dim, BN=c["BN"], STAGES=c["STAGES"], QUEUE=c["QUEUE"], CONSUMER_REGS=c["CONSUMER_REGS"],
             num_warps=4, maxnreg=c["MAXNREG"],
         )  # fmt: skip
         fold_kernel[(triton.cdiv(geo.blocks, FOLDING["SHARE"]), geo.batch * geo.heads)](
             q_sum,
-            tops,
+            row_max,
             q_bar,
             a_bar,
             geo.queries,

@@ -153,10 +153,10 @@ def capped(qk, scale, cap, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def accumulate(acc, total, top, qk, v, scale, cap, SOFTCAP: tl.constexpr, MASKED: tl.constexpr, HAS_V: tl.constexpr,
-               SPLIT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """One step of the online softmax: state (acc (M, D), total (M,), top (M,) in log2 units) joined by a tile of
-    products.
+def accumulate(acc, row_sum, row_max, qk, v, scale, cap, SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
+               HAS_V: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """One step of the online softmax: the state (acc (M, D), running sum (M,), running maximum (M,) in log2 units)
+    joined by a tile of raw scores.
 
     `qk` (M, N) holds -inf where MASKED hides a key. SPLIT feeds the weights to the tensor cores as two halves, which
     makes the product accurate to about 2^-17 whatever the 16-bit dtype.
@@ -165,10 +165,10 @@ def accumulate(acc, total, top, qk, v, scale, cap, SOFTCAP: tl.constexpr, MASKED
         s = capped(qk, scale, cap, SOFTCAP) * LOG2E
         if MASKED:
             s = tl.where(qk == float("-inf"), float("-inf"), s)
-        new = tl.maximum(top, tl.max(s, 1))
+        new = tl.maximum(row_max, tl.max(s, 1))
     else:
         s = qk
-        new = tl.maximum(top, tl.max(qk, 1) * (scale * LOG2E))
+        new = tl.maximum(row_max, tl.max(qk, 1) * (scale * LOG2E))
     if MASKED:
         shift = tl.where(new == float("-inf"), 0.0, new)
     else:
@@ -177,12 +177,12 @@ def accumulate(acc, total, top, qk, v, scale, cap, SOFTCAP: tl.constexpr, MASKED
         w = tl.exp2(s - shift[:, None])
     else:
         w = tl.exp2(s * (scale * LOG2E) - shift[:, None])
-    fade = tl.exp2(top - shift)
-    total = total * fade + tl.sum(w, 1)
+    rescale = tl.exp2(row_max - shift)
+    row_sum = row_sum * rescale + tl.sum(w, 1)
     if HAS_V:
-        acc = acc * fade[:, None]
+        acc = acc * rescale[:, None]
         half = w.to(v.dtype)
         acc = tl.dot(half, v, acc, input_precision=PRECISION)
         if SPLIT:
             acc = tl.dot((w - half.to(tl.float32)).to(v.dtype), v, acc, input_precision=PRECISION)
-    return acc, total, new
+    return acc, row_sum, new

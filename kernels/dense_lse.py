@@ -53,9 +53,9 @@ def dense_kernel(
         begin = tl.maximum(first - window + 1, 0)
         full = 0
 
-    total = tl.zeros([BM], tl.float32)
-    top = tl.full([BM], float("-inf"), tl.float32)
-    acc = tl.zeros([BM, D], tl.float32) if HAS_V else total
+    row_sum = tl.zeros([BM], tl.float32)
+    row_max = tl.full([BM], float("-inf"), tl.float32)
+    acc = tl.zeros([BM, D], tl.float32) if HAS_V else row_sum
     for it in tl.range(0, full):
         j = tl.cast(it * BN, tl.int64)
         if D == DIM:
@@ -66,7 +66,9 @@ def dense_kernel(
         v = k
         if HAS_V:
             v = tl.load(v_at + j * svn, mask=inner[None, :], other=0.0)
-        acc, total, top = accumulate(acc, total, top, qk, v, scale, cap, SOFTCAP, False, HAS_V, SPLIT, PRECISION)
+        acc, row_sum, row_max = accumulate(
+            acc, row_sum, row_max, qk, v, scale, cap, SOFTCAP, False, HAS_V, SPLIT, PRECISION
+        )
     for j in tl.range(begin + full * BN, stop, BN):
         cols = j + c
         there = (cols < stop)[:, None] & inner[None, :]
@@ -79,13 +81,15 @@ def dense_kernel(
         v = k
         if HAS_V:
             v = tl.load(v_at + tl.cast(j, tl.int64) * svn, mask=there, other=0.0)
-        acc, total, top = accumulate(acc, total, top, qk, v, scale, cap, SOFTCAP, True, HAS_V, SPLIT, PRECISION)
+        acc, row_sum, row_max = accumulate(
+            acc, row_sum, row_max, qk, v, scale, cap, SOFTCAP, True, HAS_V, SPLIT, PRECISION
+        )
 
     flat = bh.to(tl.int64) * n + rows
-    tl.store(Lse + flat, (top + tl.log2(total)) * LN2, mask=live)
+    tl.store(Lse + flat, (row_max + tl.log2(row_sum)) * LN2, mask=live)
     if HAS_V:
         to = Out + flat[:, None] * DIM + d[None, :]
-        tl.store(to, acc / total[:, None], mask=live[:, None] & inner[None, :])
+        tl.store(to, acc / row_sum[:, None], mask=live[:, None] & inner[None, :])
 
 
 @torch.library.custom_op("anchorscope::dense_lse", mutates_args=())

@@ -374,8 +374,8 @@ def identify(
         k: (B, Hkv, N, d), as given to `anchor`.
         theta: nats, a number or a (B, H) tensor; -inf selects nothing, +inf every candidate that some query sees.
         queries: n, the number of queries behind `state`.
-        capacity: length of `columns`. Without it the total is read back from the GPU once, the only synchronisation.
-            With it nothing synchronises; `offsets[-1] > capacity` then tells that columns were left out.
+        capacity: length of `columns`. Without it the total is read back from the GPU once, the only synchronization.
+            With it nothing synchronizes; `offsets[-1] > capacity` then tells that columns were left out.
         **place: as given to `anchor`.
 
     Returns:

@@ -1,7 +1,7 @@
-"""Stage 2 for Hopper: the product of identify.py, warp-specialised, in Gluon.
+"""Stage 2 for Hopper: the scores of identify.py, warp-specialized, in Gluon.
 
 A persistent program holds 192 keys of one kv head on the chip and streams the pooled queries of all groups past them: a
-producer warp brings stacks of 128 pooled queries (several heads and groups, as in identify.py) by the bulk copy engine;
+producer warp brings stacks of 128 pooled queries (several heads and groups, as in identify.py) by TMA;
 three consumer warpgroups multiply them with 64 keys each and reduce hits to bits. One warpgroup's products run while
 the others reduce.
 
@@ -25,10 +25,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .anchor_hopper import HALF, PIECE, await_tile, reinterpret, rounds, shared_layout, tma_load, walk
 from .common import launch, processors
 from .geometry import Geometry
-from .sparse_hopper import gather
+from .hopper import HALF, PIECE, gather, items_of_program, reinterpret, shared_layout, tma_load, tma_view, wait_full
 
 ROWS = 128  # pooled queries in a stack
 CONSUMERS: gl.constexpr = gl.constexpr(3)
@@ -40,7 +39,7 @@ def need_kernel(
     ABar, Theta, Need, heads, repeats, groups, step, blocks, chunks, stacks, scale,
     RC: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (stacks, B * Hkv * chunks). Least product that makes a stripe, in the order of the stacks."""
+    """Grid: (stacks, B * Hkv * chunks). Least raw score q_bar . k that makes a stripe, in the order of the stacks."""
     stack = tl.program_id(0)
     part = tl.program_id(1)
     r = tl.arange(0, ROWS)
@@ -78,34 +77,34 @@ def _produce(
     panels: gl.constexpr = D // 64
     rows: gl.constexpr = 128 // RC
     number = 0  # stacks so far
-    for turn in range(rounds(items)):
-        item = gl.program_id(0) + turn * gl.num_programs(0)
+    for work in range(items_of_program(items)):
+        item = gl.program_id(0) + work * gl.num_programs(0)
         part, c0, begin = _plan(item, parts, first, offset, lookback, group, TG)
         kv = part // chunks
         b = kv // kv_heads
         hk = kv % kv_heads
-        place = turn % KEEP
-        mbarrier.wait(k_empty.index(place), ((turn // KEEP) & 1) ^ 1)
-        mbarrier.expect(k_full.index(place), CONSUMERS * k_desc.block_type.nbytes)
+        k_stage = work % KEEP
+        mbarrier.wait(k_empty.index(k_stage), ((work // KEEP) & 1) ^ 1)
+        mbarrier.expect(k_full.index(k_stage), CONSUMERS * k_desc.block_type.nbytes)
         for u in gl.static_range(CONSUMERS):
             tma_load(
-                k_desc, [b * ky_b + hk * ky_h + c0 + u * 64, b * kx_b + hk * kx_h], k_full.index(place),
-                k_s.index(place * CONSUMERS + u),
+                k_desc, [b * ky_b + hk * ky_h + c0 + u * 64, b * kx_b + hk * kx_h], k_full.index(k_stage),
+                k_s.index(k_stage * CONSUMERS + u),
             )  # fmt: skip
         head0 = kv * repeats
         for stack in range(begin, stacks):
-            slot = number % STAGES
-            mbarrier.wait(q_empty.index(slot), ((number // STAGES) & 1) ^ 1)
-            mbarrier.expect(q_full.index(slot), RC * panels * q_desc.block_type.nbytes)
+            stage = number % STAGES
+            mbarrier.wait(q_empty.index(stage), ((number // STAGES) & 1) ^ 1)
+            mbarrier.expect(q_full.index(stage), RC * panels * q_desc.block_type.nbytes)
             for u in gl.static_range(RC):
                 head = head0 + gl.minimum(part % chunks * RC + u, repeats - 1)
                 for c in gl.static_range(panels):
                     tma_load(
-                        q_desc, [head * blocks + stack * rows, c * 64], q_full.index(slot),
-                        q_s.index((slot * panels + c) * RC + u),
+                        q_desc, [head * blocks + stack * rows, c * 64], q_full.index(stage),
+                        q_s.index((stage * panels + c) * RC + u),
                     )  # fmt: skip
-            gather(need_s.index(slot), Need + (part.to(gl.int64) * stacks + stack) * 128 + gl.arange(0, 128, L))
-            async_copy.mbarrier_arrive(q_full.index(slot), increment_count=False)
+            gather(need_s.index(stage), Need + (part.to(gl.int64) * stacks + stack) * 128 + gl.arange(0, 128, L))
+            async_copy.mbarrier_arrive(q_full.index(stage), increment_count=False)
             number += 1
 
 
@@ -118,29 +117,29 @@ def _consume(
     """One consumer warpgroup: 64 of the keys."""
     S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
     number = 0
-    for turn in range(rounds(items)):
-        item = gl.program_id(0) + turn * gl.num_programs(0)
+    for work in range(items_of_program(items)):
+        item = gl.program_id(0) + work * gl.num_programs(0)
         part, c0, begin = _plan(item, parts, first, offset, lookback, group, TG)
         base = (part // chunks * repeats + part % chunks * RC).to(gl.int64) * groups
         spare = repeats - part % chunks * RC  # heads of this chunk that exist
-        await_tile(k_full, turn, True, KEEP)
-        keys = k_s.index(turn % KEEP * CONSUMERS + third)
+        wait_full(k_full, work, True, KEEP)
+        keys = k_s.index(work % KEEP * CONSUMERS + third)
         for stack in range(begin, stacks):
-            slot = number % STAGES
-            await_tile(q_full, number, True, STAGES)
+            stage = number % STAGES
+            wait_full(q_full, number, True, STAGES)
             token = warpgroup_mma(
-                keys, q_s.index(slot).permute((1, 0)), gl.zeros([64, 128], gl.float32, S_L), use_acc=False,
+                keys, q_s.index(stage).permute((1, 0)), gl.zeros([64, 128], gl.float32, S_L), use_acc=False,
                 is_async=True,
             )  # fmt: skip
-            need = need_s.index(slot).load(gl.SliceLayout(0, S_L))
+            need = need_s.index(stage).load(gl.SliceLayout(0, S_L))
             s = warpgroup_mma_wait(0, deps=[token])
-            mbarrier.arrive(q_empty.index(slot), count=1)
+            mbarrier.arrive(q_empty.index(stage), count=1)
             _mark(
                 s, need, Bits, c0 + third * 64, stack * TG, base, spare, offset, init, lookback, group, groups, words,
                 TG, RC, SP, S_L,
             )  # fmt: skip
             number += 1
-        mbarrier.arrive(k_empty.index(turn % KEEP), count=1)
+        mbarrier.arrive(k_empty.index(work % KEEP), count=1)
 
 
 @gluon.jit
@@ -201,7 +200,7 @@ def score_hopper_kernel(
     k_full = gl.allocate_shared_memory(gl.int64, [KEEP, 1], bar)
     k_empty = gl.allocate_shared_memory(gl.int64, [KEEP, 1], bar)
     for i in gl.static_range(STAGES):
-        mbarrier.init(q_full.index(i), count=33)  # the copy engine, and every lane of the producer for Need
+        mbarrier.init(q_full.index(i), count=33)  # TMA, and every lane of the producer for Need
         mbarrier.init(q_empty.index(i), count=CONSUMERS)
     for i in gl.static_range(KEEP):
         mbarrier.init(k_full.index(i), count=1)
@@ -250,7 +249,7 @@ def suits(q_bar: Tensor, k: Tensor, geo: Geometry) -> bool:
         and geo.window is None
         and geo.cap == 0
         and geo.step in (4, 8, 16, 32, 64)
-        and walk(k) is not None
+        and tma_view(k) is not None
     )
 
 
@@ -258,7 +257,7 @@ def score_hopper(q_bar: Tensor, a_bar: Tensor, k: Tensor, theta: Tensor, bits: T
     """Fill `bits` (B * H * groups, words) int32 for a call that `suits`."""
     c = launch("identify_hopper", k.device, 2, geo.dim)
     tg, rc, sp = stacking(geo)
-    found = walk(k)
+    found = tma_view(k)
     assert found is not None, "ask suits() first"
     shape, strides, steps = found
     chunks = triton.cdiv(geo.repeats, rc)

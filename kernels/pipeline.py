@@ -51,7 +51,7 @@ def anchor_attention(
         q: (B, H, n, d); k, v: (B, Hkv, N, d), not repeated. All other parameters as in `anchor` and `identify`.
         theta: nats, a number or a (B, H) tensor; +inf is dense causal attention, -inf the anchor region alone.
         capacity: room for stripes (triton only). Without it there is room for all candidates where that takes at most
-            SMALL_LIST bytes, and otherwise the number of stripes is read from the GPU once, the only synchronisation.
+            SMALL_LIST bytes, and otherwise the number of stripes is read from the GPU once, the only synchronization.
         backend: "triton" or "torch".
 
     Raises:

@@ -73,10 +73,10 @@ def sparse_kernel(
     k_base = K + b * skb + hk.to(tl.int64) * skh + d[None, :] * skd
     v_base = V + b * svb + hk.to(tl.int64) * svh + d[None, :] * svd
 
-    # The state so far: a normalised output is one with total 1 at the reference LSE.
+    # The state so far: a normalized output has running sum 1 at the reference LSE.
     lse = tl.load(Lse + flat, mask=live, other=0.0)
-    top = lse * LOG2E
-    total = tl.where(top > float("-inf"), 1.0, 0.0)
+    row_max = lse * LOG2E
+    row_sum = tl.where(row_max > float("-inf"), 1.0, 0.0)
     acc = tl.load(o_at, mask=live[:, None] & inner[None, :], other=0.0).to(tl.float32)
 
     listed = Columns + begin
@@ -94,10 +94,12 @@ def sparse_kernel(
             qk = tl.where((offset + rows)[:, None] - cols[None, :] < window, qk, float("-inf"))
         qk = tl.where(there[None, :], qk, float("-inf"))
         # Only a window can leave a query without any key so far.
-        acc, total, top = accumulate(acc, total, top, qk, v, scale, cap, SOFTCAP, True, True, False, PRECISION)
+        acc, row_sum, row_max = accumulate(
+            acc, row_sum, row_max, qk, v, scale, cap, SOFTCAP, True, True, False, PRECISION
+        )
 
-    tl.store(Lse + flat, tl.where(total > 0, (top + tl.log2(total)) * LN2, float("-inf")), mask=live)
-    acc = acc * (1.0 / tl.where(total > 0, total, 1.0))[:, None]
+    tl.store(Lse + flat, tl.where(row_sum > 0, (row_max + tl.log2(row_sum)) * LN2, float("-inf")), mask=live)
+    acc = acc * (1.0 / tl.where(row_sum > 0, row_sum, 1.0))[:, None]
     tl.store(o_at, acc.to(Out.dtype.element_ty), mask=live[:, None] & inner[None, :])
 
 

@@ -1,4 +1,4 @@
-"""Stage 3 for Hopper: the pass of sparse.py, warp-specialised, in Gluon.
+"""Stage 3 for Hopper: the pass of sparse.py, warp-specialized, in Gluon.
 
 As anchor_hopper.py, but keys are gathered: a producer warpgroup copies the scattered rows of K and V that a group's
 list names into the tiles the tensor cores read, running ahead of the two consumer warpgroups across work items. A
@@ -20,28 +20,26 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .anchor_hopper import (
+from .common import launch, processors
+from .geometry import Geometry
+from .hopper import (
     BM,
     HALF,
     LN2,
     LOG2E,
     PARTS,
-    await_tile,
-    digits,
-    digits_of,
-    following,
-    onward,
-    product,
+    coordinate_steps,
+    coordinates,
+    gather,
+    next_coordinates,
+    next_stage,
     shared_layout,
     softmax,
+    start_qk,
     tma_load,
-    walk,
+    tma_view,
+    wait_full,
 )
-from .common import launch, processors
-from .geometry import Geometry
-
-# Triton 3.9 knows only the new name, 3.6 only the old one.
-gather = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
 
 
 @gluon.jit
@@ -60,7 +58,7 @@ def _produce(
     step_o, capacity, qy_b, qy_h, qx_b, qx_h,
     D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, QUEUE: gl.constexpr,
 ):  # fmt: skip
-    """The producer warpgroup. Work items with stripes are handed to the consumers with their queries.
+    """The producer warpgroup: it hands work items that have stripes to the consumers, together with their queries.
 
     Items are query tiles, within heads, within groups; late groups, which have most stripes, come first.
     """
@@ -68,48 +66,48 @@ def _produce(
     c = gl.arange(0, BN, gl.SliceLayout(1, L))
     d = gl.arange(0, D, gl.SliceLayout(0, L))[None, :]
     number = 0  # key tiles so far
-    turn = 0  # items so far
-    tile, bh, order = digits(gl.program_id(0), tiles, batch_heads)
+    work = 0  # work items so far
+    tile, bh, order = coordinates(gl.program_id(0), tiles, batch_heads)
     g = groups - 1 - order
     row0 = g * group + tile * 128
     begin, count = _listed(bh, g, row0, Offsets, n, groups, True, capacity)
     cols = gl.load(Columns + begin + c, mask=c < count, other=0)
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        next_tile, next_bh, order = onward(tile, bh, order, step_t, step_h, step_o, tiles, batch_heads)
+        next_tile, next_bh, order = next_coordinates(tile, bh, order, step_t, step_h, step_o, tiles, batch_heads)
         next_g = groups - 1 - order
         next_row0 = next_g * group + next_tile * 128
         next_begin, next_count = _listed(
             next_bh, next_g, next_row0, Offsets, n, groups, item + gl.num_programs(0) < items, capacity
         )
-        total = (count + BN - 1) // BN
-        if total > 0:
+        key_tiles = (count + BN - 1) // BN
+        if key_tiles > 0:
             b = bh // heads
             h = bh % heads
             hk = (h // repeats).to(gl.int64)
-            place = turn % QUEUE
-            mbarrier.wait(q_empty.index(place), ((turn // QUEUE) & 1) ^ 1)
+            q_stage = work % QUEUE
+            mbarrier.wait(q_empty.index(q_stage), ((work // QUEUE) & 1) ^ 1)
             left = gl.minimum(g * group + group, n) - row0
-            _hand_over(work_s, place, count, bh, row0, left)
-            mbarrier.expect(q_full.index(place), 2 * q_desc.block_type.nbytes)
+            _hand_over(work_s, q_stage, count, bh, row0, left)
+            mbarrier.expect(q_full.index(q_stage), 2 * q_desc.block_type.nbytes)
             y = b * qy_b + h * qy_h + row0
             x = b * qx_b + h * qx_h
-            tma_load(q_desc, [y, x], q_full.index(place), q_s.index(2 * place))
-            tma_load(q_desc, [y + 64, x], q_full.index(place), q_s.index(2 * place + 1))
-            turn += 1
+            tma_load(q_desc, [y, x], q_full.index(q_stage), q_s.index(2 * q_stage))
+            tma_load(q_desc, [y + 64, x], q_full.index(q_stage), q_s.index(2 * q_stage + 1))
+            work += 1
             k_base = K + b.to(gl.int64) * skb + hk * skh
             v_base = V + b.to(gl.int64) * svb + hk * svh
-            for it in range(total):
-                slot = number % STAGES
+            for it in range(key_tiles):
+                stage = number % STAGES
                 done = (it + 1) * BN  # then the next item's list
-                ahead = gl.where(it + 1 < total, begin + done, next_begin)
-                left_over = gl.where(it + 1 < total, count - done, next_count)
+                ahead = gl.where(it + 1 < key_tiles, begin + done, next_begin)
+                left_over = gl.where(it + 1 < key_tiles, count - done, next_count)
                 later = gl.load(Columns + ahead + c, mask=c < left_over, other=0)
-                mbarrier.wait(k_empty.index(slot), ((number // STAGES) & 1) ^ 1)
-                gather(k_s.index(slot), k_base + ((cols.to(gl.int64) * skn)[:, None] + d))
-                async_copy.mbarrier_arrive(k_full.index(slot), increment_count=False)
-                mbarrier.wait(v_empty.index(slot), ((number // STAGES) & 1) ^ 1)
-                gather(v_s.index(slot), v_base + ((cols.to(gl.int64) * svn)[:, None] + d))
-                async_copy.mbarrier_arrive(v_full.index(slot), increment_count=False)
+                mbarrier.wait(k_empty.index(stage), ((number // STAGES) & 1) ^ 1)
+                gather(k_s.index(stage), k_base + ((cols.to(gl.int64) * skn)[:, None] + d))
+                async_copy.mbarrier_arrive(k_full.index(stage), increment_count=False)
+                mbarrier.wait(v_empty.index(stage), ((number // STAGES) & 1) ^ 1)
+                gather(v_s.index(stage), v_base + ((cols.to(gl.int64) * svn)[:, None] + d))
+                async_copy.mbarrier_arrive(v_full.index(stage), increment_count=False)
                 cols = later
                 number += 1
         else:
@@ -120,25 +118,25 @@ def _produce(
         bh = next_bh
         g = next_g
         row0 = next_row0
-    # The consumers start a product after the last one; nobody uses it.
+    # The consumers start one QK GEMM beyond the last key tile and drop its result.
     mbarrier.wait(k_empty.index(number % STAGES), ((number // STAGES) & 1) ^ 1)
     async_copy.mbarrier_arrive(k_full.index(number % STAGES), increment_count=False)
-    place = turn % QUEUE
-    mbarrier.wait(q_empty.index(place), ((turn // QUEUE) & 1) ^ 1)
-    _hand_over(work_s, place, 0, 0, 0, 0)
-    mbarrier.arrive(q_full.index(place), count=1)
+    q_stage = work % QUEUE
+    mbarrier.wait(q_empty.index(q_stage), ((work // QUEUE) & 1) ^ 1)
+    _hand_over(work_s, q_stage, 0, 0, 0, 0)
+    mbarrier.arrive(q_full.index(q_stage), count=1)
 
 
 @gluon.jit
-def _hand_over(work_s, place, count, bh, row0, left):
+def _hand_over(work_s, q_stage, count, bh, row0, left):
     """Tell the consumers the next work item: length of its list (0 at the end), head, first row and rows of its group.
 
     Every thread writes the same, the one that signals the barrier among them and before it does.
     """
-    _write(work_s, 4 * place, count)
-    _write(work_s, 4 * place + 1, bh)
-    _write(work_s, 4 * place + 2, row0)
-    _write(work_s, 4 * place + 3, left)
+    _write(work_s, 4 * q_stage, count)
+    _write(work_s, 4 * q_stage + 1, bh)
+    _write(work_s, 4 * q_stage + 2, row0)
+    _write(work_s, 4 * q_stage + 3, left)
 
 
 @gluon.jit
@@ -162,7 +160,7 @@ def _cut(s, rest, BN: gl.constexpr, S_L: gl.constexpr):
 
 @gluon.jit
 def _fetch(out_desc, row, q, full, last):
-    """In an item's last tile, whose product is done with the queries: start to copy the old output to their place."""
+    """Load the output of stage 1 into the buffer of the queries, once the QK GEMM of the last key tile is done."""
     if last:
         mbarrier.expect(full, out_desc.block_type.nbytes)
         tma_load(out_desc, [row, 0], full, q)
@@ -170,13 +168,13 @@ def _fetch(out_desc, row, q, full, last):
 
 @gluon.jit
 def _consume(
-    half: gl.constexpr, q_s, k_s, v_s, work_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, old_full, turns,
+    half: gl.constexpr, q_s, k_s, v_s, work_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, old_full, pingpong,
     out_desc, Out, Lse, n, scale_log2,
-    D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, QUEUE: gl.constexpr, TURNS: gl.constexpr,
+    D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, QUEUE: gl.constexpr, PINGPONG: gl.constexpr,
 ):  # fmt: skip
     """One consumer warpgroup: queries 64 * half ... of each tile.
 
-    With TURNS one consumer's products run while the other is at its exponentials; without, a consumer's own do.
+    With PINGPONG the GEMMs of one consumer run beneath the softmax of the other; without, beneath its own.
     """
     S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     A_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -185,79 +183,79 @@ def _consume(
     TOP: gl.constexpr = gl.SliceLayout(1, PARTS)
     OUT_L: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (D // 8), D // 8], [4, 1], [1, 0])
     dtype: gl.constexpr = k_s.dtype
-    slot = 0  # buffer of the current key tile, and the parity of its barriers
+    stage = 0  # buffer of the current key tile, and the parity of its barriers
     phase = 0
-    turn = 0  # items so far
+    work = 0  # work items so far
     due = 1 - half  # parity of this consumer's next turn
-    await_tile(q_full, 0, True, QUEUE)
+    wait_full(q_full, 0, True, QUEUE)
     count = _read(work_s, 0)
     mbarrier.wait(k_full.index(0), 0)
     fence_async_shared()
-    s = warpgroup_mma_wait(0, deps=[product(q_s.index(half), k_s.index(0), BN, S_L)])
+    s = warpgroup_mma_wait(0, deps=[start_qk(q_s.index(half), k_s.index(0), BN, S_L)])
     while count > 0:
-        place = turn % QUEUE
-        q = q_s.index(2 * place + half)
-        flat = _read(work_s, 4 * place + 1) * n + _read(work_s, 4 * place + 2) + half * 64
-        left = _read(work_s, 4 * place + 3) - half * 64  # queries from the first of this half on
+        q_stage = work % QUEUE
+        q = q_s.index(2 * q_stage + half)
+        flat = _read(work_s, 4 * q_stage + 1) * n + _read(work_s, 4 * q_stage + 2) + half * 64
+        left = _read(work_s, 4 * q_stage + 3) - half * 64  # queries from the first of this half on
         rows = gl.arange(0, 64, TOP)
         before = gl.load(Lse + flat + rows, mask=rows < left, other=0.0) * LOG2E
-        top = gl.full([64], float("-inf"), gl.float32, TOP)
-        total = gl.zeros([64, 8], gl.float32, PARTS)
-        mbarrier.arrive(k_empty.index(slot), count=1)
+        row_max = gl.full([64], float("-inf"), gl.float32, TOP)
+        row_sum = gl.zeros([64, 8], gl.float32, PARTS)
+        mbarrier.arrive(k_empty.index(stage), count=1)
         _fetch(out_desc, flat, q, old_full.index(half), count <= BN)
-        w, _fade, top, total = softmax(_cut(s, count, BN, S_L), top, total, scale_log2, BN)
+        w, _rescale, row_max, row_sum = softmax(_cut(s, count, BN, S_L), row_max, row_sum, scale_log2, BN)
         p = gl.convert_layout(w.to(dtype), P_L, assert_trivial=True)
         acc = gl.zeros([64, D], gl.float32, A_L)
-        mbarrier.wait(v_full.index(slot), phase)
+        mbarrier.wait(v_full.index(stage), phase)
         for rest in range(count - BN, 0, -BN):  # keys from this tile on
-            old_slot = slot
-            slot, phase = following(slot, phase, STAGES)
-            mbarrier.wait(k_full.index(slot), phase)
+            old_stage = stage
+            stage, phase = next_stage(stage, phase, STAGES)
+            mbarrier.wait(k_full.index(stage), phase)
             fence_async_shared()
-            if TURNS:
-                mbarrier.wait(turns.index(half), due)
-            s_token = product(q, k_s.index(slot), BN, S_L)
-            a_token = warpgroup_mma(p, v_s.index(old_slot), acc, is_async=True)
-            if TURNS:
-                mbarrier.arrive(turns.index(1 - half), count=1)
+            if PINGPONG:
+                mbarrier.wait(pingpong.index(half), due)
+            s_token = start_qk(q, k_s.index(stage), BN, S_L)
+            a_token = warpgroup_mma(p, v_s.index(old_stage), acc, is_async=True)
+            if PINGPONG:
+                mbarrier.arrive(pingpong.index(1 - half), count=1)
                 due = due ^ 1
             s = warpgroup_mma_wait(1, deps=[s_token])
-            mbarrier.arrive(k_empty.index(slot), count=1)
+            mbarrier.arrive(k_empty.index(stage), count=1)
             _fetch(out_desc, flat, q, old_full.index(half), rest <= BN)
             s = _cut(s, rest, BN, S_L)
-            w, fade, top, total = softmax(s, top, total, scale_log2, BN)
-            # A wait here keeps the assembler from moving the exponentials behind the PV product.
-            mbarrier.wait(v_full.index(slot), phase)
+            w, rescale, row_max, row_sum = softmax(s, row_max, row_sum, scale_log2, BN)
+            # A wait here keeps the assembler from moving the exponentials behind the PV GEMM.
+            mbarrier.wait(v_full.index(stage), phase)
             acc = warpgroup_mma_wait(0, deps=[a_token])
-            mbarrier.arrive(v_empty.index(old_slot), count=1)
-            acc = acc * gl.convert_layout(fade, A_ROW, assert_trivial=True)[:, None]
+            mbarrier.arrive(v_empty.index(old_stage), count=1)
+            acc = acc * gl.convert_layout(rescale, A_ROW, assert_trivial=True)[:, None]
             p = gl.convert_layout(w.to(dtype), P_L, assert_trivial=True)
         fence_async_shared()
-        a_token = warpgroup_mma(p, v_s.index(slot), acc, is_async=True)
-        # Join the anchor region: a normalised output is one with total 1 at its LSE.
-        whole = gl.sum(total, 1)
-        new = gl.maximum(top, before)
-        mine = gl.exp2(top - new)
+        a_token = warpgroup_mma(p, v_s.index(stage), acc, is_async=True)
+        # Join the anchor region: a normalized output is one with running sum 1 at its LSE.
+        denominator = gl.sum(row_sum, 1)
+        new = gl.maximum(row_max, before)
+        mine = gl.exp2(row_max - new)
         theirs = gl.exp2(before - new)
-        whole = whole * mine + theirs
-        gl.store(Lse + flat + rows, (new + gl.log2(whole)) * LN2, mask=rows < left)
-        mine = gl.convert_layout(mine / whole, A_ROW, assert_trivial=True)
-        theirs = gl.convert_layout(theirs / whole, A_ROW, assert_trivial=True)
-        mbarrier.wait(old_full.index(half), turn & 1)
+        denominator = denominator * mine + theirs
+        gl.store(Lse + flat + rows, (new + gl.log2(denominator)) * LN2, mask=rows < left)
+        mine = gl.convert_layout(mine / denominator, A_ROW, assert_trivial=True)
+        theirs = gl.convert_layout(theirs / denominator, A_ROW, assert_trivial=True)
+        mbarrier.wait(old_full.index(half), work & 1)
         old = q.load(A_L)
-        mbarrier.arrive(q_empty.index(place), count=1)
+        mbarrier.arrive(q_empty.index(q_stage), count=1)
         acc = warpgroup_mma_wait(0, deps=[a_token])
-        mbarrier.arrive(v_empty.index(slot), count=1)
+        mbarrier.arrive(v_empty.index(stage), count=1)
         o = (acc * mine[:, None] + old.to(gl.float32) * theirs[:, None]).to(dtype)
 
-        # The next item's first product runs while this one is stored. After the last item nobody uses it.
-        turn += 1
-        await_tile(q_full, turn, True, QUEUE)
-        count = _read(work_s, 4 * (turn % QUEUE))
-        slot, phase = following(slot, phase, STAGES)
-        mbarrier.wait(k_full.index(slot), phase)
+        # The next item's first QK GEMM runs while this one is stored; after the last item its result is dropped.
+        work += 1
+        wait_full(q_full, work, True, QUEUE)
+        count = _read(work_s, 4 * (work % QUEUE))
+        stage, phase = next_stage(stage, phase, STAGES)
+        mbarrier.wait(k_full.index(stage), phase)
         fence_async_shared()
-        s_token = product(q_s.index(2 * (turn % QUEUE) + half), k_s.index(slot), BN, S_L)
+        s_token = start_qk(q_s.index(2 * (work % QUEUE) + half), k_s.index(stage), BN, S_L)
         o_rows = gl.arange(0, 64, gl.SliceLayout(1, OUT_L))
         o_at = Out + flat.to(gl.int64) * D + (o_rows[:, None] * D + gl.arange(0, D, gl.SliceLayout(0, OUT_L))[None, :])
         gl.store(o_at, gl.convert_layout(o, OUT_L), mask=(o_rows < left)[:, None])
@@ -273,7 +271,7 @@ def sparse_hopper_kernel(
     capacity, scale_log2,
     qy_b, qy_h, qx_b, qx_h,
     D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, QUEUE: gl.constexpr, CONSUMER_REGS: gl.constexpr,
-    PRODUCER_REGS: gl.constexpr, TURNS: gl.constexpr,
+    PRODUCER_REGS: gl.constexpr, PINGPONG: gl.constexpr,
 ):  # fmt: skip
     """Grid: one program per multiprocessor, 4 + 4 + 4 warps. Updates Out (B, H, n, D), Lse (B, H, n)."""
     dtype: gl.constexpr = q_desc.dtype
@@ -290,10 +288,10 @@ def sparse_hopper_kernel(
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     old_full = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
-    turns = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
+    pingpong = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
     for i in gl.static_range(2):
         mbarrier.init(old_full.index(i), count=1)
-        mbarrier.init(turns.index(i), count=1)
+        mbarrier.init(pingpong.index(i), count=1)
     for i in gl.static_range(QUEUE):
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(q_empty.index(i), count=2)
@@ -305,12 +303,12 @@ def sparse_hopper_kernel(
     gl.warp_specialize(
         [
             (_consume, (
-                0, q_s, k_s, v_s, work_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, old_full, turns,
-                out_desc, Out, Lse, n, scale_log2, D, BN, STAGES, QUEUE, TURNS,
+                0, q_s, k_s, v_s, work_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, old_full, pingpong,
+                out_desc, Out, Lse, n, scale_log2, D, BN, STAGES, QUEUE, PINGPONG,
             )),
             (_consume, (
-                1, q_s, k_s, v_s, work_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, old_full, turns,
-                out_desc, Out, Lse, n, scale_log2, D, BN, STAGES, QUEUE, TURNS,
+                1, q_s, k_s, v_s, work_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, old_full, pingpong,
+                out_desc, Out, Lse, n, scale_log2, D, BN, STAGES, QUEUE, PINGPONG,
             )),
             (_produce, (
                 q_desc, K, V, Columns, Offsets, q_s, k_s, v_s, work_s,
@@ -335,7 +333,7 @@ def suits(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, geo: Geomet
         and geo.group % BM == 0
         and out.is_contiguous()
         and lse.is_contiguous()
-        and all(walk(x) is not None for x in (out, q, k, v))
+        and all(tma_view(x) is not None for x in (out, q, k, v))
     )
 
 
@@ -344,7 +342,7 @@ def sparse_hopper(
 ) -> None:
     """Continue `out` and `lse` in place for a call that `suits`."""
     c = launch("sparse_hopper", q.device, 2, geo.dim)
-    found = walk(q)
+    found = tma_view(q)
     assert found is not None, "ask suits() first"
     shape, strides, steps = found
     tiles = geo.group // BM
@@ -360,8 +358,8 @@ def sparse_hopper(
             k, v, out, lse, columns, offsets,
             *k.stride()[:3], *v.stride()[:3],
             geo.queries, geo.heads, geo.repeats, geo.group, geo.groups, tiles, geo.batch * geo.heads, items,
-            *digits_of(programs, tiles, geo.batch * geo.heads), columns.numel(),
+            *coordinate_steps(programs, tiles, geo.batch * geo.heads), columns.numel(),
             geo.scale * 1.4426950408889634, *steps,
             D=geo.dim, BN=c["BN"], STAGES=c["STAGES"], QUEUE=c["QUEUE"], CONSUMER_REGS=c["CONSUMER_REGS"],
-            PRODUCER_REGS=c["PRODUCER_REGS"], TURNS=bool(c["TURNS"]), num_warps=4, maxnreg=c["MAXNREG"],
+            PRODUCER_REGS=c["PRODUCER_REGS"], PINGPONG=bool(c["PINGPONG"]), num_warps=4, maxnreg=c["MAXNREG"],
         )  # fmt: skip

@@ -82,12 +82,12 @@ def sweep_kernel(
     k_base = K + b * skb + hk * skh + d[None, :] * skd
     v_base = V + b * svb + hk * svh + d[None, :] * svd
     flat = bh.to(tl.int64) * n + rows
-    top = tl.load(LseA + flat, mask=live, other=0.0) * LOG2E
-    total = tl.where(top > float("-inf"), 1.0, 0.0)
+    row_max = tl.load(LseA + flat, mask=live, other=0.0) * LOG2E
+    row_sum = tl.where(row_max > float("-inf"), 1.0, 0.0)
     if HAS_V:
         acc = tl.load(OutA + flat[:, None] * DIM + d[None, :], mask=part, other=0.0)
     else:
-        acc = total
+        acc = row_sum
     edges = Bins + (bh.to(tl.int64) * groups + g) * thetas
     # The groups of all heads lie one after the other in Columns; bins are closed above by the next one's start.
     at = tl.load(edges)
@@ -105,13 +105,15 @@ def sweep_kernel(
             v = k
             if HAS_V:
                 v = tl.load(v_base + cols[:, None] * svn, mask=there[:, None] & inner[None, :], other=0.0)
-            acc, total, top = accumulate(acc, total, top, qk, v, scale, cap, SOFTCAP, True, HAS_V, SPLIT, PRECISION)
+            acc, row_sum, row_max = accumulate(
+                acc, row_sum, row_max, qk, v, scale, cap, SOFTCAP, True, HAS_V, SPLIT, PRECISION
+            )
         at = end
-        lse = tl.where(total > 0, (top + tl.log2(total)) * LN2, float("-inf"))
+        lse = tl.where(row_sum > 0, (row_max + tl.log2(row_sum)) * LN2, float("-inf"))
         tl.store(Lse + (bh.to(tl.int64) * thetas + t) * n + rows, lse, mask=live)
         if HAS_V:
             dense = tl.load(OutD + flat[:, None] * DIM + d[None, :], mask=part, other=0.0)
-            off = tl.where(part, acc / tl.where(total > 0, total, 1.0)[:, None] - dense, float("inf"))
+            off = tl.where(part, acc / tl.where(row_sum > 0, row_sum, 1.0)[:, None] - dense, float("inf"))
             to = Sums + ((bh.to(tl.int64) * groups * tiles + g * tiles + tile) * thetas + t) * 3
             tl.store(to, tl.sum(tl.sum(tl.where(part, off * off, 0.0), 1), 0))
             tl.store(to + 1, tl.sum(tl.sum(tl.where(tl.abs(off) < 0.01, 1.0, 0.0), 1), 0))
@@ -126,9 +128,9 @@ def bin_columns(margin: Tensor, thetas: Tensor) -> tuple[Tensor, Tensor]:
         thetas: (T,) ascending, nats; -inf and +inf legal.
 
     Returns:
-        columns (total,) int32 and bin_offsets (B * H * groups * T + 1,) int64: row (b, h, g) selects at thetas[t] the
+        columns (row_sum,) int32 and bin_offsets (B * H * groups * T + 1,) int64: row (b, h, g) selects at thetas[t] the
         columns from bin_offsets[r * T] to bin_offsets[r * T + t + 1], r = (b * H + h) * groups + g. Columns that no
-        theta selects are left out. Working memory is about 24 bytes per margin; the total is read from the GPU once.
+        theta selects are left out. Working memory is about 24 bytes per margin; the row_sum is read from the GPU once.
     """
     keys = margin.shape[-1]
     rows = margin.reshape(-1, keys)

@@ -15,7 +15,7 @@ class AnchorState(NamedTuple):
     """Softmax over the anchor region of every query, and what identification needs of it.
 
     Attributes:
-        out: (B, H, n, d), softmax-weighted values over the anchor region alone, normalised; dtype of the back end.
+        out: (B, H, n, d), softmax-weighted values over the anchor region alone, normalized; dtype of the back end.
         lse: (B, H, n) float32, log-sum-exp of the anchor region's scores in nats; -inf where the region is empty.
         q_bar: (B, H, blocks, d), mean query of each block.
         a_bar: (B, H, blocks) float32, mean anchor (largest score over the anchor region) of each block, in nats.

@@ -20,6 +20,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -30,6 +31,7 @@ from anchorscope.kernels import (
     column_mass,
     common,
     dense_lse,
+    hopper,
     identify,
     identify_hopper,
     margins,
@@ -48,7 +50,7 @@ DIMS = (64, 128, 256)
 BUDGET = Path(__file__).with_name("spills.json")
 PLAIN = {"WINDOW": False, "SOFTCAP": False, "PRECISION": "ieee"}
 POINTERS = {
-    "Lse": "*fp32", "Tops": "*fp32", "ABar": "*fp32", "Theta": "*fp32", "Mass": "*fp32", "Margin": "*fp32",
+    "Lse": "*fp32", "RowMax": "*fp32", "ABar": "*fp32", "Theta": "*fp32", "Mass": "*fp32", "Margin": "*fp32",
     "QSum": "*fp32", "Need": "*fp32", "ASum": "*fp32", "Bits": "*i16", "Columns": "*i32", "Offsets": "*i64",
 }  # fmt: skip
 # op of the launch table -> kernel, further constants; None stands for a tile size of the table
@@ -116,14 +118,14 @@ def build(op: str, arch: str, dim: int) -> tuple[int, int]:
         }[op]
         options = {"num_warps": 4, "maxnreg": config.pop("MAXNREG")}
         boxes = {"q_desc": (64, dim), "out_desc": (64, dim), "k_desc": (64, 64), "v_desc": (64, 64)}
-        if "TURNS" in config:
-            config["TURNS"] = bool(config["TURNS"])
+        if "PINGPONG" in config:
+            config["PINGPONG"] = bool(config["PINGPONG"])
         if op == "identify_hopper":
             config |= {"TG": 2, "RC": 4, "SP": 16}
             boxes = {"q_desc": (32, 64), "k_desc": (64, dim)}
         constants = {"D": dim, **config}
         for name, box in boxes.items():
-            layout = anchor_hopper.shared_layout(*box, anchor_hopper.torch.bfloat16)
+            layout = hopper.shared_layout(*box, torch.bfloat16)
             own[name] = f"tensordesc<bf16[{box[0]}, {box[1]}],{layout!r}>"
         source: Any = GluonASTSource(kernel, *signature(kernel, constants, own))
     elif op in FIXED:

@@ -47,7 +47,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         )
     ],
     "sparse_hopper": [
-        {"BN": n, "STAGES": s, "QUEUE": 2, "CONSUMER_REGS": 208, "PRODUCER_REGS": 88, "MAXNREG": 168, "TURNS": t}
+        {"BN": n, "STAGES": s, "QUEUE": 2, "CONSUMER_REGS": 208, "PRODUCER_REGS": 88, "MAXNREG": 168, "PINGPONG": t}
         for n, s, t in ((128, 2, 0), (128, 2, 1), (64, 4, 0), (64, 4, 1))
     ],
     "sparse": [

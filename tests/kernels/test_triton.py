@@ -454,7 +454,7 @@ HOPPER = GPU and not INTERPRET and torch.cuda.get_device_capability()[0] == 9
 @pytest.mark.parametrize("transposed", [False, True])
 def test_hopper_equals_portable(dim: int, n: int, keys: int, block: int, step: int, transposed: bool) -> None:
     """The Hopper kernels are used where they fit, and agree with the portable ones within rounding."""
-    from anchorscope.kernels import anchor_hopper, common, identify_hopper, sparse_hopper
+    from anchorscope.kernels import anchor_hopper, common, hopper, identify_hopper, sparse_hopper
     from anchorscope.kernels import identify as stage_two
     from anchorscope.kernels.anchor import portable as portable_anchor
     from anchorscope.kernels.sparse import portable as portable_sparse
@@ -491,7 +491,7 @@ def test_hopper_equals_portable(dim: int, n: int, keys: int, block: int, step: i
     close(mine[0], other[0].double(), 2e-2, "sparse out")
     close(mine[1], other[1].double(), 1e-5, "sparse lse")
     assert not anchor_hopper.suits(q, k, v, p._replace(window=5), False)
-    assert anchor_hopper.walk(q[..., ::2]) is None
+    assert hopper.tma_view(q[..., ::2]) is None
 
 
 @pytest.mark.skipif(INTERPRET, reason="the interpreter cannot be traced")
