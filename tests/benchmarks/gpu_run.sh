@@ -8,7 +8,7 @@ logs=${OUT:-/tmp}
 pids=()
 for ((i = 0; i < shards; i++)); do
   ANCHORSCOPE_SHARD=$i/$shards PYTHONPATH=$PWD:${PYTHONPATH:-} OMP_NUM_THREADS=1 \
-    python3 -m pytest -q -p no:cacheprovider tests/kernels/test_triton.py "$@" >"$logs/shard$i.log" 2>&1 &
+    python3 -m pytest -q -p no:cacheprovider -m gpu tests/kernels "$@" >"$logs/shard$i.log" 2>&1 &
   pids+=($!)
 done
 for pid in "${pids[@]}"; do wait "$pid"; done
