@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 LENGTHS = (64, 128, 256)  # tokens in a piece of the small runs
+ROWS = 16  # tokens of the runs that tell what a row of logits takes
 
 
 class LiveBytes(TorchDispatchMode):
@@ -79,12 +80,14 @@ class Curve:
         points: (r, e) bytes alive after each operation of those runs.
         unit: that length for one token of the prompt.
         tokens: the length that the curve was made for.
+        tail: bytes that the last operation needs beside those, whatever the length.
     """
 
     lengths: np.ndarray
     points: np.ndarray
     unit: float
     tokens: int
+    tail: int = 0
 
     def bytes(self, tokens: int) -> int:
         """Peak bytes beyond the weights, KV cache included, at a length up to the one it was made for."""
@@ -93,6 +96,7 @@ class Curve:
         for i in range(len(self.lengths)):  # the polynomial through each operation's points, in Lagrange's form
             others = np.delete(self.lengths, i)
             value += self.points[i] * float(np.prod((x - others) / (self.lengths[i] - others)))
+        value[-1] += self.tail
         return max(0, int(value.max()))
 
     def fitting(self, budget: float) -> int:
@@ -126,6 +130,30 @@ def prefill_curve(
     # the same number of pieces, all of them smaller by the same factor
     runs = [list(chain(*watch(max(small, round(small * tokens / size)), small))) for small in LENGTHS]
     return _curve(LENGTHS, runs, size / tokens, tokens)
+
+
+def logits_bytes(model: PreTrainedModel, token_ids: Sequence[int], rows: int) -> int:
+    """Bytes that the logits of `rows` positions take at most, beyond those of a single one.
+
+    From runs of a few tokens: what each operation makes for a position more, so that a cap on the logits counts.
+
+    Args:
+        model: a model whose forward takes `logits_to_keep`.
+        token_ids: some ids to run; repeated where more are needed.
+        rows: positions.
+    """
+    ids = [token_ids[i % len(token_ids)] for i in range(ROWS)]
+    inputs = torch.tensor([ids], dtype=torch.long, device=model.device)
+
+    def watch(keep: int) -> np.ndarray:
+        with torch.inference_mode():
+            events = _watch_pieces(model, lambda: model(input_ids=inputs, use_cache=False, logits_to_keep=keep))
+        return np.array(list(chain(*events)))
+
+    one, many = watch(1), watch(ROWS)
+    # where experts make the number of operations differ, the peaks are compared
+    more = (many - one).max() if len(one) == len(many) else many.max() - one.max()
+    return int(max(0, more) / (ROWS - 1) * (rows - 1))
 
 
 def _curve(lengths: Sequence[int], runs: Sequence[Sequence[int]], unit: float, tokens: int) -> Curve:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import platform
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ import torch
 
 from anchorscope.capture.hook import AttentionCall, intercept
 from anchorscope.capture.kvcache import cache_option, result_cache
-from anchorscope.capture.memory import Curve, free_bytes, prefill_curve, weight_bytes
+from anchorscope.capture.memory import Curve, free_bytes, logits_bytes, prefill_curve, weight_bytes
 from anchorscope.capture.models import (
     LoadedModel,
     max_positions,
@@ -25,6 +26,7 @@ from anchorscope.capture.models import (
     text_config,
 )
 from anchorscope.capture.prompts import PromptInput, TokenizedPrompt, prompt_from_file, tokenize, unique_names
+from anchorscope.capture.proof import NextTokens, keeps_few_rows, prove_model, prove_prompt, runs_to_end
 from anchorscope.capture.recorder import LayersDone, LayerShape, Recorder, ShapeProbe
 from anchorscope.dumps.reader import Dump
 from anchorscope.dumps.writer import (
@@ -36,6 +38,7 @@ from anchorscope.dumps.writer import (
 )
 from anchorscope.errors import AnchorScopeError, InputError, RunFailure
 from anchorscope.files import human_bytes
+from anchorscope.proof import SCORED
 
 if TYPE_CHECKING:
     import os
@@ -143,6 +146,9 @@ def capture_model(
             notify=tell,
         )
         net = loaded.model
+        known = prove_model(net, getattr(loaded, "loading", None) or None)
+        for sentence in known.warnings:
+            tell(f"warning: {sentence}")
         ready = [
             tokenize(
                 prompt,
@@ -171,12 +177,15 @@ def capture_model(
 
         header = _header(loaded, ready, shapes, wanted, picked, dtype, values, chunk)
         header["capture"].update(chat=chat, special_tokens=special_tokens)
+        header["proof"] = known.to_json()
         total = len(ready) * len(wanted)
         with DumpWriter(folder, header, overwrite=overwrite, resume=resume) as writer:
             for prompt in ready:
                 left = [layer for layer in wanted if (prompt.name, layer) not in writer.done]
-                if not left:
+                if not left and prompt.name in writer.proven:
                     continue
+                to_end = runs_to_end(net, len(prompt.token_ids), layers)
+                scores = NextTokens(net, prompt.token_ids) if to_end and keeps_few_rows(net) else None
 
                 def report(_: int, name: str = prompt.name) -> None:
                     if progress is not None:
@@ -192,12 +201,13 @@ def capture_model(
                     kv_heads=picked,
                     dtype=dtype,
                     values=values,
-                    stop_early=layers is not None or resume,
+                    stop_early=not to_end,
                     on_layer=report,
                 )
                 try:
-                    with intercept(net, recorder):
-                        prefill(net, prompt.token_ids, chunk=chunk)
+                    with intercept(net, recorder), scores or contextlib.nullcontext():
+                        if left or scores is not None:
+                            prefill(net, prompt.token_ids, chunk=chunk)
                 except LayersDone:
                     pass
                 finally:
@@ -207,6 +217,10 @@ def capture_model(
                     raise InputError(
                         f"layers {sorted(missing)} of {loaded.name} made no attention call for {prompt.name}"
                     )
+                found = prove_prompt(net, prompt.token_ids) if scores is None else scores.proof()
+                writer.prove(prompt.name, found.to_json())
+                if (doubt := found.warning(prompt.name)) is not None:
+                    tell(f"warning: {doubt}")
             return writer.finish()
     except AnchorScopeError:
         raise
@@ -427,6 +441,9 @@ def _outlook(
     free = free_bytes(model.device)
     try:
         curve = prefill_curve(model, token_ids, len(token_ids), chunk, prefill)
+        if keeps_few_rows(model):
+            rows = min(SCORED + 1, len(token_ids), chunk or len(token_ids))
+            curve = replace(curve, tail=logits_bytes(model, token_ids, rows))
     except Exception as error:  # tensors of any kind pass by; an estimate must not stop a capture, and that is said
         if isinstance(error, AnchorScopeError) or _out_of_memory(error):
             raise

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from anchorscope.cli.common import chosen, note, progress_bar, stdout_console, warn
+from anchorscope.cli.common import chosen, note, progress_bar, stdout_console, warn, warn_of_model
 from anchorscope.errors import InputError
 from anchorscope.files import human_bytes
 
@@ -74,12 +74,13 @@ def analyze(
 
     params = AnchorParams(block, step, init, lookback)
     source = open_dump(dump)
+    picked = chosen(source, layers, heads, prompts)
     plan = plan_analysis(
         source,
         thetas=thetas,
         params=params,
         target_recall=target_recall,
-        **chosen(source, layers, heads, prompts),
+        **picked,
         backend=backend,
         device=device,
         heatmaps=pairs,
@@ -93,6 +94,7 @@ def analyze(
     )
     for sentence in plan.warnings:
         warn(sentence)
+    warn_of_model(source, picked["prompts"])
     with progress_bar() as bar:
         result = run(
             source,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from anchorscope.cli.common import note, progress_bar, stdout_console, warn
+from anchorscope.cli.common import note, progress_bar, stdout_console, warn, warn_of_model
 from anchorscope.files import human_bytes
 
 if TYPE_CHECKING:
@@ -107,6 +107,8 @@ def calibrate(
         )
     for sentence in plan.warnings:
         warn(sentence)
+    for source in {each.dump.identity: each.dump for _, each in plan.analyses}.values():
+        warn_of_model(source)
     with progress_bar() as bar:
         result = run(sources, out, figures=not no_figures, overwrite=overwrite, progress=bar, plan=plan)
     if as_json:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,20 @@ def note(sentence: str) -> None:
 def warn(sentence: str) -> None:
     """A warning on stderr."""
     print(f"warning: {sentence}", file=sys.stderr)
+
+
+def warn_of_model(source: Dump, prompts: Sequence[str] | None = None) -> None:
+    """Say on stderr where a dump's own record casts doubt on its model.
+
+    Args:
+        source: the dump.
+        prompts: names of the prompts in use; None means all.
+    """
+    from anchorscope.files import visible
+    from anchorscope.proof import dump_warnings
+
+    for sentence in dump_warnings(source.manifest.get("proof"), source.prompts, prompts):
+        warn(visible(sentence))
 
 
 def chosen(source: Dump, layers: str, heads: str, prompts: str) -> dict[str, Any]:

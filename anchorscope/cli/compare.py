@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from anchorscope.cli.common import chosen, note, progress_bar, stdout_console, warn
+from anchorscope.cli.common import chosen, note, progress_bar, stdout_console, warn, warn_of_model
 from anchorscope.errors import InputError
 from anchorscope.files import human_bytes
 
@@ -68,11 +68,12 @@ def compare(
     from anchorscope.dumps import open_dump
 
     source = open_dump(dump)
+    picked = chosen(source, layers, heads, prompts)
     plan = plan_compare(
         source,
         lineup=lineup,
         target_recall=target_recall,
-        **chosen(source, layers, heads, prompts),
+        **picked,
         device=device,
     )
     note(
@@ -81,6 +82,7 @@ def compare(
     )
     for sentence in plan.warnings:
         warn(sentence)
+    warn_of_model(source, picked["prompts"])
     with progress_bar() as bar:
         result = run(source, out, figures=not no_figures, overwrite=overwrite, progress=bar, plan=plan)
     if as_json:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from anchorscope.cli.common import chosen, note, progress_bar, stdout_console, warn
+from anchorscope.cli.common import chosen, note, progress_bar, stdout_console, warn, warn_of_model
 from anchorscope.errors import InputError
 from anchorscope.files import human_bytes
 
@@ -61,11 +61,12 @@ def heads(
     from anchorscope.heads import diagnose, plan_heads
 
     source = open_dump(dump)
+    picked = chosen(source, layers, heads, prompts)
     plan = plan_heads(
         source,
         params=params,
         theta=thetas[0],
-        **chosen(source, layers, heads, prompts),
+        **picked,
         device=device,
     )
     note(
@@ -74,6 +75,7 @@ def heads(
     )
     for sentence in plan.warnings:
         warn(sentence)
+    warn_of_model(source, picked["prompts"])
     with progress_bar() as bar:
         result = diagnose(
             source, out, pieces=pieces, figures=not no_figures, overwrite=overwrite, progress=bar, plan=plan

@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from anchorscope.cli.common import stderr_console, stdout_console
+from anchorscope.cli.common import stderr_console, stdout_console, warn_of_model
 from anchorscope.errors import DumpError
 from anchorscope.files import human_bytes, visible
 
 if TYPE_CHECKING:
-    from anchorscope.dumps import Verification
+    from rich.console import Console
+
+    from anchorscope.dumps import Dump, Verification
 
 SHOWN_DAMAGE = 10
+SHOWN_PROOFS = 10
 
 
 def info(
@@ -38,6 +41,7 @@ def info(
         print(json.dumps(describe(result), indent=2))
     else:
         _show(result)
+    warn_of_model(result.dump)
     if result.damaged:
         raise DumpError(
             f"{len(result.damaged)} of {len(result.checks)} files of {dump} are damaged: {result.damaged[0].detail}"
@@ -59,8 +63,16 @@ def describe(result: Verification) -> dict[str, Any]:
         "created_by": dump.manifest.get("created_by"),
         "model": dump.model,
         "tokenizer": dump.manifest.get("tokenizer"),
+        "proof": dump.manifest.get("proof"),
         "prompts": [
-            {"name": p.name, "tokens": p.tokens, "sha256": p.sha256, "text": p.text is not None} for p in dump.prompts
+            {
+                "name": p.name,
+                "tokens": p.tokens,
+                "sha256": p.sha256,
+                "text": p.text is not None,
+                "proof": None if p.proof is None else {**p.proof.to_json(), "near_chance": p.proof.near_chance},
+            }
+            for p in dump.prompts
         ],
         "entries": [
             {
@@ -133,6 +145,7 @@ def _show(result: Verification) -> None:
         table.add_row(*map(escape, cells), describe_indices(layers))
     if groups:
         console.print(table)
+    _show_proof(console, dump)
     # heads are worth a line only where some were left out
     for picked in dict.fromkeys(e.query_heads for e in dump.entries):
         if picked != tuple(range(len(picked))):
@@ -141,3 +154,38 @@ def _show(result: Verification) -> None:
         console.print(f"damaged: {check.detail}", soft_wrap=True, markup=False)
     if len(result.damaged) > SHOWN_DAMAGE:
         console.print(f"... and {len(result.damaged) - SHOWN_DAMAGE} more damaged files")
+
+
+def _show_proof(console: Console, dump: Dump) -> None:
+    """What shows that the model is what it claims to be: what its loader reported, and what it predicts."""
+    from rich.box import SIMPLE_HEAD
+    from rich.markup import escape
+    from rich.table import Table
+
+    known = dump.manifest.get("proof")
+    if known is not None:
+        console.print(f"loader   {visible(_loader_words(known.get('loader')), 600)}", soft_wrap=True, markup=False)
+    proofs = [(p.name, p.proof) for p in dump.prompts if p.proof is not None]
+    if not proofs:
+        return
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("prompt", overflow="fold")
+    for title in ("predicted", "run of", "perplexity", "top 1"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("", overflow="fold")
+    for name, proof in proofs[:SHOWN_PROOFS]:
+        cells = ("-", "-", f"not scored: {visible(proof.reason or '')}")
+        if proof.perplexity is not None:
+            cells = f"{proof.perplexity:.5g}", f"{proof.accuracy:.1%}", "near chance" if proof.near_chance else ""
+        table.add_row(*map(escape, (name, str(proof.tokens), str(proof.context), *cells)))
+    console.print(table)
+    if len(proofs) > SHOWN_PROOFS:
+        console.print(f"... and {len(proofs) - SHOWN_PROOFS} more prompts, with --json")
+
+
+def _loader_words(loader: object) -> str:
+    """What the loader reported, in a few words; its lists are in --json."""
+    if not isinstance(loader, dict):
+        return "not asked: the model was handed over loaded"
+    counts = [f"{len(v)} {key}" for key, v in loader.items() if isinstance(v, (list, dict)) and v]
+    return ", ".join(counts) or "every weight found, none unused"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from anchorscope.cli.common import note, stderr_console
+from anchorscope.cli.common import note, stderr_console, warn_of_model
 from anchorscope.errors import InputError
 from anchorscope.files import human_bytes
 
@@ -79,6 +79,7 @@ def _tokens(sources: Sources, dumps: Sequence[Path], tokenizer: Path | None) -> 
         source = open_dump(path)
         if source.identity not in {r.identity for r in sources.runs}:
             raise InputError(f"--dump {path} is not the dump of any analysis given; name the one that was analyzed")
+        warn_of_model(source)
         for prompt in source.prompts:
             if prompt.token_ids is not None:
                 found[source.identity, prompt.name] = token_texts(prompt.token_ids, pieces)

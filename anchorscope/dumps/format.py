@@ -18,6 +18,7 @@ from typing import Any
 
 from anchorscope.errors import DumpError, InputError
 from anchorscope.files import member, read_json, visible
+from anchorscope.proof import PromptProof
 
 FORMAT = "anchorscope-dump"
 VERSION = 1
@@ -37,6 +38,7 @@ class Prompt:
         token_ids: the N ids the model read, if recorded.
         text: the text they came from, if recorded.
         sha256: hash of the token ids (decimal, comma separated), if recorded.
+        proof: how well the model predicts its last tokens, if recorded.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Prompt:
     token_ids: list[int] | None = None
     text: str | None = None
     sha256: str | None = None
+    proof: PromptProof | None = None
 
 
 @dataclass(frozen=True)
@@ -179,7 +182,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     complete = manifest.get("complete", True)
     if not isinstance(complete, bool):
         raise damaged(f"{path}: complete must be true or false, not {complete!r}")
-    for key in ("model", "tokenizer"):
+    for key in ("model", "tokenizer", "proof"):
         if not isinstance(manifest.get(key), (dict, type(None))):
             raise damaged(f"{path}: {key} must be an object or null")
     for key in ("prompts", "entries"):
@@ -212,7 +215,11 @@ def parse_prompts(manifest: dict[str, Any], folder: Path) -> list[Prompt]:
         for key in ("text", "sha256"):
             if not isinstance(item.get(key), (str, type(None))):
                 raise damaged(f"{where} ({name}): {key} must be text")
-        prompts.append(Prompt(name, tokens or 0, ids, item.get("text"), item.get("sha256")))
+        try:
+            proof = None if item.get("proof") is None else PromptProof.from_json(item["proof"])
+        except ValueError as error:
+            raise damaged(f"{where} ({name}): {error}") from None
+        prompts.append(Prompt(name, tokens or 0, ids, item.get("text"), item.get("sha256"), proof))
     return prompts
 
 

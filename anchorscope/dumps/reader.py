@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -183,9 +183,7 @@ def _assemble(folder: Path, manifest: dict[str, Any], prompts: list[Prompt], ent
             seen[key] = None
         if lengths.setdefault(entry.prompt, entry.tokens) != entry.tokens:
             raise damaged(f"{folder}: the layers of prompt {entry.prompt} differ in length")
-    filled = tuple(
-        p if p.tokens else Prompt(p.name, lengths.get(p.name, 0), p.token_ids, p.text, p.sha256) for p in prompts
-    )
+    filled = tuple(p if p.tokens else replace(p, tokens=lengths.get(p.name, 0)) for p in prompts)
     return Dump(folder, manifest, filled, tuple(entries))
 
 

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PARTIAL = ".partial"
+PROOF = "proof"  # key of a prompt: not known before it has run
 TENSOR_NAMES = ("q", "k", "v")
 
 
@@ -231,6 +232,7 @@ class DumpWriter:
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "created_by": f"anchorscope {__version__}",
             **header,
+            "prompts": [dict(prompt) for prompt in header["prompts"]],
             "entries": [],
         }
         try:
@@ -247,6 +249,16 @@ class DumpWriter:
     def done(self) -> frozenset[tuple[str, int]]:
         """The (prompt, layer) pairs that are complete."""
         return frozenset((e["prompt"], e["layer"]) for e in self._manifest["entries"])
+
+    @property
+    def proven(self) -> frozenset[str]:
+        """The prompts that have a proof."""
+        return frozenset(p["name"] for p in self._manifest["prompts"] if PROOF in p)
+
+    def prove(self, prompt: str, proof: Mapping[str, Any]) -> None:
+        """Record how well the model predicts a prompt (`anchorscope.proof.PromptProof.to_json`)."""
+        self._manifest["prompts"][self._order[prompt]][PROOF] = dict(proof)
+        self._flush()
 
     def layer(
         self,
@@ -359,6 +371,7 @@ class DumpWriter:
         old = read_manifest(self.path)
         fixed = ("created", "entries", "complete", "sha256")
         mine, theirs = ({k: v for k, v in m.items() if k not in fixed} for m in (self._manifest, old))
+        theirs["prompts"] = [{k: v for k, v in p.items() if k != PROOF} for p in old["prompts"] if isinstance(p, dict)]
         if mine != theirs:
             what = sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
             raise InputError(
@@ -366,6 +379,7 @@ class DumpWriter:
                 " repeat the same command to resume, or use --overwrite"
             )
         self._manifest["created"] = old["created"]
+        self._manifest["prompts"] = old["prompts"]
         for record in old["entries"]:
             path = plain_file(self.path, record.get("file"))
             if (

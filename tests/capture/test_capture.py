@@ -126,10 +126,11 @@ def test_selected_layers_heads_dtype_and_values(tmp_path: Path) -> None:
 
 
 def test_early_stop_runs_no_later_layer(tmp_path: Path) -> None:
-    model = tiny()
-    ran: list[int] = []
+    model = tiny(max_position_embeddings=1024)
+    ran: list[int] = []  # layers whose MLP saw the whole prompt; the proof's short run has other lengths
     hooks = [
-        layer.mlp.register_forward_pre_hook(lambda *_, i=i: ran.append(i)) for i, layer in enumerate(model.model.layers)
+        layer.mlp.register_forward_pre_hook(lambda _, x, i=i: ran.append(i) if x[0].shape[1] in (800, 64) else None)
+        for i, layer in enumerate(model.model.layers)
     ]
 
     def forget(line: str) -> None:
@@ -137,7 +138,7 @@ def test_early_stop_runs_no_later_layer(tmp_path: Path) -> None:
             assert set(ran) == {0, 1, 2}
             ran.clear()
 
-    capture_model(model, [prompt()], tmp_path / "d", layers=[0], notify=forget)
+    capture_model(model, [prompt(800)], tmp_path / "d", layers=[0], notify=forget)
     for hook in hooks:
         hook.remove()
     assert ran == []  # the real run ends inside layer 0's attention
