@@ -4,34 +4,38 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from anchorscope.capture.presets import PRESETS, preset_file
+from anchorscope.capture.sources import guarded, load_tokenizer, locate, no_conversion
+from anchorscope.capture.weights import check_materialised, check_report
 from anchorscope.devices import resolve_device
 from anchorscope.dumps.writer import dtype_name, torch_dtype
-from anchorscope.errors import AnchorScopeError, InputError, MissingBackendError
+from anchorscope.errors import InputError, MissingBackendError
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
-
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready to run, with its tokenizer (None if it has none) and the name to record."""
+    """A model ready to run, with its tokenizer (None if it has none) and the name to record.
+
+    `loading` is what the loader reported, JSON-able: `unexpected`, the names of the checkpoint's tensors that the model
+    does not use, and `metadata`, what a GGUF file says about attention and what was made of it. It is empty for a model
+    that was loaded elsewhere.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
     name: str
     revision: str | None
+    loading: Mapping[str, Any] = field(default_factory=dict)
 
 
 def require_transformers() -> None:
@@ -69,61 +73,59 @@ def load_model(
 ) -> LoadedModel:
     """Load model and tokenizer, in evaluation mode, on the device.
 
+    Only safetensors and GGUF weights are read, never pickle. What the loader reports is part of the result.
+
     Args:
         source: a preset, a `.gguf` file, a local folder, or a Hugging Face id; tried in this order.
         device: "auto", "cpu", "cuda" or "cuda:i".
         model_dtype: "bf16", "fp16" or "fp32"; by default what the checkpoint holds (fp32 for GGUF).
         revision: of a Hugging Face id.
         trust_remote_code: run code that comes with the model; off unless the user says so.
-        notify: told about downloads.
+        notify: told about downloads, and about tensors of the checkpoint that the model does not use.
 
     Raises:
-        InputError: no such model, or one that is not a causal language model.
+        InputError: no such model, one that is not a causal language model, damaged files, weights that are missing,
+            of another shape or stored as pickle.
         MissingBackendError: transformers, accelerate, gguf or the device is missing.
     """
     require_transformers()
     where = resolve_device(device)
+    place = locate(source, revision, notify)
     dtype = "auto" if model_dtype is None else torch_dtype(model_dtype)
-    common: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    path = Path(source)
-    name = path.name
-    if source in PRESETS:
-        path = preset_file(source, notify)
-        name = source
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise InputError(f"model {source} does not exist: give the path of a .gguf file")
-        folder, common["gguf_file"] = str(path.parent), path.name
+    if place.gguf is not None:
         dtype = torch_dtype(model_dtype or "fp32")
-    elif path.is_dir():
-        if not (path / "config.json").is_file():
-            ggufs = sorted(p.name for p in path.glob("*.gguf"))
-            hint = f"; give the file itself: {path / ggufs[0]}" if ggufs else ""
-            raise InputError(f"model folder {source} holds no config.json{hint}")
-        folder, common["local_files_only"] = str(path), True
-    elif path.exists():
-        raise InputError(f"model {source} is neither a folder nor a .gguf file")
-    elif HUB_ID.fullmatch(source):
-        folder, name = source, source
-        if revision is not None:
-            common["revision"] = revision
-    else:
-        raise InputError(
-            f"model {source} does not exist here and is no Hugging Face id; presets are {', '.join(sorted(PRESETS))}"
-        )
+    common = {**place.options, "trust_remote_code": trust_remote_code}
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = _guard(source, lambda: AutoConfig.from_pretrained(folder, **common))
+    config = guarded(place, lambda: AutoConfig.from_pretrained(place.folder, **common))
     check_config(config, source)
-    tokenizer = _load_tokenizer(folder, common)
-    model = _guard(
-        source,
-        lambda: AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, device_map={"": str(where)}, low_cpu_mem_usage=True, **common
-        ),
-    )
+    tokenizer = load_tokenizer(place, common, notify)
+
+    def weights() -> tuple[PreTrainedModel, dict[str, Any]]:
+        found: Any = AutoModelForCausalLM.from_pretrained(
+            place.folder,
+            config=config,
+            dtype=dtype,
+            device_map={"": str(where)},
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are in the report, with their shapes
+            output_loading_info=True,
+            **common,
+        )
+        return cast("tuple[PreTrainedModel, dict[str, Any]]", found)
+
+    with no_conversion():
+        model, report = guarded(place, weights)
+    unexpected = check_report(report, source, notify)
+    check_materialised(model, source)
     model.eval()
-    return LoadedModel(model, tokenizer, name, getattr(config, "_commit_hash", None) or revision)
+    return LoadedModel(
+        model,
+        tokenizer,
+        place.name,
+        getattr(config, "_commit_hash", None) or revision,
+        {"unexpected": unexpected, "metadata": {}},
+    )
 
 
 def ready_model(model: str | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, **loading: Any) -> LoadedModel:
@@ -136,6 +138,7 @@ def ready_model(model: str | PreTrainedModel, tokenizer: PreTrainedTokenizerBase
         return load_model(model, **loading)
     loaded = LoadedModel(model, tokenizer, name_of(model), None)
     check_config(model.config, loaded.name)
+    check_materialised(model, loaded.name)
     return loaded
 
 
@@ -217,44 +220,3 @@ def max_positions(model: PreTrainedModel) -> int | None:
     """The largest prompt the model has positions for, or None if it sets no limit."""
     value = getattr(text_config(model), "max_position_embeddings", None)
     return int(value) if isinstance(value, int) and value > 0 else None
-
-
-def _load_tokenizer(folder: str, common: dict[str, Any]) -> PreTrainedTokenizerBase | None:
-    """The tokenizer, or None where the model brings none (then prompts must be token ids)."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, **common)
-    except (OSError, ValueError, KeyError):
-        return None
-
-
-def _guard(source: str, load: Callable[[], Any]) -> Any:
-    """Run a transformers loader; its many ways to say no become one sentence."""
-    try:
-        return load()
-    except AnchorScopeError:
-        raise
-    except ImportError as error:
-        raise MissingBackendError(
-            f"model {source} needs a package that is missing ({_first(error)}): pip install 'anchorscope[hf]'"
-        ) from None
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        if _is_memory(error):
-            raise
-        if "trust_remote_code" in str(error):
-            raise InputError(
-                f"model {source} brings its own code: read it, then allow it with --trust-remote-code"
-            ) from None
-        raise InputError(f"model {source} cannot be loaded: {_first(error)}") from None
-
-
-def _is_memory(error: BaseException) -> bool:
-    import torch
-
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def _first(error: BaseException) -> str:
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return text[:300]

@@ -98,7 +98,7 @@ def capture(
     if [*(prompt or ()), *(token_ids or ())].count(STDIN) > 1:
         raise InputError("standard input can be read once only: give - to one option")
 
-    if not sys.stderr.isatty() or model == "smollm2" or model.endswith(".gguf"):
+    if not sys.stderr.isatty() or model == "smollm2" or model.lower().endswith(".gguf"):
         # conversion bars of a GGUF are noise, those of a long download are not; tqdm reads this when imported
         os.environ.setdefault("TQDM_DISABLE", "1")
 

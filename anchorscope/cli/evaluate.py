@@ -104,7 +104,7 @@ def evaluate(
         raise InputError(f"--model-dtype must be bf16, fp16 or fp32, not {model_dtype!r}")
     wanted = None if lengths is None else [int(x) for x in _numbers(lengths, "--lengths", whole=True)]
     places = _numbers(depths, "--depths")
-    if not sys.stderr.isatty() or model == "smollm2" or model.endswith(".gguf"):
+    if not sys.stderr.isatty() or model == "smollm2" or model.lower().endswith(".gguf"):
         os.environ.setdefault("TQDM_DISABLE", "1")  # conversion bars of a GGUF are noise
 
     from anchorscope.capture.models import quiet_transformers, require_transformers

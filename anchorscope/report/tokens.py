@@ -32,7 +32,7 @@ def load_pieces(path: Path | str) -> list[str]:
         path = path / "tokenizer.json"
     if not path.is_file():
         raise InputError(f"no tokenizer at {path}: name a tokenizer.json, a folder that holds one, or a GGUF file")
-    raw = _from_gguf(path) if path.suffix == ".gguf" else _from_json(path)
+    raw = _from_gguf(path) if path.suffix.lower() == ".gguf" else _from_json(path)
     # GPT-2's byte alphabet and SentencePiece's "▁" never meet in one vocabulary.
     alphabet = _byte_alphabet()
     bytewise = any(p.startswith("\u0120") for p in raw)

@@ -262,7 +262,7 @@ def test_unknown_models_and_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (str(tmp_path / "x.gguf"), "does not exist"),
         ("no such/model at all", "no Hugging Face id"),
         ("./no-such-folder", "does not exist here"),
-        ("nobody/nothing-of-that-name", "cannot be loaded"),
+        ("nobody/nothing-of-that-name", "not in the local cache and the Hugging Face hub cannot be reached"),
     ):
         with pytest.raises(InputError, match=message):
             capture_model(source, [prompt()], tmp_path / "d", notify=quiet)
@@ -272,7 +272,7 @@ def test_unknown_models_and_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(MissingBackendError, match="no CUDA GPU"):
         capture_model("smollm2", [prompt()], tmp_path / "d", device="cuda", notify=quiet)
     (tmp_path / "broken.gguf").write_bytes(b"GGUF" + b"\0" * 100)
-    with pytest.raises(InputError, match="cannot be loaded"):
+    with pytest.raises(InputError, match="no whole GGUF file"):
         capture_model(str(tmp_path / "broken.gguf"), [prompt()], tmp_path / "d", device="cpu", notify=quiet)
     assert not (tmp_path / "d").exists()
 

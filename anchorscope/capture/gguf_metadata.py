@@ -1,0 +1,53 @@
+"""What a GGUF file says about its model, beside what transformers makes of it, which drops much of it silently."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from anchorscope.capture.damage import check_file
+from anchorscope.errors import InputError, MissingBackendError
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
+
+
+def open_gguf(path: Path) -> GGUFReader:
+    """Read the metadata and the table of tensors of a GGUF file.
+
+    Raises:
+        InputError: the file is damaged, cut short, or one part of several.
+        MissingBackendError: the package gguf is missing.
+    """
+    check_file(path)
+    try:
+        from gguf import GGUFReader
+    except ImportError as error:
+        raise MissingBackendError(
+            f"a GGUF file needs the package gguf ({error}): pip install 'anchorscope[hf]'"
+        ) from None
+    try:
+        reader = GGUFReader(path)
+        contents(reader, "general.architecture")
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror or error})") from None
+    except Exception as error:  # the reader trusts the file: any error can come of a damaged one
+        what = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{path} is no whole GGUF file, it is damaged or cut short ({what[:200]})") from None
+    parts = contents(reader, "split.count", 1)
+    if isinstance(parts, int) and parts > 1:
+        raise InputError(f"{path} is one of {parts} parts of a model: merge them first (llama-gguf-split --merge)")
+    return reader
+
+
+def contents(reader: GGUFReader, key: str, *otherwise: Any) -> Any:
+    """A metadata value as plain Python: a number, a text or a list; `otherwise`, if given, where the key is absent.
+
+    Raises:
+        KeyError: the key is absent, and there is nothing to give instead.
+    """
+    if key not in reader.fields:
+        if otherwise:
+            return otherwise[0]
+        raise KeyError(f"it names no {key}")
+    return reader.fields[key].contents()
