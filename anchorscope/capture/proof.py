@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from anchorscope.capture.models import text_config
-from anchorscope.errors import InputError
+from anchorscope.capture.weights import check_materialised
 from anchorscope.proof import CONTEXT, SCORED, ModelProof, PromptProof
 
 if TYPE_CHECKING:
@@ -32,13 +32,7 @@ def prove_model(model: PreTrainedModel, loading: Mapping[str, Any] | None = None
     Raises:
         InputError: weights have no values at all (they are on the device meta, and no offloading brings them).
     """
-    absent = [name for name, x in model.named_parameters() if x.device.type == "meta"]
-    absent = [name for name in absent if not _is_offloaded(model, name)]
-    if absent:
-        raise InputError(
-            f"{type(model).__name__} has {len(absent)} weights without values, on the device meta ({_some(absent)}):"
-            " load it with from_pretrained"
-        )
+    check_materialised(model, type(model).__name__)
     found = _from_no_checkpoint(model)
     if not found:
         return ModelProof(loading)
@@ -49,12 +43,6 @@ def prove_model(model: PreTrainedModel, loading: Mapping[str, Any] | None = None
             " them at random when it loaded the model; ignore this only if you have set them since",
         ),
     )
-
-
-def _is_offloaded(model: PreTrainedModel, name: str) -> bool:
-    """Whether accelerate puts a parameter's values in place when its module, or one around it, runs."""
-    parts = name.split(".")[:-1]
-    return any(hasattr(model.get_submodule(".".join(parts[:i])), "_hf_hook") for i in range(len(parts) + 1))
 
 
 def _from_no_checkpoint(model: PreTrainedModel) -> list[str]:

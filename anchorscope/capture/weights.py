@@ -76,8 +76,8 @@ def check_materialised(model: PreTrainedModel, name: str) -> None:
                 empty.append(f"{prefix}.{key}" if prefix else key)
     if empty:
         raise InputError(
-            f"model {name} has {_count(empty, 'tensor')} without values, on the meta device ({listed(empty)}):"
-            " load its weights first"
+            f"{name} has {_count(empty, 'weight')} without values, on the device meta ({listed(empty)}):"
+            " load it with from_pretrained"
         )
 
 

@@ -137,5 +137,5 @@ def test_a_shard_without_a_tensor_that_the_index_promises(tmp_path: Path) -> Non
 def test_a_loaded_model_without_values_is_refused() -> None:
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(random_model().config)
-    with pytest.raises(InputError, match=r"without values, on the meta device \(.*embed_tokens"):
+    with pytest.raises(InputError, match=r"without values, on the device meta \(.*embed_tokens"):
         ready_model(model, None, notify=print)

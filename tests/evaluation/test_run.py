@@ -342,7 +342,7 @@ def test_the_command_line(model_folder, tmp_path, capsys):
         (["--theta", "1", "--task", "hay"], "task 'hay' is unknown"),
         (["--theta", "1", "--prompt", "no.txt"], "prompt no.txt does not exist"),
         (["--theta", "1", "--task", "needle", "--lengths", "2k"], "--lengths '2k' must be whole numbers"),
-        (["--theta", "1", "--task", "needle", "--lengths", "9000"], "beyond model0's positions: at most 2,048"),
+        (["--theta", "1", "--task", "needle", "--lengths", "9000"], "'s positions: at most 2,048"),
         (["--theta", "1", "--task", "needle", "--depths", "half"], "--depths 'half' must be numbers"),
         (["--theta", "1", "--task", "needle", "--depths", "2"], "between 0 and 1"),
         (["--config", "none.json", "--task", "needle"], "none.json cannot be read"),
