@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from anchorscope.params import AnchorParams, anchor_pairs, candidate_range, column_pairs, visible_pairs
+from anchorscope.ranges import working_dtype
 
 # Curves are kept at these thetas (nats): every 1/16 where models live, geometric beyond, so that any logit scale fits.
 _FINE = np.arange(-16.0, 48.0, 1 / 16)
@@ -352,7 +353,7 @@ class Group:
 
 
 def profile_head(
-    q: Tensor, k: Tensor, v: Tensor | None, shape: HeadShape, *, dtype: torch.dtype = torch.float32
+    q: Tensor, k: Tensor, v: Tensor | None, shape: HeadShape, *, dtype: torch.dtype | None = None
 ) -> HeadResult:
     """Measure one query head with plain torch operations, on the device of its tensors.
 
@@ -361,11 +362,16 @@ def profile_head(
         k: (N, d) keys of the head's kv head.
         v: (N, d) values, or None: output error and closeness are then NaN.
         shape: sizes, parameters and thetas.
-        dtype: arithmetic; float64 serves as a check.
+        dtype: arithmetic; None means float32, and float64 where scores or values are too large or small for it.
 
     Returns:
         Exact quantities for every theta asked for, and the curves for all thetas (docs/method.md).
+
+    Raises:
+        InputError: NaN or infinity in a tensor, or scores that overflow float32.
     """
+    needed = working_dtype(q, k, v, shape.scale, shape.softcap)
+    dtype = needed if dtype is None else dtype
     with torch.inference_mode(), full_precision():
         return _profile_head(q.to(dtype), k.to(dtype), None if v is None else v.to(dtype), shape)
 

@@ -8,23 +8,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anchorscope.analysis.engine import Cancelled, Group, HeadAccumulator, HeadResult, HeadShape
+from anchorscope.analysis.engine import Cancelled, Group, HeadAccumulator, HeadResult, HeadShape, profile_head
 from anchorscope.kernels.anchor import anchor
 from anchorscope.kernels.column_mass import column_mass
 from anchorscope.kernels.dense_lse import dense_lse
 from anchorscope.kernels.margins import margins
 from anchorscope.kernels.sweep import bin_columns, sweep
+from anchorscope.ranges import working_dtype
 
 
 def profile_head_triton(q: Tensor, k: Tensor, v: Tensor | None, shape: HeadShape) -> HeadResult:
     """Measure one query head with the Triton kernels; arguments and result as `engine.profile_head`.
 
-    Products accumulate in float32 from the stored dtype. Working memory on the device is about 40 bytes per (group,
-    key).
+    Products accumulate in float32 from the stored dtype; heads that need float64 go through the torch engine, on the
+    same device. Working memory on the device is about 40 bytes per (group, key).
 
     Raises:
         Cancelled: `shape.cancelled` said so.
+        InputError: NaN or infinity in a tensor, or scores that overflow float32.
     """
+    if (needed := working_dtype(q, k, v, shape.scale, shape.softcap)) == torch.float64:
+        return profile_head(q, k, v, shape, dtype=needed)
     p = shape.params
     scores = {"scale": shape.scale, "window": shape.window, "softcap": shape.softcap}
     groups = {"block": p.block, "step": p.step, **scores}

@@ -28,6 +28,7 @@ from anchorscope.dumps import Dump, Entry, open_dump
 from anchorscope.errors import InputError, RunFailure
 from anchorscope.params import AnchorParams
 from anchorscope.planted import planted
+from anchorscope.ranges import check_float32_sums
 
 FORMAT = "anchorscope-bench"
 FORMAT_VERSION = 1
@@ -362,6 +363,9 @@ def _dump_case(dump: Dump, entry: Entry, n: int, device: torch.device, dtype: to
     def make() -> tuple[Tensor, Tensor, Tensor]:
         layer = dump.load(entry)
         assert layer.v is not None  # checked before anything is timed
+        check_float32_sums(
+            layer.q, layer.k, layer.v, entry.scale, entry.softcap, dtype, f"{entry.prompt}, layer {entry.layer}"
+        )
         q, k, v = (x[None, :, :n].to(device, dtype).contiguous() for x in (layer.q, layer.k, layer.v))
         return q, k, v
 

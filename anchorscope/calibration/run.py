@@ -329,7 +329,7 @@ def _seconds(plans: Sequence[AnalysisPlan]) -> float:
     n = min(entry.tokens, 4096 if plan.backend.device.type == "cpu" else 32768)
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(n, entry.head_dim, generator=g).to(plan.backend.device) for _ in range(3))
-    shape = HeadShape(n, entry.head_dim, plan.params, plan.thetas, entry.scale)
+    shape = HeadShape(n, entry.head_dim, plan.params, plan.thetas, entry.head_dim**-0.5)
     took = []
     for _ in range(2):  # the first one warms up
         begin = time.perf_counter()

@@ -30,6 +30,7 @@ from anchorscope.files import csv_text, json_bytes, write_atomic
 from anchorscope.locks import folder_lock
 from anchorscope.methods import Contender, Head, Selection, line_up
 from anchorscope.methods.head import chunk_rows
+from anchorscope.ranges import working_dtype
 from anchorscope.runfolder import RunFolder
 
 STATE = "run.json"
@@ -334,7 +335,8 @@ def _measure(path: Path, plan: Plan, report: ProgressCallback) -> None:
         row, kv = tensors.query_heads.index(job.head), tensors.kv_index(job.head)
         q, k = tensors.q[row].to(plan.device), tensors.k[kv].to(plan.device)
         v = None if tensors.v is None else tensors.v[kv].to(plan.device)
-        head = Head(q, k, scale=entry.scale, window=entry.window, softcap=entry.softcap)
+        dtype = working_dtype(q, k, v, entry.scale, entry.softcap)
+        head = Head(q, k, scale=entry.scale, window=entry.window, softcap=entry.softcap, dtype=dtype)
         points = []
         for contender, value, result in score_lineup(head, v, plan.lineup, cancelled=stop.is_set):
             points.append(

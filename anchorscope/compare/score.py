@@ -22,6 +22,7 @@ from torch import Tensor
 from anchorscope.analysis.engine import Cancelled, full_precision
 from anchorscope.methods.head import Chunk, Head
 from anchorscope.methods.selection import Selection
+from anchorscope.ranges import unit_scaled
 
 LAST_ROWS = 128  # queries that `recall_last` averages over
 _TINY = 1e-30  # kept shares of a row below this are renormalised around their own maximum
@@ -95,7 +96,7 @@ class _Books:
 
     def __init__(self, head: Head, v: Tensor | None, selections: Sequence[Selection]) -> None:
         self.head, self.selections = head, selections
-        self.values = None if v is None else v.to(head.q.dtype)
+        self.values = None if v is None else unit_scaled(v).to(head.q.dtype)
         ones = head.k.new_ones(head.n, 1)
         # One product gives the output and, in the last column, the mass kept.
         self.extended = ones if self.values is None else torch.cat([self.values, ones], 1)

@@ -116,8 +116,11 @@ class Dump:
 
         Raises:
             InputError: a head that the file does not hold.
-            DumpError: the file changed, is damaged, or holds NaN or infinity (named by layer and head).
+            DumpError: the file changed, is damaged, holds NaN or infinity, or Q and K whose scores overflow float32
+                (named by layer and head).
         """
+        from anchorscope.ranges import overflow_sentence, overflowing_head
+
         wanted = entry.query_heads if heads is None else tuple(heads)
         if unknown := [h for h in wanted if h not in entry.query_heads]:
             raise InputError(
@@ -146,6 +149,9 @@ class Dump:
                     f"{path}: {name} of layer {entry.layer}, {kind} {labels[row]} holds NaN or infinity;"
                     " capture it again, with --model-dtype fp32 if it overflowed"
                 )
+        if found := overflowing_head(result.q, result.k, rows, entry.scale):
+            where = f"prompt {entry.prompt}, layer {entry.layer}, query head {wanted[found[0]]}"
+            raise damaged(f"{path}: {overflow_sentence(where, found[1])}")
         return result
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from anchorscope.params import visible_pairs
+from anchorscope.ranges import working_dtype
 
 T = TypeVar("T")
 
@@ -30,7 +31,7 @@ class Head:
     """Queries and keys of one query head, and what scores mean for it.
 
     Attributes:
-        q: (N, d) queries, *already multiplied by the softmax scale*, float32 (float64 in checks).
+        q: (N, d) queries, *already multiplied by the softmax scale*, float32 or float64.
         k: (N, d) keys of its kv head.
         n, d: N and d.
         window: sliding window in tokens, or None.
@@ -45,8 +46,15 @@ class Head:
         scale: float,
         window: int | None = None,
         softcap: float | None = None,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
     ) -> None:
+        """`dtype` None means float32, and float64 where scores are too large or small for it.
+
+        Raises:
+            InputError: NaN or infinity in a tensor, or scores that overflow float32.
+        """
+        needed = working_dtype(q, k, None, scale, softcap)
+        dtype = needed if dtype is None else dtype
         self.q = q.to(dtype) * scale
         self.k = k.to(dtype)
         self.n, self.d = q.shape

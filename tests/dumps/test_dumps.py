@@ -248,7 +248,7 @@ def test_nonfinite_values_are_named_by_layer_and_head(tmp_path: Path, name: str,
 
 def test_large_finite_float32_is_fine(tmp_path: Path) -> None:
     big = torch.full((1, 300, 8), 3e38)
-    dump = write_dump(tmp_path / "d", [{"prompt": "p", "layer": 0, "q": big, "k": big, "scale": 1.0}])
+    dump = write_dump(tmp_path / "d", [{"prompt": "p", "layer": 0, "q": big, "k": 1 / big, "scale": 1.0}])
     assert torch.equal(dump.load(dump.entries[0]).q, big)
 
 
