@@ -285,7 +285,7 @@ def run_sample(
 
 def join_scores(parts: Sequence[TokenScores]) -> TokenScores:
     """Scores of consecutive tokens as one."""
-    return TokenScores(*(np.concatenate([getattr(x, name) for x in parts]) for name in ("nll", "kl", "agree")))
+    return TokenScores(*(np.concatenate([getattr(x, name) for x in parts]) for name in ("nll", "kl", "agree", "right")))
 
 
 def _greedy(lane: Lane, last: torch.Tensor, sample: Sample, decode: Callable[[list[int]], str], stops: set[int]) -> str:

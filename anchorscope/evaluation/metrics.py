@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+
+from anchorscope.capture.proof import log_sum_exp, row_slices
 
 SLICE_BYTES = 2 << 20
 CURVE_BINS = 32
@@ -24,11 +26,13 @@ class TokenScores:
         nll: negative log-likelihood of the true next token, nats.
         kl: KL(dense || arm) of the distributions of the next token, nats.
         agree: 1 where both have the same most likely token, else 0.
+        right: 1 where the arm's most likely token is the true one, else 0.
     """
 
     nll: np.ndarray
     kl: np.ndarray
     agree: np.ndarray
+    right: np.ndarray
 
 
 class Reference:
@@ -42,15 +46,16 @@ class Reference:
             targets: (T,) int64, the true next tokens.
         """
         self._logits, self._targets = logits, targets
-        parts = [(_lse(z), z.argmax(1)) for z in (logits[rows].float() for rows in _slices(logits))]
+        parts = [(log_sum_exp(z), z.argmax(1)) for z in (logits[rows].float() for rows in _slices(logits))]
         self._lse, self._first = (torch.cat(x) for x in zip(*parts, strict=True))
         picked = logits.gather(1, targets[:, None])[:, 0].double()
         self.nll: np.ndarray = (self._lse - picked).cpu().numpy()
+        self._right: np.ndarray = (self._first == targets).double().cpu().numpy()
 
     @property
     def scores(self) -> TokenScores:
         """Of the dense arm itself."""
-        return TokenScores(self.nll, np.zeros_like(self.nll), np.ones_like(self.nll))
+        return TokenScores(self.nll, np.zeros_like(self.nll), np.ones_like(self.nll), self._right)
 
     def compare(self, logits: torch.Tensor) -> TokenScores:
         """Score another arm's logits (T, vocabulary) of the same positions.
@@ -58,28 +63,22 @@ class Reference:
         The divergence is sum p (z - z') - (lse - lse'), exponentials summed in float64: equal logits give exactly 0 and
         rounding stays below 1e-6 nats.
         """
-        lse, kl, agree = [], [], []
+        lse, kl, first = [], [], []
         for rows in _slices(logits):
             a, b = self._logits[rows].float(), logits[rows].float()
-            lse.append(_lse(b))
-            agree.append((b.argmax(1) == self._first[rows]).double())
+            lse.append(log_sum_exp(b))
+            first.append(b.argmax(1))
             p = (a - self._lse[rows].float()[:, None]).exp_()
             kl.append((p.mul_(a - b).sum(1).double() - (self._lse[rows] - lse[-1])).clamp_(min=0))
         picked = logits.gather(1, self._targets[:, None])[:, 0].double()
-        return TokenScores(*(x.cpu().numpy() for x in (torch.cat(lse) - picked, torch.cat(kl), torch.cat(agree))))
+        choice = torch.cat(first)
+        agree, right = (choice == self._first).double(), (choice == self._targets).double()
+        return TokenScores(*(x.cpu().numpy() for x in (torch.cat(lse) - picked, torch.cat(kl), agree, right)))
 
 
-def _lse(z: torch.Tensor) -> torch.Tensor:
-    """log of the sum of exponentials of each row, float64."""
-    top = z.amax(1, keepdim=True)
-    return (z - top).exp_().sum(1, dtype=torch.float64).log_() + top[:, 0].double()
-
-
-def _slices(logits: torch.Tensor) -> list[slice]:
+def _slices(logits: torch.Tensor) -> Iterator[slice]:
     """Rows to score at a time: float32 copies that stay in a CPU's cache, or keep a GPU busy."""
-    size = SLICE_BYTES if logits.device.type == "cpu" else 128 * SLICE_BYTES
-    rows = max(1, size // (4 * logits.shape[1]))
-    return [slice(i, i + rows) for i in range(0, logits.shape[0], rows)]
+    return row_slices(logits, SLICE_BYTES if logits.device.type == "cpu" else 128 * SLICE_BYTES)
 
 
 def summarise_tokens(dense_nll: np.ndarray, scores: TokenScores) -> dict[str, float]:

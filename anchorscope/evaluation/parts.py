@@ -15,7 +15,7 @@ from anchorscope.evaluation.lanes import Work
 from anchorscope.evaluation.metrics import TokenScores
 from anchorscope.files import write_atomic
 
-ARRAYS = ("nll", "kl", "agree")
+ARRAYS = ("nll", "kl", "agree", "right")
 
 
 @dataclass(frozen=True)

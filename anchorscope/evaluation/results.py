@@ -20,6 +20,7 @@ from anchorscope.evaluation.metrics import (
 )
 from anchorscope.evaluation.parts import Part
 from anchorscope.evaluation.tasks import Sample
+from anchorscope.proof import PromptProof
 
 METRICS = ("perplexity_dense", "perplexity_sparse", "perplexity_ratio", "kl_mean", "kl_p99", "top1_agreement")
 WITH_INTERVAL = ("perplexity_ratio", "kl_mean", "top1_agreement")
@@ -57,7 +58,7 @@ def prompt_result(name: str, length: int, arm: str, dense: Part, part: Part, see
     """One prompt at one length in one arm, against dense."""
     reference, scores = dense.scores.nll, part.scores
     half = len(reference) // 2
-    late = TokenScores(scores.nll[half:], scores.kl[half:], scores.agree[half:])
+    late = TokenScores(scores.nll[half:], scores.kl[half:], scores.agree[half:], scores.right[half:])
     return {
         "prompt": name,
         "length": length,
@@ -71,6 +72,11 @@ def prompt_result(name: str, length: int, arm: str, dense: Part, part: Part, see
         "layers": _layers(dense.work, part.work),
         "times": _times([dense.work], [part.work]),
     }
+
+
+def proof_result(unit: str, length: int, proof: PromptProof) -> dict[str, Any]:
+    """How well the dense model predicts the end of a prompt."""
+    return {"prompt": unit, "length": length, **proof.to_json(), "near_chance": proof.near_chance}
 
 
 def task_result(

@@ -35,6 +35,7 @@ from anchorscope.capture import (
 from anchorscope.capture.memory import free_bytes
 from anchorscope.capture.models import max_positions, ready_model, require_transformers
 from anchorscope.capture.prompts import tokenize, unique_names
+from anchorscope.capture.proof import prove_model, prove_prompt, summarize
 from anchorscope.capture.run import CHUNKED_TOKENS, check_chunking
 from anchorscope.devices import resolve_backend_name
 from anchorscope.errors import DumpError, InputError, RunFailure
@@ -48,6 +49,7 @@ from anchorscope.evaluation.results import (
     answer_row,
     prompt_result,
     prompt_row,
+    proof_result,
     task_result,
     task_row,
 )
@@ -56,6 +58,7 @@ from anchorscope.evaluation.text import OWN_TEXT, Pieces, own_text
 from anchorscope.files import csv_text, json_bytes, write_atomic
 from anchorscope.locks import folder_lock
 from anchorscope.params import AnchorParams
+from anchorscope.proof import PromptProof
 from anchorscope.runfolder import RunFolder
 from anchorscope.selection import describe_indices
 
@@ -225,6 +228,9 @@ def evaluate(
         trust_remote_code=trust_remote_code,
         notify=tell,
     )
+    known = prove_model(loaded.model, getattr(loaded, "loading", None) or None)
+    for sentence in known.warnings:
+        tell(f"warning: {sentence}")
     facts = model_facts(loaded.model, loaded.name, loaded.revision)
     layers = _layers(loaded.model)
     ready = _arms(arms, params, layers, facts, force)
@@ -265,7 +271,12 @@ def evaluate(
             raise RunFailure(
                 "out of memory: use a smaller --chunk, shorter --lengths or fewer arms at a time"
             ) from None
+        proofs = _proofs(path, key, request)
+        for name, _, proof in proofs:
+            if (doubt := proof.warning(name)) is not None:
+                tell(f"warning: {doubt}")
         result = _report(path, key, request, state)
+        result["proof"] = {**known.to_json(), "prompts": [proof_result(*each) for each in proofs]}
         _write_tables(path, result)
         drawn: list[Path] = []
         if figures:
@@ -604,6 +615,24 @@ def _warm_up(request: _Request, unit: Unit) -> None:
 
 # ------------------------------------------------------------------------------------------------------------------
 # results
+
+
+def _proofs(path: Path, key: str, request: _Request) -> list[tuple[str, int, PromptProof]]:
+    """How well the dense arm predicts the end of each prompt, (name, length, proof); without prompts, that of a sample.
+
+    A prompt's scores are there already; of a sample, a short run scores the text that the question is about.
+    """
+    found = []
+    vocabulary = int(getattr(request.model.config.get_text_config(decoder=True), "vocab_size", 0))
+    for i, unit in enumerate(request.units):
+        part = Part.load(_part(path, i, 0), key) if isinstance(unit, LongPrompt) else None
+        if part is not None and isinstance(unit, LongPrompt):
+            proof = summarize(part.scores.nll, part.scores.right, unit.length, vocabulary)
+            found.append((unit.prompt, unit.length, proof))
+    if not found:
+        unit = request.units[0]
+        found.append((unit.name, len(unit.token_ids), prove_prompt(request.model, unit.token_ids)))
+    return found
 
 
 def _report(path: Path, key: str, request: _Request, state: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from anchorscope.capture.hook import AttentionInputs, Own, divert, register
 from anchorscope.capture.models import require_transformers
+from anchorscope.capture.proof import prove_model
 from anchorscope.devices import BACKENDS
 from anchorscope.errors import InputError
 from anchorscope.runtime.attend import SparseRun, outer_contexts
@@ -51,7 +53,8 @@ def sparse_attention(
         The run: `layers()` says what each layer computed, kept and took.
 
     Raises:
-        InputError: before the run, if the anchors do not fit the model or name attention that cannot run sparse;
+        InputError: before the run, if the anchors do not fit the model or name attention that cannot run sparse, or
+            weights of the model have no values (some that no checkpoint held are a warning);
             during it, for calls that the kernels would compute wrongly (packed or bidirectional masks, dropout).
         MissingBackendError: transformers is missing, or there is no GPU for "triton".
     """
@@ -59,6 +62,8 @@ def sparse_attention(
     if backend not in BACKENDS:
         raise InputError(f"backend {backend!r} is unknown; use one of {', '.join(BACKENDS)}")
     model = _loaded(model)
+    for sentence in prove_model(model).warnings:
+        warnings.warn(sentence, stacklevel=3)  # past this generator and its context manager
     plan = Plan(config)
     with outer_contexts("pass"):
         plan.check(model, force)

@@ -69,7 +69,7 @@ def test_intervals_cover_the_truth_of_correlated_tokens():
     trials = 150
     for trial in range(trials):
         noise = correlated(rng, 1024)
-        scores = TokenScores(2 + noise, 1 + noise, np.ones(1024))
+        scores = TokenScores(2 + noise, 1 + noise, np.ones(1024), np.ones(1024))
         found = token_intervals(np.full(1024, 1.5), scores, trial)
         hits["perplexity_ratio"] += found["perplexity_ratio"][0] <= np.exp(0.5) <= found["perplexity_ratio"][1]
         hits["kl_mean"] += found["kl_mean"][0] <= 1 <= found["kl_mean"][1]
@@ -80,7 +80,7 @@ def test_intervals_cover_the_truth_of_correlated_tokens():
 def test_intervals_are_paired():
     """What both arms find hard does not widen the interval of their ratio."""
     nll = 5 + correlated(np.random.default_rng(1), 2048)
-    scores = TokenScores(nll + 0.01, np.full(2048, 0.2), np.ones(2048))
+    scores = TokenScores(nll + 0.01, np.full(2048, 0.2), np.ones(2048), np.ones(2048))
     found = token_intervals(nll, scores, 0)
     assert found["perplexity_ratio"] == pytest.approx([np.exp(0.01)] * 2)
     assert found["perplexity_dense"][1] > 1.05 * found["perplexity_dense"][0]
@@ -92,7 +92,7 @@ def test_intervals_are_paired():
 @pytest.mark.parametrize("tokens", [1, 2, 31, 33, 1000])
 def test_by_position_adds_up(tokens):
     rng = np.random.default_rng(tokens)
-    nll, scores = rng.random(tokens), TokenScores(*rng.random((3, tokens)))
+    nll, scores = rng.random(tokens), TokenScores(*rng.random((4, tokens)))
     curve = metrics.by_position(nll, scores)
     edges = [*curve["position"], tokens]
     assert len(curve["kl"]) == min(32, tokens) == len(set(curve["position"]))

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import jsonschema
 import pytest
+import torch
 from byte_model import byte_model
 
 from anchorscope import runfolder
@@ -19,6 +20,7 @@ from anchorscope.cli import main
 from anchorscope.errors import DumpError, InputError, RunFailure
 from anchorscope.evaluation import evaluate, load_evaluation, results
 from anchorscope.evaluation import run as run_module
+from anchorscope.evaluation.text import OWN_TEXT
 from anchorscope.params import AnchorParams
 
 ROOT = Path(__file__).parents[2]
@@ -109,6 +111,35 @@ def test_report_follows_its_schema(finished):
     jsonschema.validate(report, schema)
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate({**report, "tasks": [{}]}, schema)
+
+
+def test_the_proof_is_what_the_dense_model_predicts(model, finished):
+    proof = finished.report["proof"]
+    found = [(p["prompt"], p["length"], p["tokens"]) for p in proof["prompts"]]
+    assert found == [
+        ("p", 600, 256),
+        (OWN_TEXT, 600, 256),
+    ]
+    ids = torch.tensor([REQUEST["prompts"][0].token_ids[:600]])
+    with torch.inference_mode():
+        logits = model(ids).logits[0, -257:-1].double()
+    targets = ids[0, -256:]
+    nats = -logits.log_softmax(-1).gather(1, targets[:, None]).mean()
+    assert proof["prompts"][0]["nats"] == pytest.approx(float(nats), rel=1e-5)
+    assert proof["prompts"][0]["accuracy"] == pytest.approx(float((logits.argmax(1) == targets).double().mean()))
+    assert proof["prompts"][0]["near_chance"]  # random weights
+    assert (proof["loader"], proof["warnings"]) == (None, [])
+
+
+def test_tasks_alone_are_proven_by_a_short_run(model, tokenizer, tmp_path, monkeypatch):
+    short_words(monkeypatch)
+    said: list[str] = []
+    request = {**REQUEST, "prompts": (), "tasks": ["needle"], "samples": 1, "depths": [0.5], "figures": False}
+    found = evaluate(model, tmp_path / "o", tokenizer=tokenizer, notify=said.append, **request)
+    (proof,) = found.report["proof"]["prompts"]
+    assert (proof["tokens"], proof["context"], proof["vocabulary"]) == (256, 512, 260)
+    assert proof["near_chance"]
+    assert len([line for line in said if "better than chance" in line]) == 1
 
 
 def test_tables_hold_the_report(finished):
@@ -258,7 +289,7 @@ def test_chunks_are_multiples_of_groups_and_windows_are_warned_of(tmp_path):
     assert any("layers 1 have sliding windows" in x for x in said)
     said.clear()
     evaluate(net, tmp_path / "b", arms={"a": 1.0}, chunk=1000, **request)
-    assert len(said) == 1
+    assert len([x for x in said if "than chance" not in x]) == 1
     assert "2 prefills, 1,300 tokens in all" in said[0]
     # one theta for all leaves sliding layers dense
     assert [x["density"] == 1 for x in load_evaluation(tmp_path / "b").prompts[0]["layers"]] == [True, True, True]
@@ -317,7 +348,9 @@ def test_the_command_line(model_folder, tmp_path, capsys):
     assert "variabl~acking" in said.out
     assert "Prefill of 1,200 tokens whole" in said.out
     assert "prefills," in said.err
-    assert "warning" not in said.err
+    warnings = [line for line in said.err.splitlines() if "warning" in line]
+    assert len(warnings) == 1  # the model is random, and nothing else is amiss
+    assert "better than chance" in warnings[0]
     report = json.loads((tmp_path / "o" / "evaluation.json").read_text())
     assert [a["name"] for a in report["arms"]] == ["calibrated at 0.95", "b"]
 
