@@ -274,7 +274,7 @@ def redraw(
     Raises:
         DumpError: the folder holds no analysis, or a profile is damaged.
     """
-    from anchorscope.report import draw_all
+    from anchorscope.plots.draw import draw_all
 
     path = Path(out)
     state = _state(path)

@@ -7,9 +7,9 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import LogLocator, NullLocator
 
-from anchorscope.report.style import (
+from anchorscope.plots.style import (
     BLUE,
     GREEN,
     INK,
@@ -21,6 +21,7 @@ from anchorscope.report.style import (
     label,
     legend,
     new_figure,
+    plain_log,
     tidy,
 )
 
@@ -136,16 +137,16 @@ def _panel(axes: Axes, rows: list[dict[str, Any]]) -> None:
     low = min(least) / 4  # room for the words
     base = [low] * len(rows)
     total = [0.0] * len(rows)
-    for stage, colour in _STAGES.items():
+    for stage, color in _STAGES.items():
         total = [t + row["sparse"][0]["stages"][stage]["median_ms"] for t, row in zip(total, rows, strict=True)]
-        axes.fill_between(lengths, base, total, color=colour, alpha=0.6, lw=0, label=_STAGE_LABELS[stage])
+        axes.fill_between(lengths, base, total, color=color, alpha=0.6, lw=0, label=_STAGE_LABELS[stage])
         base = total
     _line(axes, lengths, [row["sparse"][0]["whole"] for row in rows], INK, "whole pipeline", 2.2)
     for name in dict.fromkeys(dense["name"] for row in rows for dense in row["dense"]):
         had = [(row["n"], d) for row in rows for d in row["dense"] if d["name"] == name]
         repeated = " (K/V repeated)" if had[0][1]["kv_repeated"] else ""
-        colour = _DENSE.get(name, MUTED)
-        _line(axes, [n for n, _ in had], [d["timing"] for _, d in had], colour, f"dense {name}{repeated}", 1.4)
+        color = _DENSE.get(name, MUTED)
+        _line(axes, [n for n, _ in had], [d["timing"] for _, d in had], color, f"dense {name}{repeated}", 1.4)
     for row in rows:
         sparse = row["sparse"][0]
         if sparse["speedup"] is not None:
@@ -169,11 +170,11 @@ def _panel(axes: Axes, rows: list[dict[str, Any]]) -> None:
     label(axes, "N (tokens)")
 
 
-def _line(axes: Axes, x: list[int], times: list[dict[str, float]], colour: str, text: str, width: float) -> None:
+def _line(axes: Axes, x: list[int], times: list[dict[str, float]], color: str, text: str, width: float) -> None:
     middle = [t["median_ms"] for t in times]
     spread = [[m - t["p20_ms"] for m, t in zip(middle, times, strict=True)]]
     spread.append([t["p80_ms"] - m for m, t in zip(middle, times, strict=True)])
-    axes.errorbar(x, middle, spread, fmt="o-", color=colour, lw=width, ms=4, capsize=2, label=text)
+    axes.errorbar(x, middle, spread, fmt="o-", color=color, lw=width, ms=4, capsize=2, label=text)
 
 
 def _time_bars(data: dict[str, Any], rows: list[dict[str, Any]]) -> Figure:
@@ -184,10 +185,10 @@ def _time_bars(data: dict[str, Any], rows: list[dict[str, Any]]) -> Figure:
     tidy(axes)
     for i, row in enumerate(rows):
         sparse, left = row["sparse"][0], 0.0
-        for stage, colour in _STAGES.items():
+        for stage, color in _STAGES.items():
             width = sparse["stages"][stage]["median_ms"]
             text = _STAGE_LABELS[stage] if i == 0 else None
-            axes.barh(i - 0.18, width, 0.34, left=left, color=colour, alpha=0.8, label=text)
+            axes.barh(i - 0.18, width, 0.34, left=left, color=color, alpha=0.8, label=text)
             left += width
         whole = sparse["whole"]["median_ms"]
         axes.vlines(whole, i - 0.37, i - 0.01, color=INK, lw=2.5, label="" if i else "whole pipeline")
@@ -214,10 +215,6 @@ def _time_bars(data: dict[str, Any], rows: list[dict[str, Any]]) -> Figure:
 
 
 def _plain_ticks(axes: Axes, *, x: bool, y: bool) -> None:
-    """Plain numbers on logarithmic axes instead of powers of ten."""
     for axis in [axes.xaxis] * x + [axes.yaxis] * y:
         low, high = axis.get_view_interval()
-        wide = high > 10 * low
-        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if wide else tuple(range(1, 10))))
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.set_minor_formatter(NullFormatter())
+        plain_log(axis, LogLocator(subs=(1.0, 2.0, 5.0) if high > 10 * low else tuple(range(1, 10))))

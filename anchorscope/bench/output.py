@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import errno
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anchorscope.errors import InputError, RunFailure
+from anchorscope.files import json_bytes, write_atomic
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    pass
 
 RESULT = "bench.json"
 DPI = 150
@@ -54,35 +53,16 @@ def save(data: dict[str, Any], out: str | Path, *, overwrite: bool = False) -> l
         InputError: see `check_out`. RunFailure: the disk is full or fails.
     """
     from anchorscope.bench.figures import figure_density, figure_time
+    from anchorscope.plots.save import save_all
 
     folder = check_out(out, overwrite)
-    text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    figures = {"time.png": figure_time(data), "density.png": figure_density(data)}
-    written = []
+    figures = {"time": figure_time(data), "density": figure_density(data)}
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, figure in figures.items():
-            if figure is not None:
-                written.append(_write_figure(figure, folder / name))
-            else:
-                (folder / name).unlink(missing_ok=True)  # not of this result
-        part = folder / f".{RESULT}.{os.getpid()}.part"
-        try:
-            part.write_text(text, encoding="utf-8")
-            part.replace(folder / RESULT)
-        finally:
-            part.unlink(missing_ok=True)
+        (folder / RESULT).unlink(missing_ok=True)  # written last: without it nothing looks finished
+        for name in figures:
+            (folder / f"{name}.png").unlink(missing_ok=True)  # of an earlier result
+        written = save_all(((name, figure) for name, figure in figures.items() if figure is not None), folder)
     except OSError as error:
-        why = "the disk is full" if error.errno == errno.ENOSPC else error.strerror
-        raise RunFailure(f"the result could not be written to {folder}: {why}") from None
+        raise RunFailure(f"the result could not be written to {folder}: {error.strerror}") from None
+    write_atomic(folder / RESULT, json_bytes(data))
     return [folder / RESULT, *written]
-
-
-def _write_figure(figure: Figure, path: Path) -> Path:
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        figure.savefig(part, format="png", dpi=DPI)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-    return path

@@ -17,7 +17,9 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 
 from anchorscope.calibration.tables import aim
-from anchorscope.report.style import (
+from anchorscope.plots.maps import LayerHead, bare, ink_on, paint, write_cells
+from anchorscope.plots.save import save_all
+from anchorscope.plots.style import (
     BLUE,
     FAINT,
     GREEN,
@@ -34,7 +36,6 @@ from anchorscope.report.style import (
     new_figure,
     tidy,
 )
-from anchorscope.report.write import save_figure
 
 DENSE, ALONE = "#bdbdbd", "#d6e6f4"
 NUMBERS = (16, 32)  # most heads and layers with a number in each cell
@@ -53,7 +54,6 @@ def draw_all(report: Report, folder: Path) -> list[Path]:
     Returns:
         The files, in the order written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     figures: list[tuple[str, Figure]] = [("thetas", theta_map(report))]
     if report["held_out"] is not None:
         figures.append(("fitted-held-out", fitted_held_out(report)))
@@ -61,25 +61,20 @@ def draw_all(report: Report, folder: Path) -> list[Path]:
         figures.append(("recall-density", recall_density(report)))
     if report["lengths"]:
         figures.append(("lengths", length_matrix(report)))
-    for name, figure in figures:
-        save_figure(figure, folder / f"{name}.png")
-    return [folder / f"{name}.png" for name, _ in figures]
+    return save_all(figures, folder)
 
 
 def theta_map(report: Report) -> Figure:
     """Theta per layer and head, with each layer's kind of group on the right; dense heads grey."""
     rows = report["heads"]
-    layers, heads = sorted({r["layer"] for r in rows}), sorted({r["head"] for r in rows})
-    grid = np.full((len(layers), len(heads)), math.nan)
-    dense = np.zeros(grid.shape, dtype=bool)
-    for r in rows:
-        at = layers.index(r["layer"]), heads.index(r["head"])
-        dense[at] = r["theta"] == "dense"
-        grid[at] = math.nan if dense[at] else float(r["theta"])
+    place = LayerHead((r["layer"], r["head"]) for r in rows)
+    layers, heads = place.layers, place.heads
+    dense = place.fill((r["layer"], r["head"], r["theta"] == "dense") for r in rows) == 1
+    grid = place.fill((r["layer"], r["head"], float(r["theta"])) for r in rows if r["theta"] != "dense")
     known = grid[np.isfinite(grid)]
     low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 1.0)
     norm = Normalize(low, high if high > low else low + 1)
-    cell = 0.42 if len(layers) <= 8 else max(0.17, min(0.42, 5.6 / len(layers)))
+    cell = place.row_height(0.17, 5.6)
     span = f"{low:.3g} to {high:.3g} nats" if known.size else "none sparse"
     figure = new_figure(
         max(0.5 * min(len(heads), 24) + 3.4, 8.2),
@@ -88,17 +83,15 @@ def theta_map(report: Report) -> Figure:
         f"{aim(report['settings'])}  |  {span}; {int(dense.sum())} of {len(rows)} heads dense",
     )
     axes = figure.subplots()
-    colours = matplotlib.colormaps["viridis"]
-    image = colours(norm(np.clip(np.where(np.isnan(grid), low, grid), low, high)))
+    colors = matplotlib.colormaps["viridis"]
+    image = colors(norm(np.clip(np.where(np.isnan(grid), low, grid), low, high)))
     image[np.isnan(grid)] = to_rgba(PAPER)
     image[np.isneginf(grid)] = to_rgba(ALONE)
     image[dense] = to_rgba(DENSE)
-    axes.imshow(image, aspect="auto", interpolation="nearest")
+    paint(axes, image)
     if len(heads) <= NUMBERS[0] and len(layers) <= NUMBERS[1]:
-        for (row, column), value in np.ndenumerate(grid):
-            text = "dense" if dense[row, column] else _nats(value)
-            dark = float(np.dot(image[row, column, :3], (0.299, 0.587, 0.114))) < 0.55
-            axes.text(column, row, text, size=7.5, ha="center", va="center", color="white" if dark else INK)
+        texts = {at: "dense" if dense[at] else _nats(float(value)) for at, value in np.ndenumerate(grid)}
+        write_cells(axes, image, texts)
     for axis, numbers in ((axes.yaxis, layers), (axes.xaxis, heads)):
         stride = math.ceil(len(numbers) / 24)
         axis.set_ticks(range(0, len(numbers), stride), [str(x) for x in numbers[::stride]])
@@ -108,11 +101,9 @@ def theta_map(report: Report) -> Figure:
     right.set_ticks(range(0, len(layers), stride), [groups[i] for i in layers[::stride]])
     right.set_ylabel("groups (block x step)", size=TEXT, color=INK)
     for side in (axes, right):
-        side.tick_params(labelsize=SMALL, length=0, colors=INK)
-        for spine in side.spines.values():
-            spine.set_visible(False)
+        bare(side)
     label(axes, "query head", "layer")
-    bar = figure.colorbar(ScalarMappable(norm, colours), ax=axes, fraction=0.035, pad=0.02)
+    bar = figure.colorbar(ScalarMappable(norm, colors), ax=axes, fraction=0.035, pad=0.02)
     bar.set_label("theta (nats)", size=TEXT, color=INK)
     bar.ax.tick_params(labelsize=SMALL, length=3)
     bar.outline.set_visible(False)
@@ -142,13 +133,13 @@ def fitted_held_out(report: Report) -> Figure:
         low, high = (float(ends.min()), float(ends.max())) if ends.size else (0.0, 1.0)
         pad = max(0.06 * (high - low), 0.004)
         axes.plot([low - pad, high + pad], [low - pad, high + pad], color=MUTED, linewidth=0.9, zorder=1)
-        for mask, colour, marker, text in (
+        for mask, color, marker, text in (
             (~broken, BLUE, "o", "reaches the target" if target is not None else "head"),
             (broken, RED, "v", "below the target"),
         ):
             if mask.any():
                 axes.scatter(
-                    x[mask], y[mask], s=30, color=colour, marker=marker, edgecolor="white", linewidth=0.5, label=text
+                    x[mask], y[mask], s=30, color=color, marker=marker, edgecolor="white", linewidth=0.5, label=text
                 )
         if name == key and target is not None:
             axes.axhline(target, color=INK, linewidth=0.9, linestyle=":", zorder=1)
@@ -233,16 +224,13 @@ def length_matrix(report: Report) -> Figure:
         image = axes.imshow(grid, cmap=cmap, norm=norm, aspect="auto")
         for c in cells:
             row, column = fits.index(c["fit_tokens"]), at.index(c["tokens"])
-            dark = float(np.dot(image.cmap(norm(c[key]))[:3], (0.299, 0.587, 0.114))) < 0.55
             text = (f"{c[key]:.0%}" if key == "heads_missed_share" else f"{c[key]:.3f}") + (
                 "" if c["held_out"] else "*"
             )
-            axes.text(column, row, text, size=SMALL, ha="center", va="center", color="white" if dark else INK)
+            axes.text(column, row, text, size=SMALL, ha="center", va="center", color=ink_on(image.cmap(norm(c[key]))))
         axes.set_xticks(range(len(at)), [f"{n:,}" for n in at])
         axes.set_yticks(range(len(fits)), [f"{n:,}" for n in fits])
-        axes.tick_params(labelsize=SMALL, length=0, colors=INK)
-        for spine in axes.spines.values():
-            spine.set_visible(False)
+        bare(axes)
         axes.set_title(title, size=TEXT, color=INK, loc="left")
         label(axes, "evaluated at (tokens)", "fitted at (tokens)")
     return figure

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,13 +13,26 @@ from matplotlib.colors import BoundaryNorm, ListedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter
 
 from anchorscope.compare.tables import Point, by_head, head_needs, per_head_need, shared_curve, winners
-from anchorscope.report.style import FAINT, INK, MUTED, PAPER, SMALL, TEXT, label, new_figure, share, short_name, tidy
-from anchorscope.report.write import save_figure
+from anchorscope.plots.save import save_all
+from anchorscope.plots.style import (
+    FAINT,
+    INK,
+    MUTED,
+    PAPER,
+    SMALL,
+    TEXT,
+    label,
+    new_figure,
+    plain_log,
+    share,
+    short_name,
+    tidy,
+)
 
-# Twelve colours told apart side by side; methods beyond them repeat with another dash.
+# Twelve colors told apart side by side; methods beyond them repeat with another dash.
 COLORS = (
     "#0072B2",
     "#E69F00",
@@ -77,26 +90,24 @@ def draw_all(
     Returns:
         The files, in the order written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    return save_all(_figures(points, methods, target_recall), folder)
+
+
+def _figures(
+    points: Sequence[Point], methods: Sequence[Mapping[str, Any]], target: float
+) -> Iterator[tuple[str, Figure]]:
+    """File names and figures, one at a time."""
     style = looks(methods)
-    figures: list[tuple[str, Figure]] = [("pooled-recall-density", pooled_curves(points, style, target=target_recall))]
-    figures.append(("density-needed", density_needed(points, style, target=target_recall)))
-    figures.append(("winners", winner_map(points, style, target=target_recall)))
-    pairs = stripes_against_blocks(points, methods, target=target_recall)
+    yield "pooled-recall-density", pooled_curves(points, style, target=target)
+    yield "density-needed", density_needed(points, style, target=target)
+    yield "winners", winner_map(points, style, target=target)
+    pairs = stripes_against_blocks(points, methods, target=target)
     if pairs is not None:
-        figures.append(("stripes-against-blocks", pairs))
-    written = []
-    prompts = list(dict.fromkeys(p.prompt for p in points))
-    for name, figure in figures:
-        save_figure(figure, folder / f"{name}.png")
-        written.append(folder / f"{name}.png")
-    for index, prompt in enumerate(prompts):
+        yield "stripes-against-blocks", pairs
+    for index, prompt in enumerate(dict.fromkeys(p.prompt for p in points)):
         for layer in sorted({p.layer for p in points if p.prompt == prompt}):
-            file = folder / f"prompt{index:02d}-layer{layer:02d}-recall-density.png"
             mine = [p for p in points if p.prompt == prompt and p.layer == layer]
-            save_figure(head_curves(mine, style, target=target_recall), file)
-            written.append(file)
-    return written
+            yield f"prompt{index:02d}-layer{layer:02d}-recall-density", head_curves(mine, style, target=target)
 
 
 def pooled_curves(points: Sequence[Point], style: Mapping[str, Look], *, target: float) -> Figure:
@@ -190,7 +201,7 @@ def density_needed(points: Sequence[Point], style: Mapping[str, Look], *, target
     label(axes, "layer")
     bar = figure.colorbar(image, ax=axes, pad=0.02)
     bar.set_label("density needed", size=TEXT, color=INK)
-    _plain_log(bar.ax.yaxis)
+    plain_log(bar.ax.yaxis)
     bar.ax.tick_params(labelsize=SMALL)
     return figure
 
@@ -296,8 +307,8 @@ def stripes_against_blocks(
     low = max(min(seen, default=0.1) * 0.8, 1e-5)
     axes.plot([low, 1], [low, 1], color=MUTED, linewidth=1)
     axes.set(xscale="log", yscale="log", xlim=(low, 1.1), ylim=(low, 1.1))
-    _plain_log(axes.xaxis)
-    _plain_log(axes.yaxis)
+    plain_log(axes.xaxis)
+    plain_log(axes.yaxis)
     tidy(axes)
     label(axes, "density needed by the best stripe method", "density needed by the best block method")
     axes.legend(loc="lower right", fontsize=SMALL, edgecolor=FAINT)
@@ -352,7 +363,7 @@ def _curve_axes(axes: Axes, densities: Sequence[float], target: float) -> None:
     axes.yaxis.set_major_locator(FixedLocator(TICKS))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     axes.axhline(target, color=MUTED, linewidth=0.9)
-    _plain_log(axes.xaxis)
+    plain_log(axes.xaxis)
     tidy(axes)
     label(axes, "density (kept pairs / visible pairs)", "recall (attention mass kept)")
 
@@ -363,12 +374,6 @@ def _stretch(recall: np.ndarray) -> np.ndarray:
 
 def _unstretch(height: np.ndarray) -> np.ndarray:
     return 1.005 - 10.0**-height
-
-
-def _plain_log(axis: Any) -> None:
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
-    axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-    axis.set_minor_formatter(NullFormatter())
 
 
 def _legend(figure: Figure, style: Mapping[str, Look]) -> None:

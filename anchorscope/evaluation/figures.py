@@ -15,7 +15,9 @@ from matplotlib.colors import Colormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from anchorscope.report.style import (
+from anchorscope.plots.maps import bare, paint, write_cells
+from anchorscope.plots.save import save_all
+from anchorscope.plots.style import (
     BLUE,
     GREEN,
     INK,
@@ -32,7 +34,6 @@ from anchorscope.report.style import (
     tidy,
     token_ticks,
 )
-from anchorscope.report.write import save_figure
 
 ARM_COLORS = (BLUE, ORANGE, GREEN, RED, SKY)
 MARKERS = "osD^v"
@@ -65,10 +66,10 @@ def needle_grid(depths: Sequence[Result], metric: str = "score") -> Figure:
         f"{depths[0]['task'].capitalize()}: {name.split(':')[0].split(' of')[0]} by length and depth",
         f"{count} {'sample' if count == 1 else 'samples'} per cell, the same in every arm; dense first",
     )
-    colours = matplotlib.colormaps["cividis"]
+    colors = matplotlib.colormaps["cividis"]
     axes = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True).ravel()
     for ax, (title, values) in zip(axes, panels.items(), strict=False):
-        _map(ax, values, norm, colours)
+        _map(ax, values, norm, colors)
         ax.set_title(short_name(title, 28), size=TEXT, color=INK, loc="left")
         ax.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths])
         ax.set_yticks(range(len(places)), [f"{d:.0%}" for d in places])
@@ -79,7 +80,7 @@ def needle_grid(depths: Sequence[Result], metric: str = "score") -> Figure:
         label(ax, "length (tokens)", "")
     for ax in axes[::across]:
         label(ax, ax.get_xlabel(), "depth of the needle")
-    bar = figure.colorbar(ScalarMappable(norm, colours), ax=list(axes), fraction=0.04, pad=0.02, aspect=24)
+    bar = figure.colorbar(ScalarMappable(norm, colors), ax=list(axes), fraction=0.04, pad=0.02, aspect=24)
     bar.set_label(name, size=SMALL, color=INK)
     bar.ax.tick_params(labelsize=SMALL, length=3)
     bar.outline.set_visible(False)
@@ -240,8 +241,6 @@ def draw_all(report: Result, out: Path | str) -> list[Path]:
     Raises:
         RunFailure: a file cannot be written.
     """
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
     figures: dict[str, Figure] = {}
     prompts, tasks, depths = report["prompts"], report["tasks"], report["depths"]
     if prompts:
@@ -257,9 +256,7 @@ def draw_all(report: Result, out: Path | str) -> list[Path]:
     if tasks:
         figures["tasks"] = task_scores(tasks)
         figures["tasks-logprob"] = task_scores(tasks, "logprob")
-    for name, figure in figures.items():
-        save_figure(figure, folder / f"{name}.png")
-    return [folder / f"{name}.png" for name in figures]
+    return save_all(figures.items(), out)
 
 
 def _ordered(results: Sequence[Result], key: str) -> list[Any]:
@@ -278,13 +275,9 @@ def _grid(results: Sequence[Result], lengths: Sequence[int], places: Sequence[fl
     return grid
 
 
-def _map(axes: Axes, values: np.ndarray, norm: Normalize, colours: Colormap) -> None:
-    image = colours(norm(values))
-    axes.imshow(image, aspect="auto", interpolation="nearest")
-    axes.tick_params(labelsize=SMALL, length=0, colors=INK)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+def _map(axes: Axes, values: np.ndarray, norm: Normalize, colors: Colormap) -> None:
+    image = colors(norm(values))
+    paint(axes, image)
+    bare(axes)
     if values.shape[1] <= 12:
-        for (row, column), value in np.ndenumerate(values):
-            dark = float(np.dot(image[row, column, :3], (0.299, 0.587, 0.114))) < 0.55
-            axes.text(column, row, f"{value:.2f}", size=SMALL, ha="center", va="center", color="white" if dark else INK)
+        write_cells(axes, image, {at: f"{value:.2f}" for at, value in np.ndenumerate(values)}, size=SMALL)

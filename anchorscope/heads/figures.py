@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +18,9 @@ from matplotlib.patches import Patch
 from anchorscope.errors import InputError
 from anchorscope.heads.diagnostics import CLASSES
 from anchorscope.heads.tables import HeadRow
-from anchorscope.report.style import (
+from anchorscope.plots.maps import LayerHead, paint, write_cells
+from anchorscope.plots.save import save_all
+from anchorscope.plots.style import (
     BLUE,
     FAINT,
     GREEN,
@@ -28,19 +30,17 @@ from anchorscope.report.style import (
     PAPER,
     SMALL,
     TEXT,
-    label,
     new_figure,
     share,
     short_name,
 )
-from anchorscope.report.write import save_figure
 
 CLASS_COLORS = dict(zip(CLASSES, (BLUE, GREEN, ORANGE), strict=True))
 NUMBERS = (10, 32)  # most heads and layers with a number or letter in each cell
 
 
 class Panel(NamedTuple):
-    """One map: the metric, its title, colours and scale."""
+    """One map: the metric, its title, colors and scale."""
 
     metric: str
     title: str
@@ -77,13 +77,13 @@ def class_map(rows: Sequence[HeadRow]) -> Figure:
     Raises:
         InputError: no rows, or rows of several prompts.
     """
-    grid = _Grid(rows)
+    grid = _grid_of(rows)
     count = {kind: sum(r.kind == kind for r in rows) for kind in CLASSES}
-    height = max(grid.height * len(grid.layers), 1.2) + 2.2
+    height = max(grid.row_height(0.15, 5.2) * len(grid.layers), 1.2) + 2.2
     figure = new_figure(
         max(0.34 * len(grid.heads) + 1.4, 7.6),
         height,
-        f"What kind of head: {short_name(grid.prompt)}",
+        f"What kind of head: {short_name(rows[0].prompt)}",
         "by the attention that the first 64 and the last 256 keys keep",
     )
     axes = figure.subplots()
@@ -91,16 +91,17 @@ def class_map(rows: Sequence[HeadRow]) -> Figure:
     image[:] = to_rgba(PAPER)
     for r in rows:
         if r.kind:
-            image[grid.cell(r)] = to_rgba(CLASS_COLORS[r.kind])
-    axes.imshow(image, aspect="auto", interpolation="nearest")
+            image[grid.cell(r.layer, r.head)] = to_rgba(CLASS_COLORS[r.kind])
+    paint(axes, image)
     if len(grid.heads) <= 2 * NUMBERS[0] and len(grid.layers) <= NUMBERS[1]:
         for r in rows:
             if r.kind:
-                row, column = grid.cell(r)
+                row, column = grid.cell(r.layer, r.head)
                 axes.text(
                     column, row, r.kind[0].upper(), size=SMALL, ha="center", va="center", color="white", weight="bold"
                 )
     grid.ticks(axes)
+    grid.kv_lines(axes)
     legend = {"streaming": "0.95 and more", "mixed": "between", "retrieval": "below 0.80"}
     handles = [Patch(facecolor=CLASS_COLORS[k], label=f"{k} ({count[k]}): {legend[k]}") for k in CLASSES]
     if (image == to_rgba(PAPER)).all(-1).any():
@@ -120,95 +121,64 @@ def metric_maps(rows: Sequence[HeadRow], panels: Sequence[Panel], title: str, su
     Raises:
         InputError: no rows or panels, or rows of several prompts.
     """
-    grid = _Grid(rows)
+    grid = _grid_of(rows)
     if not panels:
         raise InputError("no metrics to draw")
     across = min(3, len(panels))
     down = math.ceil(len(panels) / across)
     width = min(max(0.46 * len(grid.heads), 3.4), 4.8)
-    each = max(grid.height * len(grid.layers), 1.1) + 1.15
-    figure = new_figure(across * width + 1.4, down * each + 1.25, f"{title}: {short_name(grid.prompt)}", subtitle)
+    each = max(grid.row_height(0.15, 5.2) * len(grid.layers), 1.1) + 1.15
+    figure = new_figure(across * width + 1.4, down * each + 1.25, f"{title}: {short_name(rows[0].prompt)}", subtitle)
     grey = False
     for axes, panel in zip(figure.subplots(down, across, squeeze=False).ravel(), panels, strict=False):
-        values = grid.values(rows, panel.metric)
+        values = grid.fill((r.layer, r.head, getattr(r, panel.metric)) for r in rows)
         grey |= bool(np.isnan(values).any())
         _map(axes, values, panel)
         grid.ticks(axes)
+        grid.kv_lines(axes)
     if grey:
         _legend(figure, [Patch(facecolor=PAPER, edgecolor=MUTED, label="not measured, or does not apply")])
     return figure
 
 
 def draw_all(rows: Sequence[HeadRow], out: Path | str) -> list[Path]:
-    """Draw and save every figure: three per prompt.
+    """Draw and save every figure: four per prompt.
 
     Raises:
         RunFailure: a file cannot be written.
     """
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    written = []
+    return save_all(_figures(rows), out)
+
+
+def _figures(rows: Sequence[HeadRow]) -> Iterator[tuple[str, Figure]]:
+    """File names and figures, one at a time."""
     for i, prompt in enumerate(dict.fromkeys(r.prompt for r in rows)):
         mine = [r for r in rows if r.prompt == prompt]
         density = [r.stripe_density for r in mine if not math.isnan(r.stripe_density)]
         stripes = f"stripes are {share(float(np.mean(density)))} of the candidates on average" if density else "none"
-        figures = {
-            "classes": class_map(mine),
-            "attention": metric_maps(mine, WHERE, "Where attention goes", "means over the queries of a head"),
-            "shapes": metric_maps(mine, SHAPES, "Columns, diagonals or blocks", "equal numbers of lines, exact masses"),
-            "persistence": metric_maps(
-                mine, PERSISTENCE, "Do stripes persist", f"Jaccard overlap, 1 = the same stripes; {stripes}"
-            ),
-        }
-        for name, figure in figures.items():
-            path = folder / f"prompt{i:02d}-{name}.png"
-            save_figure(figure, path)
-            written.append(path)
-    return written
+        name = f"prompt{i:02d}"
+        yield f"{name}-classes", class_map(mine)
+        yield (
+            f"{name}-attention",
+            metric_maps(mine, WHERE, "Where attention goes", "means over the queries of a head"),
+        )
+        yield (
+            f"{name}-shapes",
+            metric_maps(mine, SHAPES, "Columns, diagonals or blocks", "equal numbers of lines, exact masses"),
+        )
+        subtitle = f"Jaccard overlap, 1 = the same stripes; {stripes}"
+        yield f"{name}-persistence", metric_maps(mine, PERSISTENCE, "Do stripes persist", subtitle)
 
 
-class _Grid:
-    """Rows and columns of a map: the layers and heads of one prompt."""
-
-    def __init__(self, rows: Sequence[HeadRow]) -> None:
-        if len({r.prompt for r in rows}) != 1:
-            raise InputError("a map shows the heads of one prompt")
-        self.prompt = rows[0].prompt
-        self.layers = sorted({r.layer for r in rows})
-        self.heads = sorted({r.head for r in rows})
-        owner = {r.head: r.kv_head for r in rows}
-        several = 1 < len(set(owner.values())) < len(owner)
-        self.breaks = [
-            i - 0.5 for i in range(1, len(self.heads)) if several and owner[self.heads[i]] != owner[self.heads[i - 1]]
-        ]
-        # Inches per layer: numbers must fit into few layers, and many must fit on a page.
-        self.height = 0.42 if len(self.layers) <= 8 else max(0.15, min(0.42, 5.2 / len(self.layers)))
-
-    def cell(self, row: HeadRow) -> tuple[int, int]:
-        return self.layers.index(row.layer), self.heads.index(row.head)
-
-    def values(self, rows: Sequence[HeadRow], metric: str) -> np.ndarray:
-        grid = np.full((len(self.layers), len(self.heads)), math.nan)
-        for r in rows:
-            grid[self.cell(r)] = getattr(r, metric)
-        return grid
-
-    def ticks(self, axes: Axes) -> None:
-        """Layer and head numbers, thinned where they would touch; kv heads apart."""
-        for axis, numbers, most in ((axes.yaxis, self.layers, 16), (axes.xaxis, self.heads, 16)):
-            stride = math.ceil(len(numbers) / most)
-            stride = stride if stride <= 2 else 4 * math.ceil(stride / 4)
-            axis.set_ticks(range(0, len(numbers), stride), [str(x) for x in numbers[::stride]])
-        axes.tick_params(labelsize=SMALL, length=0, colors=INK)
-        for spine in axes.spines.values():
-            spine.set_visible(False)
-        for at in self.breaks:
-            axes.axvline(at, color="white", linewidth=2.0 if len(self.heads) <= 16 else 1.0)
-        label(axes, "query head", "layer")
+def _grid_of(rows: Sequence[HeadRow]) -> LayerHead:
+    """The layers and heads of one prompt."""
+    if len({r.prompt for r in rows}) != 1:
+        raise InputError("a map shows the heads of one prompt")
+    return LayerHead(((r.layer, r.head) for r in rows), {r.head: r.kv_head for r in rows})
 
 
 def _map(axes: Axes, values: np.ndarray, panel: Panel) -> None:
-    """One map under its title with its own colour bar; numbers in the cells where they fit."""
+    """One map under its title with its own color bar; numbers in the cells where they fit."""
     known = values[~np.isnan(values)]
     top = float(known.max()) if known.size else 1.0
     norm: Normalize = Normalize(0.0, 1.0)
@@ -217,21 +187,16 @@ def _map(axes: Axes, values: np.ndarray, panel: Panel) -> None:
     elif panel.scale == "log":
         low = max(float(known.min()) if known.size else 1.0, 1e-9)
         norm = LogNorm(low, max(top, low * 1.01))
-    colours = matplotlib.colormaps[panel.cmap]
-    image = colours(norm(np.where(np.isnan(values), 1.0, values)))
+    colors = matplotlib.colormaps[panel.cmap]
+    image = colors(norm(np.where(np.isnan(values), 1.0, values)))
     image[np.isnan(values)] = to_rgba(PAPER)
-    axes.imshow(image, aspect="auto", interpolation="nearest")
+    paint(axes, image)
     axes.set_title(panel.title, size=TEXT, color=INK, loc="left", pad=6)
     if values.shape[1] <= NUMBERS[0] and values.shape[0] <= NUMBERS[1]:
-        for (row, column), value in np.ndenumerate(values):
-            if not math.isnan(value):
-                dark = float(np.dot(image[row, column, :3], (0.299, 0.587, 0.114))) < 0.55
-                text = (
-                    f"{value:.2f}" if panel.scale == "share" else f"{value:,.0f}" if value >= 9.95 else f"{value:.1f}"
-                )
-                axes.text(column, row, text, size=7.5, ha="center", va="center", color="white" if dark else INK)
+        known = {at: float(value) for at, value in np.ndenumerate(values) if not math.isnan(value)}
+        write_cells(axes, image, {at: _digits(value, panel.scale) for at, value in known.items()})
     bar = axes.figure.colorbar(
-        ScalarMappable(norm, colours), ax=axes, orientation="horizontal", fraction=0.06, pad=0.03, aspect=34
+        ScalarMappable(norm, colors), ax=axes, orientation="horizontal", fraction=0.06, pad=0.03, aspect=34
     )
     bar.ax.tick_params(labelsize=SMALL, length=3)
     if panel.scale == "log":
@@ -240,6 +205,10 @@ def _map(axes: Axes, values: np.ndarray, panel: Panel) -> None:
         bar.set_ticks(list(marks), labels=[_amount(m) for m in marks])
         bar.minorticks_off()
     bar.outline.set_visible(False)
+
+
+def _digits(value: float, scale: str) -> str:
+    return f"{value:.2f}" if scale == "share" else _amount(value)
 
 
 def _amount(value: float) -> str:

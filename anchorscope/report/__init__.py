@@ -1,17 +1,15 @@
-"""Figures from saved head profiles.
+"""The HTML page of a report. Nothing here imports torch."""
 
-The functions of `figures` take profiles and return a `matplotlib.figure.Figure`; `write` saves them. Nothing here
-imports torch.
-"""
+from anchorscope.moved import moved
 
-from anchorscope.report.figures import layer_head_grid, recall_by_position, recall_density, stripe_heatmap
-from anchorscope.report.write import draw_all, save_figure
-
-__all__ = [
-    "draw_all",
-    "layer_head_grid",
-    "recall_by_position",
-    "recall_density",
-    "save_figure",
-    "stripe_heatmap",
-]
+__getattr__ = moved(
+    __name__,
+    {
+        "draw_all": "anchorscope.plots.draw",
+        "layer_head_grid": "anchorscope.plots.analysis",
+        "recall_by_position": "anchorscope.plots.analysis",
+        "recall_density": "anchorscope.plots.analysis",
+        "save_figure": "anchorscope.plots.save",
+        "stripe_heatmap": "anchorscope.plots.heatmap",
+    },
+)

@@ -17,7 +17,7 @@ from anchorscope.calibration.sources import Prompt, hold_out, labels, parse_grou
 from anchorscope.errors import InputError
 from anchorscope.params import AnchorParams
 
-from ..report.synthetic import make_profile
+from synthetic import make_profile
 
 BENCH = Path(__file__).parents[2] / "docs" / "benchmarks" / "h100" / "bench.json"
 SMALL, LARGE = AnchorParams(64, 8), AnchorParams(128, 16)

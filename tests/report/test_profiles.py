@@ -14,12 +14,11 @@ import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
+from synthetic import make_profile
 
 from anchorscope.errors import DumpError, InputError, RunFailure
 from anchorscope.files import write_atomic
 from anchorscope.profiles import MAX_COLUMNS, MAX_ROWS, HeadProfile, bin_edges, profile_filename
-
-from .synthetic import make_profile
 
 ARRAYS = [f.name for f in dataclasses.fields(HeadProfile) if f.type == "np.ndarray"]
 

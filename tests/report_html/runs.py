@@ -19,7 +19,7 @@ from anchorscope.analysis.tables import (
 from anchorscope.files import csv_text
 from anchorscope.profiles import HeadProfile, profile_filename
 
-from ..report.synthetic import make_profile
+from synthetic import make_profile
 
 IDENTITY = "0" * 64
 

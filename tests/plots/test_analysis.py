@@ -14,22 +14,16 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Polygon, Rectangle
 from PIL import Image
+from synthetic import make_profile
 
 from anchorscope.errors import DumpError, InputError
+from anchorscope.plots import draw
+from anchorscope.plots.analysis import layer_head_grid, mean_curve, pooled_oracle, recall_by_position, recall_density
+from anchorscope.plots.draw import draw_all
+from anchorscope.plots.heatmap import _shown_cells, stripe_heatmap
+from anchorscope.plots.save import save_figure
+from anchorscope.plots.style import nats, share, short_name
 from anchorscope.profiles import HeadProfile
-from anchorscope.report import (
-    draw_all,
-    layer_head_grid,
-    recall_by_position,
-    recall_density,
-    save_figure,
-    stripe_heatmap,
-    write,
-)
-from anchorscope.report.figures import _shown_cells, mean_curve, pooled_oracle
-from anchorscope.report.style import nats, share, short_name
-
-from .synthetic import make_profile
 
 
 def heads(count: int = 3, layers: tuple[int, ...] = (5,), **options: object) -> list[HeadProfile]:
@@ -270,7 +264,7 @@ def test_draw_all_writes_the_figures_named(tmp_path: Path) -> None:
 def blank(monkeypatch: pytest.MonkeyPatch) -> None:
     """Empty figures: for tests of which are drawn, not of what they show."""
     for name in ("layer_head_grid", "recall_density", "recall_by_position", "stripe_heatmap"):
-        monkeypatch.setattr(write, name, lambda *_, **__: Figure(figsize=(1, 1)))
+        monkeypatch.setattr(draw, name, lambda *_, **__: Figure(figsize=(1, 1)))
 
 
 @pytest.mark.usefixtures("blank")
@@ -279,7 +273,7 @@ def test_heat_maps_are_drawn_for_the_heads_asked(tmp_path: Path) -> None:
     files = draw_all(profiles, tmp_path, heatmaps=[(15, 1)])
     assert [f.name for f in files if "heatmap" in f.name] == ["prose-layer15-head01-heatmap.png"]
     assert sum("heatmap" in f.name for f in draw_all(profiles, tmp_path, heatmaps="all")) == 4
-    with pytest.raises(InputError, match="layer 5, head 2: it was not analysed"):
+    with pytest.raises(InputError, match="layer 5, head 2: it was not analyzed"):
         draw_all(profiles, tmp_path, heatmaps=[(5, 2)])
     with pytest.raises(InputError, match="'all' or a list"):
         draw_all(profiles, tmp_path, heatmaps="worst")

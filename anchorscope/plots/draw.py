@@ -1,9 +1,7 @@
-"""Draw every figure of an analysis and save it: the one place where figures become files."""
+"""Which figures an analysis gets, drawn from its saved profiles."""
 
 from __future__ import annotations
 
-import io
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -11,23 +9,12 @@ from typing import NamedTuple
 from matplotlib.figure import Figure
 
 from anchorscope.errors import InputError
-from anchorscope.files import write_atomic
+from anchorscope.plots.analysis import layer_head_grid, recall_by_position, recall_density
+from anchorscope.plots.heatmap import stripe_heatmap
+from anchorscope.plots.save import file_names, save_all
 from anchorscope.profiles import HeadProfile
-from anchorscope.report.figures import layer_head_grid, recall_by_position, recall_density, stripe_heatmap
 
 Source = HeadProfile | Path | str
-
-
-def save_figure(figure: Figure, path: Path | str) -> None:
-    """Save a figure as PNG at its own resolution, atomically; the same figure gives the same bytes.
-
-    Raises:
-        RunFailure: the file cannot be written.
-    """
-    buffer = io.BytesIO()
-    # matplotlib would write its version into the file; pictures should not differ because of it
-    figure.savefig(buffer, format="png", dpi=figure.dpi, metadata={"Software": None})
-    write_atomic(path, buffer.getvalue())
 
 
 def draw_all(
@@ -61,23 +48,15 @@ def draw_all(
     heads = [_Head(source, *_summary(source)) for source in profiles]
     if not heads:
         raise InputError("no head profiles to draw")
-    names = _file_names([h.profile.prompt for h in heads])
+    names = file_names([h.profile.prompt for h in heads])
     if not isinstance(heatmaps, (str, type(None))):
         there = {(h.profile.layer, h.profile.head) for h in heads}
         for layer, head in heatmaps:
             if (layer, head) not in there:
-                raise InputError(f"no heat map for layer {layer}, head {head}: it was not analysed")
+                raise InputError(f"no heat map for layer {layer}, head {head}: it was not analyzed")
     elif heatmaps not in (None, "all"):
         raise InputError(f"heatmaps must be 'all' or a list of (layer, head) pairs, not {heatmaps!r}")
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    written = []
-    for name, figure in _figures(heads, names, heatmaps, target_recall):
-        save_figure(figure, folder / name)
-        written.append(folder / name)
-        if progress is not None:
-            progress(folder / name)
-    return written
+    return save_all(_figures(heads, names, heatmaps, target_recall), out, progress=progress)
 
 
 class _Head(NamedTuple):
@@ -106,16 +85,16 @@ def _figures(
     """File names and figures, one at a time."""
     for prompt, name in names.items():
         mine = [h for h in heads if h.profile.prompt == prompt]
-        yield f"{name}-grid.png", layer_head_grid([h.profile for h in mine], target_recall=target_recall)
+        yield f"{name}-grid", layer_head_grid([h.profile for h in mine], target_recall=target_recall)
         for layer in sorted({h.profile.layer for h in mine}):
             group = [h.profile for h in mine if h.profile.layer == layer]
             yield (
-                f"{name}-layer{layer:02d}-recall-density.png",
+                f"{name}-layer{layer:02d}-recall-density",
                 recall_density(group, target_recall=target_recall),
             )
-            yield f"{name}-layer{layer:02d}-recall-by-position.png", recall_by_position(group)
+            yield f"{name}-layer{layer:02d}-recall-by-position", recall_by_position(group)
         for h in _chosen(mine, heatmaps):
-            file = f"{name}-layer{h.profile.layer:02d}-head{h.profile.head:02d}-heatmap.png"
+            file = f"{name}-layer{h.profile.layer:02d}-head{h.profile.head:02d}-heatmap"
             yield file, stripe_heatmap(h.full())
 
 
@@ -129,17 +108,3 @@ def _chosen(heads: list[_Head], heatmaps: Sequence[tuple[int, int]] | str | None
     if heatmaps == "all":
         return by_place
     return [h for h in by_place if (h.profile.layer, h.profile.head) in set(heatmaps)]
-
-
-def _file_names(prompts: list[str]) -> dict[str, str]:
-    """Prompt names, in order of appearance, as parts of file names; equal after cleaning means a number behind."""
-    names: dict[str, str] = {}
-    for prompt in prompts:
-        if prompt not in names:
-            base = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(prompt).name.removesuffix(".txt"))[:48].strip("-.") or "prompt"
-            name, number = base, 1
-            while name in names.values():
-                number += 1
-                name = f"{base}-{number}"
-            names[prompt] = name
-    return names

@@ -1,24 +1,29 @@
-"""The common look: colours, sizes, titles and number formats. Nothing here touches matplotlib's global settings."""
+"""The common look: colors, sizes, titles and number formats. Nothing here touches matplotlib's global settings."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from anchorscope.profiles import HeadProfile
 
 DPI = 110
+POSITIONS = 64  # bins of query positions drawn: more lines could not be told apart
 TITLE, TEXT, SMALL = 12.5, 9.5, 8.5  # points; at 110 dpi even the small one is 13 pixels high
 HEADER = 0.72  # inches kept free for title and subtitle
 
-# Okabe and Ito's palette: told apart with any colour vision.
+# Okabe and Ito's palette: told apart with any color vision.
 BLUE, ORANGE, GREEN, RED, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9"
 INK, MUTED, FAINT, PAPER = "#222222", "#666666", "#d8d8d8", "#eeeeee"
 
-# Missed mass: starts at a colour that can be told from white, so that every cell above the scale's low end
+# Missed mass: starts at a color that can be told from white, so that every cell above the scale's low end
 # shows.
 MISSED = LinearSegmentedColormap.from_list("missed", ["#fee3d3", "#fdae6b", RED, "#7f1d00"]).with_extremes(
     under="white"
@@ -78,6 +83,13 @@ def token_ticks(axes: Axes, *, x: bool = False, y: bool = False, count: int = 6)
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
 
 
+def plain_log(axis: Axis, locator: LogLocator | None = None) -> None:
+    """Plain numbers on a logarithmic axis instead of powers of ten."""
+    axis.set_major_locator(locator or LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
 def nats(theta: float) -> str:
     """Theta as a user types it: `8`, `7.25`, `inf`, `-inf`."""
     return f"{theta:g}" if math.isfinite(theta) else ("inf" if theta > 0 else "-inf")
@@ -90,3 +102,15 @@ def share(value: float) -> str:
     if value < 1e-4:
         return f"{value:.1e}"
     return f"{value:.{2 - math.floor(math.log10(value))}f}"
+
+
+def setting(p: HeadProfile, *, thetas: bool = True) -> str:
+    text = f"{p.tokens:,} tokens, groups of {p.block} x {p.step}"
+    return f"{text}, theta {nats(float(p.thetas[0]))}" if thetas else text
+
+
+def shown_positions(edges: np.ndarray, recall: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Edges and mean recall (last axis) of few enough bins of positions to tell lines apart."""
+    first = np.arange(0, edges.size - 1, math.ceil((edges.size - 1) / POSITIONS))
+    shown = np.append(edges[first], edges[-1])
+    return shown, np.add.reduceat(recall * np.diff(edges), first, axis=-1) / np.diff(shown)

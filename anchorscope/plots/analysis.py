@@ -1,0 +1,376 @@
+"""Figures of an analysis. Each function takes head profiles and returns a `Figure`; `save` makes files of them.
+
+docs/figures.md explains how to read each. All are built without pyplot, so drawing keeps no global state, needs no
+display and is safe in threads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize, to_rgba
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import LogLocator
+from matplotlib.transforms import Bbox
+
+from anchorscope.errors import InputError
+from anchorscope.plots.maps import LayerHead, paint, write_cells
+from anchorscope.plots.style import (
+    BLUE,
+    GREEN,
+    INK,
+    MUTED,
+    ORANGE,
+    PAPER,
+    RED,
+    SKY,
+    SMALL,
+    TEXT,
+    label,
+    legend,
+    nats,
+    new_figure,
+    plain_log,
+    setting,
+    share,
+    short_name,
+    shown_positions,
+    tidy,
+    token_ticks,
+)
+from anchorscope.profiles import HeadProfile
+
+
+def layer_head_grid(profiles: Sequence[HeadProfile], *, target_recall: float = 0.95) -> Figure:
+    """Recall and sparsity at the first theta, and the theta each head needs, as three layer x head grids.
+
+    Args:
+        profiles: heads of one prompt, in any order; heads that are missing are left grey.
+        target_recall: heads below it are framed, and the third grid shows the theta that reaches it.
+
+    Raises:
+        InputError: no profile, or profiles of different prompts or thetas.
+    """
+    first = _same(profiles)
+    grid = LayerHead(((p.layer, p.head) for p in profiles), {p.head: p.kv_head for p in profiles})
+    layers, heads = grid.layers, grid.heads
+    recall = grid.fill((p.layer, p.head, p.recall[0]) for p in profiles)
+    sparsity = grid.fill((p.layer, p.head, p.sparsity[0]) for p in profiles)
+    needed = {(p.layer, p.head): p.theta_at_recall(target_recall) for p in profiles}
+    theta = grid.fill((*at, math.inf if t is None else t) for at, t in needed.items())
+    short = recall < target_recall
+
+    cell_height = grid.row_height(0.21, 5.6)
+    panel = min(max(0.46 * len(heads), 2.9), 4.6)
+    height = cell_height * len(layers) + 2.25
+    title = f"Recall, sparsity and the theta needed: {short_name(first.prompt)}"
+    subtitle = (
+        f"{setting(first)}  |  mean recall {share(float(np.nanmean(recall)))} at sparsity "
+        f"{share(float(np.nanmean(sparsity)))}  |  {int(short.sum())} of {len(profiles)} heads "
+        f"below {target_recall:g}"
+    )
+    figure = new_figure(max(3 * panel + 1.9, 11.0), height, title, subtitle)
+    panels = figure.subplots(1, 3, squeeze=True)
+    at_theta = f"at theta {nats(float(first.thetas[0]))}"
+    floor = min(0.9, math.floor(float(np.nanmin(recall)) * 10) / 10)
+    _grid(panels[0], recall, f"recall {at_theta}", "cividis", (floor, 1.0))
+    _grid(panels[1], sparsity, f"sparsity {at_theta}", "viridis", (0.0, 1.0))
+    finite = theta[np.isfinite(theta)]
+    span = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
+    span = span if span[1] > span[0] else (span[0] - 0.5, span[0] + 0.5)
+    _grid(panels[2], theta, f"theta needed for recall {target_recall:g} (nats)", "magma", span, up=True)
+
+    for axes in panels:
+        grid.ticks(axes, most=(32, 16), color="black")
+        grid.kv_lines(axes, wide=2.2, narrow=1.2)
+    thin = 1.6 if len(heads) <= 16 else 1.0
+    for row, column in np.argwhere(short):
+        frame = Rectangle((column - 0.44, row - 0.42), 0.88, 0.84, fill=False, edgecolor=RED, linewidth=thin)
+        panels[0].add_patch(frame)
+    handles = [Patch(fill=False, edgecolor=RED, linewidth=1.6, label=f"recall below {target_recall:g}")]
+    if np.isneginf(theta).any():
+        handles.append(Patch(facecolor=_ALONE, edgecolor=MUTED, label="anchor region alone reaches it (-inf)"))
+    if np.isposinf(theta).any():
+        handles.append(Patch(facecolor=_DENSE, edgecolor=MUTED, label="only dense attention reaches it (inf)"))
+    if np.isnan(recall).any():
+        handles.append(Patch(facecolor=PAPER, edgecolor=MUTED, label="not analysed"))
+    if grid.breaks:
+        handles.append(Patch(facecolor="white", edgecolor=MUTED, label="white line: next kv head"))
+    legend(figure, handles=handles, loc="outside lower left", ncols=len(handles), borderaxespad=0.4)
+    return figure
+
+
+def recall_density(profiles: Sequence[HeadProfile], *, target_recall: float = 0.95) -> Figure:
+    """Recall against density of all heads of a layer, their mean at one theta, and the stripe oracle.
+
+    The mean line moves all heads along with one theta. The oracle gets the same mean density and may share it out over
+    the heads as it likes, always adding the column with most attention mass per pair: no selection of stripes by group
+    keeps more, whatever thetas it uses.
+
+    Args:
+        profiles: heads of one layer and prompt.
+        target_recall: drawn as a horizontal line.
+
+    Raises:
+        InputError: no profile, or profiles of different prompts or thetas.
+    """
+    first = _same(profiles)
+    profiles = sorted(profiles, key=lambda p: p.head)
+    _, density, recall = mean_curve(profiles)
+    oracle_density, oracle_recall = pooled_oracle(profiles)
+    at = np.stack([[p.density, p.recall] for p in profiles]).mean(0)  # [2, T]
+    needed = _crossing(density, recall, target_recall)
+    best = _crossing(oracle_density, oracle_recall, target_recall)
+    subtitle = f"{setting(first, thetas=False)}  |  density for mean recall {target_recall:g}: "
+    subtitle += f"{_or_none(needed)} with one theta, {_or_none(best)} for the oracle"
+    figure = new_figure(9.6, 6.2, f"Recall against density: {short_name(first.prompt)}, layer {first.layer}", subtitle)
+    axes = figure.subplots()
+    for p in profiles:
+        axes.plot(*p.curve(), color=SKY, linewidth=0.9, alpha=0.75, zorder=2)
+    marks = np.array([[p.density[0], p.recall[0]] for p in profiles])
+    axes.scatter(marks[:, 0], marks[:, 1], s=13, color=SKY, edgecolor="white", linewidth=0.4, zorder=3)
+    axes.plot(oracle_density, oracle_recall, color=ORANGE, linewidth=2.0, linestyle=(0, (5, 2)), zorder=4)
+    axes.plot(density, recall, color=BLUE, linewidth=2.6, zorder=5)
+    axes.scatter(at[0], at[1], s=44, facecolor="white", edgecolor=BLUE, linewidth=1.8, zorder=6)
+    axes.scatter(at[0, :1], at[1, :1], s=52, color=BLUE, zorder=7)
+    axes.axhline(target_recall, color=MUTED, linewidth=0.9, linestyle=":", zorder=1)
+
+    least = min(float(density.min()), *(float(p.density.min()) for p in profiles))
+    logarithmic = least < 0.25
+    axes.set_xlim((least * 0.8, 1.02) if logarithmic else (max(0.0, least - 0.06), 1.005))
+    if logarithmic:
+        axes.set_xscale("log")
+        plain_log(axes.xaxis, LogLocator(10, subs=(1.0, 2.0, 5.0)))
+    floor = min(float(p.curve_recall[0]) for p in profiles)
+    floor = max(0.0, math.floor((floor - 0.01) * 20) / 20)
+    axes.set_ylim(min(floor, 0.9), 1.0 + 0.02 * (1.0 - min(floor, 0.9)))
+    tidy(axes)
+    label(
+        axes,
+        "density: kept / visible (query, key) pairs" + (", log scale" if logarithmic else ""),
+        "recall: attention mass kept",
+    )
+    notes: list[Bbox] = []
+    for t in _thetas_shown(first.thetas, 6):
+        _note(axes, at[:, t], f"theta {nats(float(first.thetas[t]))}", (-7, 6), BLUE, notes, bold=t == 0)
+    numbers = 0
+    if len(profiles) <= 12:
+        numbers = sum(
+            _note(axes, mark, str(p.head), (9, -10), MUTED, notes) for p, mark in zip(profiles, marks, strict=True)
+        )
+    numbered = ", with its number" if numbers else ""
+    theta_0 = nats(float(first.thetas[0]))
+    handles = [
+        Line2D(
+            [],
+            [],
+            color=SKY,
+            linewidth=1.2,
+            marker="o",
+            markersize=4,
+            label=f"a head; dot at theta {theta_0}{numbered}",
+        ),
+        Line2D(
+            [],
+            [],
+            color=BLUE,
+            linewidth=2.6,
+            marker="o",
+            markersize=6,
+            label="mean of heads, one theta for all",
+        ),
+        Line2D(
+            [],
+            [],
+            color=ORANGE,
+            linewidth=2.0,
+            linestyle=(0, (5, 2)),
+            label="stripe oracle at the same mean density",
+        ),
+        Line2D([], [], color=MUTED, linewidth=0.9, linestyle=":", label=f"target recall {target_recall:g}"),
+    ]
+    legend(axes, handles=handles, loc="lower right")
+    return figure
+
+
+def recall_by_position(profiles: Sequence[HeadProfile]) -> Figure:
+    """Recall of the queries by their position: each head of a layer at the first theta, and the mean at every theta.
+
+    Raises:
+        InputError: no profile, or profiles of different prompts or thetas.
+    """
+    first = _same(profiles)
+    edges, rows = shown_positions(first.position_edges, np.stack([p.position_recall for p in profiles]))
+    mean = rows.mean(0)
+    last = float(np.mean([p.recall_last[0] for p in profiles]))
+    worst = min(profiles, key=lambda p: float(p.recall_p05[0]))
+    title = f"Recall by query position: {short_name(first.prompt)}, layer {first.layer}"
+    subtitle = (
+        f"{setting(first)}  |  mean recall of the last block {share(last)}  |  "
+        f"worst 5% of queries: head {worst.head}, recall {share(float(worst.recall_p05[0]))} or less"
+    )
+    figure = new_figure(9.6, 4.8, title, subtitle)
+    axes = figure.subplots()
+    for row in rows:
+        axes.stairs(row[0], edges, baseline=None, color=SKY, linewidth=0.8, alpha=0.7)
+    shown = _thetas_shown(first.thetas)
+    shades = [BLUE, GREEN, ORANGE, RED]
+    handles = [Line2D([], [], color=SKY, linewidth=1.0, label=f"a head at theta {nats(float(first.thetas[0]))}")]
+    for shade, t in zip(shades, shown, strict=False):
+        axes.stairs(
+            mean[t],
+            edges,
+            baseline=None,
+            color=shade,
+            linewidth=2.4 if t == 0 else 1.3,
+            zorder=4 if t == 0 else 3,
+        )
+        text = f"mean of heads at theta {nats(float(first.thetas[t]))}"
+        handles.append(Line2D([], [], color=shade, linewidth=2.4 if t == 0 else 1.3, label=text))
+    low = min(float(rows[:, 0].min()), float(mean[shown].min()))
+    floor = min(0.9, max(0.0, math.floor((low - 0.02) * 10) / 10))
+    axes.set_ylim(floor, 1 + 0.02 * (1 - floor))
+    axes.set_xlim(0, first.tokens)
+    token_ticks(axes, x=True, count=8)
+    tidy(axes)
+    label(axes, "query position (tokens)", "recall: attention mass kept")
+    legend(figure, handles=handles, loc="outside lower left", ncols=3, borderaxespad=0.4)
+    return figure
+
+
+def mean_curve(profiles: Sequence[HeadProfile]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Theta, mean density and mean recall of several heads that share one theta, each (points,) float64.
+
+    Heads may have been measured on different theta grids: each contributes its largest grid point that is not above
+    theta, which it reaches for certain.
+    """
+    theta = np.unique(np.concatenate([p.curve_theta for p in profiles]))
+    density, recall = np.zeros(theta.size), np.zeros(theta.size)
+    for p in profiles:
+        at = np.searchsorted(p.curve_theta, theta, side="right") - 1
+        density += p.curve_pairs[at] / p.visible_pairs
+        recall += p.curve_recall[at]
+    return theta, density / len(profiles), recall / len(profiles)
+
+
+def pooled_oracle(profiles: Sequence[HeadProfile]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean density and mean recall of the stripe oracle that shares one budget of pairs out over several heads.
+
+    Each head's oracle runs by falling mass per pair, so taking the steepest remaining piece of any head is optimal.
+    """
+    cost = np.concatenate([np.diff(p.oracle_pairs / p.visible_pairs) for p in profiles])
+    gain = np.concatenate([np.diff(p.oracle_recall) for p in profiles])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        steepest = np.argsort(-np.where(cost > 0, gain / cost, np.inf), kind="stable")
+    start = np.array([[p.oracle_pairs[0] / p.visible_pairs, p.oracle_recall[0]] for p in profiles]).mean(0)
+    grown = np.stack([cost, gain])[:, steepest].cumsum(1) / len(profiles)
+    return np.append(start[0], start[0] + grown[0]), np.append(start[1], start[1] + grown[1])
+
+
+_ALONE, _DENSE = "#cfe8f7", "#4d4d4d"  # cells of the theta grid whose theta is -inf or +inf
+
+
+def _same(profiles: Sequence[HeadProfile]) -> HeadProfile:
+    """The first profile, after checking that all share prompt, length, thetas and anchor parameters."""
+    if not profiles:
+        raise InputError("no head profiles to draw")
+    first = profiles[0]
+    for p in profiles:
+        if (p.prompt, p.tokens, p.params) != (first.prompt, first.tokens, first.params):
+            raise InputError("profiles in one figure must share the prompt, its length and the anchor parameters")
+        if not np.array_equal(p.thetas, first.thetas) or not np.array_equal(p.position_edges, first.position_edges):
+            raise InputError("profiles in one figure must share the thetas and position bins")
+    return first
+
+
+def _or_none(value: float | None) -> str:
+    return "not reached" if value is None else share(value)
+
+
+def _crossing(density: np.ndarray, recall: np.ndarray, target: float) -> float | None:
+    """Density at which a rising curve first has this recall, linear between points."""
+    reached = np.flatnonzero(recall >= target)
+    if reached.size == 0:
+        return None
+    i = int(reached[0])
+    return float(density[0]) if i == 0 else float(np.interp(target, recall[i - 1 : i + 1], density[i - 1 : i + 1]))
+
+
+def _grid(
+    axes: Axes, values: np.ndarray, title: str, cmap: str, span: tuple[float, float], *, up: bool = False
+) -> None:
+    """One grid with its own color bar; numbers in the cells where they fit.
+
+    Shares are rounded down (0.997 is not "1.00": something is missed), a theta up (`up`), so that it still suffices.
+    """
+    colors = matplotlib.colormaps[cmap]
+    norm = Normalize(*span)
+    image = colors(norm(np.where(np.isfinite(values), values, span[0])))
+    image[np.isnan(values)] = to_rgba(PAPER)
+    image[np.isneginf(values)] = to_rgba(_ALONE)
+    image[np.isposinf(values)] = to_rgba(_DENSE)
+    paint(axes, image)
+    axes.set_title(title, size=TEXT, color=INK, loc="left", pad=6)
+    if values.shape[1] <= 10 and values.shape[0] <= 32:
+        known = {at: float(value) for at, value in np.ndenumerate(values) if not np.isnan(value)}
+        write_cells(axes, image, {at: _digits(value, up=up) for at, value in known.items()})
+    bar = axes.figure.colorbar(
+        ScalarMappable(norm, colors), ax=axes, orientation="horizontal", fraction=0.05, pad=0.02, aspect=34
+    )
+    bar.ax.tick_params(labelsize=SMALL, length=3)
+    bar.outline.set_visible(False)
+
+
+def _digits(value: float, *, up: bool) -> str:
+    """A share rounded down to two digits, or (`up`) a theta rounded up to one."""
+    if not math.isfinite(value):
+        return nats(value)
+    return f"{math.ceil(value * 10 - 1e-6) / 10:.1f}" if up else f"{math.floor(value * 100 + 1e-6) / 100:.2f}"
+
+
+def _thetas_shown(thetas: np.ndarray, most: int = 4) -> list[int]:
+    """Indices of the first theta and a few others spread over the range asked."""
+    others = sorted(range(1, thetas.size), key=lambda t: float(thetas[t]))
+    if len(others) > most - 1:
+        others = [others[round(i)] for i in np.linspace(0, len(others) - 1, most - 1)]
+    return [0, *others]
+
+
+def _note(
+    axes: Axes,
+    at: np.ndarray,
+    text: str,
+    shift: tuple[int, int],
+    color: str,
+    taken: list[Bbox],
+    *,
+    bold: bool = False,
+) -> bool:
+    """A small text beside a data point, `shift` in points, unless it would touch one in `taken` (pixels)."""
+    pixel = axes.figure.dpi / 72
+    right, bottom = axes.transData.transform(at) + np.array(shift) * pixel
+    # widths are estimated: measuring would need a renderer, and a letter more or less does not matter here
+    box = Bbox.from_extents(right - 0.62 * SMALL * pixel * len(text), bottom, right, bottom + SMALL * pixel)
+    if any(box.overlaps(other) for other in taken):
+        return False
+    taken.append(box)
+    axes.annotate(
+        text,
+        (float(at[0]), float(at[1])),
+        xytext=shift,
+        textcoords="offset points",
+        ha="right",
+        size=SMALL,
+        color=color,
+        weight="bold" if bold else "normal",
+        zorder=8,
+        bbox={"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.75},
+    )
+    return True

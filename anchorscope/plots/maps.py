@@ -1,0 +1,91 @@
+"""Maps of cells (layers x heads, lengths x depths): rows and columns, and cells painted with their numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.axes._secondary_axes import SecondaryAxis
+
+from anchorscope.plots.style import INK, SMALL, label
+
+FIGURES = 7.5  # points of the number in a cell
+
+
+class LayerHead:
+    """Rows and columns of a layer x head map.
+
+    Args:
+        cells: (layer, query head) of every head, in any order.
+        kv_heads: kv head of each query head, by query head; None where it is not known.
+    """
+
+    def __init__(self, cells: Iterable[tuple[int, int]], kv_heads: Mapping[int, int] | None = None) -> None:
+        cells = list(cells)
+        self.layers = sorted({layer for layer, _ in cells})
+        self.heads = sorted({head for _, head in cells})
+        owner = kv_heads or {}
+        # Column edges between query heads of different kv heads; none when every head has its own.
+        several = 1 < len(set(owner.values())) < len(owner)
+        self.breaks = [
+            i - 0.5 for i in range(1, len(self.heads)) if several and owner[self.heads[i]] != owner[self.heads[i - 1]]
+        ]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Layers and heads."""
+        return len(self.layers), len(self.heads)
+
+    def cell(self, layer: int, head: int) -> tuple[int, int]:
+        """Row and column of a head."""
+        return self.layers.index(layer), self.heads.index(head)
+
+    def fill(self, values: Iterable[tuple[int, int, float]]) -> np.ndarray:
+        """(layer, head, value) as a grid, NaN where nothing is known."""
+        grid = np.full(self.shape, math.nan)
+        for layer, head, value in values:
+            grid[self.cell(layer, head)] = value
+        return grid
+
+    def row_height(self, least: float, page: float) -> float:
+        """Inches per layer: numbers must fit into few layers, and many layers must fit on `page` inches."""
+        return 0.42 if len(self.layers) <= 8 else max(least, min(0.42, page / len(self.layers)))
+
+    def ticks(self, axes: Axes, *, most: tuple[int, int] = (16, 16), color: str = INK) -> None:
+        """Layer and head numbers, at most about `most` of each, and axis labels."""
+        for axis, numbers, limit in ((axes.yaxis, self.layers, most[0]), (axes.xaxis, self.heads, most[1])):
+            stride = math.ceil(len(numbers) / limit)
+            stride = stride if stride <= 2 else 4 * math.ceil(stride / 4)
+            axis.set_ticks(range(0, len(numbers), stride), [str(x) for x in numbers[::stride]])
+        bare(axes, color)
+        label(axes, "query head", "layer")
+
+    def kv_lines(self, axes: Axes, *, wide: float = 2.0, narrow: float = 1.0) -> None:
+        """White lines between the query heads of different kv heads, `wide` points where heads are few."""
+        for at in self.breaks:
+            axes.axvline(at, color="white", linewidth=wide if len(self.heads) <= 16 else narrow)
+
+
+def bare(axes: Axes | SecondaryAxis, color: str = INK) -> None:
+    """Small numbers without ticks, and no box."""
+    axes.tick_params(labelsize=SMALL, length=0, colors=color)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def ink_on(background: Sequence[float] | np.ndarray) -> str:
+    """The ink that is readable on a color (r, g, b, ...), by its luma."""
+    return "white" if float(np.dot(np.asarray(background)[:3], (0.299, 0.587, 0.114))) < 0.55 else INK
+
+
+def paint(axes: Axes, image: np.ndarray) -> None:
+    """Draw cells (rows, columns, 4) as they are, without blending neighbors."""
+    axes.imshow(image, aspect="auto", interpolation="nearest")
+
+
+def write_cells(axes: Axes, image: np.ndarray, texts: Mapping[tuple[int, int], str], *, size: float = FIGURES) -> None:
+    """Write a text into each of the cells named by (row, column), in ink that is readable there."""
+    for (row, column), text in texts.items():
+        axes.text(column, row, text, size=size, ha="center", va="center", color=ink_on(image[row, column]))
