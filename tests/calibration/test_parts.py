@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from synthetic import make_profile
 
 from anchorscope.calibration.choose import Problem, Setting, reach
 from anchorscope.calibration.costs import Costs, by_density
@@ -16,8 +17,6 @@ from anchorscope.calibration.outcome import Outcome, against_one_theta, gain, le
 from anchorscope.calibration.sources import Prompt, hold_out, labels, parse_groups, same_text
 from anchorscope.errors import InputError
 from anchorscope.params import AnchorParams
-
-from synthetic import make_profile
 
 BENCH = Path(__file__).parents[2] / "docs" / "benchmarks" / "h100" / "bench.json"
 SMALL, LARGE = AnchorParams(64, 8), AnchorParams(128, 16)

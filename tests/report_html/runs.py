@@ -8,6 +8,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from synthetic import make_profile
+
 from anchorscope.analysis.tables import (
     CURVES_COLUMNS,
     HEADS_COLUMNS,
@@ -18,8 +20,6 @@ from anchorscope.analysis.tables import (
 )
 from anchorscope.files import csv_text
 from anchorscope.profiles import HeadProfile, profile_filename
-
-from synthetic import make_profile
 
 IDENTITY = "0" * 64
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import os
 import subprocess
 import sys
@@ -141,3 +142,18 @@ def test_lazy_names_resolve():
         assert getattr(anchorscope, name) is not None
     with pytest.raises(AttributeError, match="nonsense"):
         _ = anchorscope.nonsense
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "home"),
+    [
+        ("anchorscope.report", "draw_all", "anchorscope.plots.draw"),
+        ("anchorscope.kernels.profile", "dense_lse", "anchorscope.kernels.dense_lse"),
+    ],
+)
+def test_names_that_moved_still_work(module, name, home):
+    old = importlib.import_module(module)
+    with pytest.warns(DeprecationWarning, match=home):
+        assert getattr(old, name) is getattr(importlib.import_module(home), name)
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = old.nonsense
