@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from anchorscope.capture.gguf_config import Gguf, agree
+from anchorscope.capture.gguf_metadata import open_gguf
 from anchorscope.capture.sources import guarded, load_tokenizer, locate, no_conversion
 from anchorscope.capture.weights import check_materialised, check_report
 from anchorscope.devices import resolve_device
@@ -97,8 +99,10 @@ def load_model(
     common = {**place.options, "trust_remote_code": trust_remote_code}
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    file = None if place.gguf is None else Gguf.read(open_gguf(place.gguf), place.gguf)
     config = guarded(place, lambda: AutoConfig.from_pretrained(place.folder, **common))
     check_config(config, source)
+    metadata = {} if file is None else agree(config, file)
     tokenizer = load_tokenizer(place, common, notify)
 
     def weights() -> tuple[PreTrainedModel, dict[str, Any]]:
@@ -124,7 +128,7 @@ def load_model(
         tokenizer,
         place.name,
         getattr(config, "_commit_hash", None) or revision,
-        {"unexpected": unexpected, "metadata": {}},
+        {"unexpected": unexpected, "metadata": metadata},
     )
 
 
