@@ -1,23 +1,27 @@
 """See or replace every attention call of a transformers model: `divert`, and `intercept` on top of it.
 
 Transformers lets a model name its attention function (`AttentionInterface`) and the function that builds its masks
-(`AttentionMaskInterface`). While the context is open, the model's configs name private functions of each kind. The
+(`AttentionMaskInterface`). While a context is open, the model's configs name private functions of each kind. The
 mask function delegates to exactly the function the model would have called, with the same arguments; the attention
 function hands the call to `attend` together with the model's own function, ready to be called. `intercept` calls it
 and looks at the result, so the model's logits stay equal bit for bit. Registering the mask function is not optional:
 without it transformers builds no mask at all, and sliding windows and chunked prefill are silently wrong. Delegates
-run under the model's own implementation name, since some of them look it up in the config again.
+see the model's own implementation name, since some of them look it up in the config again.
 
-Nothing happens at import; names and registrations are restored in `finally`.
+Which contexts a call passes is decided by its module: the open contexts of the models that hold it, in the order in
+which they were opened. So contexts may be left in any order, and the last one to leave gives the configs their own
+names back. A private name copies and pickles as the model's own: a copy made inside a context is an ordinary model.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
+import copy
 import sys
+import threading
+import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from anchorscope.errors import InputError, MissingBackendError
@@ -26,8 +30,10 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PretrainedConfig, PreTrainedModel
 
-_ids = itertools.count()
 _beneath: dict[str, str] = {}  # names registered here -> the implementation that each stands in front of
+_lock = threading.RLock()  # guards what follows
+_open: list[_Context] = []  # the open contexts, in the order in which they were opened
+_named: dict[int, tuple[PretrainedConfig, int]] = {}  # id of a config with a private name -> it, and its contexts
 
 
 @dataclass(frozen=True)
@@ -90,8 +96,7 @@ def intercept(model: PreTrainedModel, sink: Callable[[AttentionCall], None]) -> 
     call the sink. Contexts may be nested and used for several models at once.
 
     Raises:
-        MissingBackendError: transformers is not installed.
-        InputError: the model does not name an attention implementation at all.
+        MissingBackendError, InputError: as `divert`.
     """
 
     def attend(call: AttentionInputs, own: Own) -> Any:
@@ -107,26 +112,141 @@ def intercept(model: PreTrainedModel, sink: Callable[[AttentionCall], None]) -> 
 def divert(model: PreTrainedModel, attend: Attend) -> Iterator[None]:
     """Let `attend` answer every attention call that `model` makes inside the context.
 
-    Of nested contexts the innermost is asked first, and its `own` leads to the next.
+    Of several contexts on one model the last one opened is asked first, and its `own` leads to the one before. They may
+    be left in any order.
 
     Raises:
         MissingBackendError: transformers is not installed.
-        InputError: the model does not name an attention implementation at all.
+        InputError: the model does not name an attention implementation at all; another thread has a context open on
+            it; its implementation was changed inside the context.
     """
-    with contextlib.ExitStack() as stack:
-        private: dict[str, str] = {}
-        for config in list(_configs(model)):
-            name = config._attn_implementation
-            if name not in private:
-                # "flash" stays in the private name where it was: transformers chooses unpadded inputs by that substring
-                private[name] = f"anchorscope_{'flash_' if 'flash' in name else ''}{next(_ids)}"
-                stack.callback(_unregister, private[name])
-                register(private[name], attend, name)
-            stack.callback(setattr, config, "_attn_implementation_internal", name)
-            config._attn_implementation_internal = private[name]
-        if not private:
-            raise InputError(f"{type(model).__name__} names no attention implementation: its attention cannot be seen")
+    context = _Context(model, attend)
+    context.enter()
+    try:
         yield
+    except BaseException:
+        context.leave()
+        raise
+    changed = context.leave()
+    if changed is not None:
+        raise InputError(
+            f"the attention implementation of {type(model).__name__} was changed to {changed!r} inside a context that"
+            " watches or replaces its attention, so later calls were not seen: change it outside"
+        )
+
+
+class _Name(str):
+    """A private implementation name. Copies and pickles of it are `own`, the name that it stands in front of."""
+
+    __slots__ = ("own",)
+    own: str
+
+    def __deepcopy__(self, memo: Any) -> str:
+        return self.own
+
+    def __reduce__(self) -> Any:
+        return str, (self.own,)
+
+
+class _Context:
+    """One open `divert`: whose modules it covers and who answers their calls."""
+
+    def __init__(self, model: PreTrainedModel, attend: Attend) -> None:
+        self.model, self.attend = model, attend
+        self.thread = threading.get_ident()
+        self.configs: list[PretrainedConfig] = []
+        self._modules: set[int] = set()
+        self._others: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+    def enter(self) -> None:
+        """Open the context.
+
+        Raises:
+            MissingBackendError, InputError: see `divert`; nothing has changed then.
+        """
+        self._modules = {id(module) for module in self.model.modules()}
+        names: dict[str, _Name] = {}
+        with _lock:
+            for other in _open:
+                if other.thread != self.thread and other._modules & self._modules:
+                    raise InputError(
+                        f"another thread has a context open on this {type(self.model).__name__}: a model's attention"
+                        " can be watched or replaced by one thread at a time (leave that context first, or take a copy"
+                        " of the model)"
+                    )
+            self.configs = list(_configs(self.model))
+            for config in self.configs:
+                name = config._attn_implementation
+                if not isinstance(name, _Name):
+                    names[name] = _private(name)
+            if not self.configs:
+                raise InputError(
+                    f"{type(self.model).__name__} names no attention implementation: its attention cannot be seen"
+                )
+            for config in self.configs:
+                name = config._attn_implementation
+                config._attn_implementation_internal = names.get(name, name)
+                _named[id(config)] = config, _named.get(id(config), (config, 0))[1] + 1
+            _open.append(self)
+
+    def leave(self) -> str | None:
+        """Close the context; returns the implementation that a config names instead of the private one, if any does."""
+        changed = None
+        with _lock:
+            _open.remove(self)
+            for config in self.configs:
+                _, count = _named.pop(id(config))
+                name = config._attn_implementation
+                if not isinstance(name, _Name):
+                    changed = name
+                elif count == 1:
+                    config._attn_implementation_internal = name.own
+                if count > 1:
+                    _named[id(config)] = config, count - 1
+        return changed
+
+    def covers(self, module: nn.Module) -> bool:
+        """Whether the module is a part of the model, also one that was put in after the context was opened."""
+        if id(module) in self._modules:
+            return True
+        if module in self._others:
+            return False
+        self._modules.update(id(x) for x in self.model.modules())
+        if id(module) not in self._modules:
+            self._others.add(module)
+        return id(module) in self._modules
+
+
+def _private(implementation: str) -> _Name:
+    """The private name in front of an implementation, registered."""
+    # "flash" stays in it where it was: transformers chooses unpadded inputs by that substring
+    name = _Name(f"anchorscope_in_front_of_{implementation}")
+    name.own = implementation
+
+    def dispatch(call: AttentionInputs, own: Own) -> Any:
+        module = call.module
+        with _lock:
+            attends = [context.attend for context in _open if context.covers(module)]
+            if not attends and _open and getattr(module, "_is_replica", False):
+                raise InputError(f"{call.name} is a replica (DataParallel), which is not seen: run the model itself")
+        return _through(attends, call, own)
+
+    if name not in _beneath:
+        register(name, dispatch, implementation)
+    return name
+
+
+def _through(attends: list[Attend], call: AttentionInputs, own: Own) -> Any:
+    """Ask the last of `attends`, whose own attention is the others'."""
+    if not attends:
+        return own(call.q, call.k, call.v)
+
+    def beneath(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        if len(attends) == 1:
+            return own(q, k, v)
+        return _through(attends[:-1], replace(call, q=q, k=k, v=v), own)
+
+    return attends[-1](call, beneath)
 
 
 def register(name: str, attend: Attend, implementation: str) -> None:
@@ -142,17 +262,6 @@ def register(name: str, attend: Attend, implementation: str) -> None:
     if implementation != "eager" and implementation not in interface._global_mapping:
         raise InputError(f"transformers knows no attention implementation {implementation!r}; use eager or sdpa")
 
-    @contextlib.contextmanager
-    def as_before(config: PretrainedConfig | None) -> Iterator[None]:
-        hidden = getattr(config, "_attn_implementation_internal", None)
-        if config is not None:
-            config._attn_implementation_internal = implementation
-        try:
-            yield
-        finally:
-            if config is not None:
-                config._attn_implementation_internal = hidden
-
     @torch.compiler.disable
     def attention(
         module: nn.Module,
@@ -164,8 +273,8 @@ def register(name: str, attend: Attend, implementation: str) -> None:
         **options: Any,
     ) -> Any:
         def own(q: Tensor, k: Tensor, v: Tensor) -> Any:
-            with as_before(getattr(module, "config", None)):
-                return _delegate(module, implementation)(module, q, k, v, attention_mask, *args, **options)
+            function = _delegate(module, implementation)
+            return function(_AsBefore.of(module, implementation), q, k, v, attention_mask, *args, **options)
 
         scale = options.get("scaling")
         call = AttentionInputs(
@@ -182,9 +291,10 @@ def register(name: str, attend: Attend, implementation: str) -> None:
         return attend(call, own)
 
     def mask(*args: Any, **options: Any) -> Any:
-        with as_before(options.get("config")):
-            build: Any = masks._global_mapping[implementation]
-            return build(*args, **options)
+        if options.get("config") is not None:
+            options["config"] = _named_config(options["config"], implementation)
+        build: Any = masks._global_mapping[implementation]
+        return build(*args, **options)
 
     interface.register(name, attention)
     # an implementation without a mask function gets none, before and now
@@ -193,7 +303,32 @@ def register(name: str, attend: Attend, implementation: str) -> None:
     _beneath[name] = implementation
 
 
+class _AsBefore:
+    """A module whose config names another implementation, without a change to the config that other threads read."""
+
+    def __init__(self, module: nn.Module, implementation: str) -> None:
+        self._module = module
+        self.config = _named_config(module.config, implementation)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+    @classmethod
+    def of(cls, module: nn.Module, implementation: str) -> Any:
+        """The module itself where no delegate looks the name up, or where the next one comes from here too."""
+        plain = implementation in ("eager", "sdpa", *_beneath) or getattr(module, "config", None) is None
+        return module if plain else cls(module, implementation)
+
+
+def _named_config(config: Any, implementation: str) -> Any:
+    """A shallow copy of a config that names `implementation`."""
+    config = copy.copy(config)
+    config._attn_implementation_internal = implementation
+    return config
+
+
 def _unregister(name: str) -> None:
+    """Take a name back that `register` gave."""
     for interface in _interfaces():
         interface._global_mapping.pop(name, None)
     _beneath.pop(name, None)

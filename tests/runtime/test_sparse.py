@@ -268,15 +268,11 @@ def test_two_models_at_once(model: Any) -> None:
 
 
 def test_restored_after_an_exception(model: Any) -> None:
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface
-
-    own, names = logits(model, ids()), set(AttentionInterface._global_mapping)
+    own = logits(model, ids())
     with pytest.raises(IndexError), sparse_attention(model, everywhere(model, 0.5)):
         logits(model, ids() + 97)  # no such tokens
+    assert type(model.config._attn_implementation) is str
     assert model.config._attn_implementation == "sdpa"
-    assert set(AttentionInterface._global_mapping) == names
-    assert not any("anchorscope_" in name for name in AttentionMaskInterface._global_mapping)
     assert torch.equal(logits(model, ids()), own)
 
 
