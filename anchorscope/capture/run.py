@@ -15,6 +15,7 @@ import torch
 
 from anchorscope.capture.hook import AttentionCall, intercept
 from anchorscope.capture.kvcache import cache_option, result_cache
+from anchorscope.capture.language import language_only
 from anchorscope.capture.memory import Curve, free_bytes, logits_bytes, prefill_curve, weight_bytes
 from anchorscope.capture.models import (
     LoadedModel,
@@ -205,7 +206,7 @@ def capture_model(
                     on_layer=report,
                 )
                 try:
-                    with intercept(net, recorder), scores or contextlib.nullcontext():
+                    with intercept(net, language_only(net, recorder)), scores or contextlib.nullcontext():
                         if left or scores is not None:
                             prefill(net, prompt.token_ids, chunk=chunk)
                 except LayersDone:
@@ -263,7 +264,7 @@ def probe(model: PreTrainedModel, token_ids: Sequence[int], layers: Sequence[int
         InputError: no layer does, or a wanted one cannot be represented by Q, K and V.
     """
     sink = ShapeProbe()
-    with intercept(model, sink):
+    with intercept(model, language_only(model, sink)):
         prefill(model, token_ids)
     for layer, reason in sorted(sink.refused.items()):
         if layers is None or layer in layers:
@@ -292,7 +293,7 @@ def check_chunking(model: PreTrainedModel, token_ids: Sequence[int], layers: Seq
             if call.layer in seen:
                 seen[call.layer].append(call.q[0].float().cpu())
 
-        with intercept(model, keep):
+        with intercept(model, language_only(model, keep)):
             prefill(model, token_ids, chunk=piece)
         runs.append({layer: torch.cat(parts, 1) for layer, parts in seen.items()})
     tolerance = CHUNKED_TOLERANCE.get(model.dtype, 0.1)

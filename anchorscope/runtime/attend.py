@@ -13,14 +13,16 @@ from torch import Tensor
 from anchorscope.anchors import LayerAnchors
 from anchorscope.capture.check import Unrepresentable, check_inputs, softcap_of
 from anchorscope.capture.hook import AttentionInputs, Own
+from anchorscope.capture.language import Language, bidirectional
 from anchorscope.devices import resolve_backend_name
 from anchorscope.errors import InputError
 from anchorscope.kernels import torch_backend
 from anchorscope.kernels.pipeline import Attention, anchor_attention
-from anchorscope.runtime.masks import View, Views, assumed, window_of
-from anchorscope.runtime.pairs import has_candidates, region_pairs, stripe_pairs, visible_pairs
-from anchorscope.runtime.pieces import Heads, Piece, pieces_of, split_heads
+from anchorscope.runtime.masks import View, Views, assumed, shown_pairs, window_of
+from anchorscope.runtime.pairs import region_pairs, stripe_pairs, visible_pairs
+from anchorscope.runtime.pieces import Heads, Piece, pieces_of, runs_sparse, split_heads, split_tail
 from anchorscope.runtime.plan import Plan, cannot
+from anchorscope.runtime.speculation import candidates
 from anchorscope.runtime.usage import LayerUse, Tally
 
 # What contexts around the one at work may do with a call: anything, only count it, or nothing (a trial run).
@@ -57,12 +59,13 @@ class _Pipeline(NamedTuple):
     window: int | None
     backend: str
 
-    def run(self, heads: Heads, piece: Piece) -> Attention:
-        """Sparse attention of some heads and rows."""
+    def run(self, heads: Heads, piece: Piece, *, keep: bool = False) -> Attention:
+        """Sparse attention of some heads and rows; `keep` every key where the rows are to run dense."""
         q, k, v, place = self._inputs(heads, piece)
         p = self.anchors.params
         shape = {"block": p.block, "step": p.step, "init": p.init, "lookback": p.lookback}
         theta = heads.theta.expand(piece.prompts, -1)
+        theta = torch.full_like(theta, torch.inf) if keep else theta
         try:
             return anchor_attention(q, k, v, theta=theta, backend=self.backend, **shape, **place)
         except ValueError as error:
@@ -96,9 +99,14 @@ class SparseRun:
         plan: which heads run how; None leaves everything to the model and only counts.
         backend: "auto", "torch" or "triton".
         measure: compute the recall of every sparse call, by a second exact pass over all keys.
+        language: what of the model is its language model; by default told by each call alone.
     """
 
-    def __init__(self, plan: Plan | None, backend: str = "auto", measure: bool = False) -> None:
+    def __init__(
+        self, plan: Plan | None, backend: str = "auto", measure: bool = False, language: Language | None = None
+    ) -> None:
+        self._language = language or Language(None)
+        self._left_out: set[str] = set()
         self._plan = plan
         self._backend = backend
         self._measure = measure
@@ -110,9 +118,18 @@ class SparseRun:
         """What every layer did since the start or the last `reset`, in ascending order; waits for the GPU."""
         return [self._tallies[layer].use(layer) for layer in sorted(self._tallies)]
 
+    def left_out(self) -> list[str]:
+        """Classes of attention that ran as it is and is in no layer's count: of other towers, across, or both-sided."""
+        return sorted(self._left_out)
+
     def reset(self) -> None:
         """Count from zero again."""
         self._tallies.clear()
+        self._left_out.clear()
+
+    def foreign(self, call: AttentionInputs) -> bool:
+        """Whether a call is left to the model and out of the counts: no self-attention of the language model."""
+        return self._language.foreign(call)
 
     def attend(self, call: AttentionInputs, own: Own) -> Any:
         """Answer one call of the model: see `anchorscope.capture.hook.Attend`.
@@ -122,6 +139,9 @@ class SparseRun:
         """
         may = _outer.get()
         if may == "pass" or (may == "count" and self._plan is not None):
+            return own(call.q, call.k, call.v)
+        if self.foreign(call):
+            self._left_out.add(type(call.module).__name__)
             return own(call.q, call.k, call.v)
         if self._plan is None:
             return self._dense(call, own)
@@ -142,39 +162,64 @@ class SparseRun:
         return self._tallies.setdefault(-1 if call.layer is None else call.layer, Tally())
 
     def _dense(self, call: AttentionInputs, own: Own, view: View | None = None) -> Any:
-        """Leave a call to the model, and count it by its shapes, or by `view` where that is known."""
+        """Leave a call to the model, and count it by `view`, or by its mask."""
         _, heads, n, _ = call.q.shape
         if n == 1:
             return own(call.q, call.k, call.v)
         window = window_of(call)
+        found = self._counted(call, view, window)
+        if found is None:
+            self._left_out.add(type(call.module).__name__)
+            return own(call.q, call.k, call.v)
         tally = self._tally(call)
         with tally.clock.running(call.q.device):
             result = own(call.q, call.k, call.v)
-        for piece in pieces_of(view or assumed(call), n):
-            tally.queries += piece.prompts * piece.size
-            pairs = piece.prompts * heads * visible_pairs(piece.size, piece.offset, window)
-            tally.visible += pairs
-            tally.kept += pairs
+        tally.queries += found[0]
+        tally.visible += heads * found[1]
+        tally.kept += heads * found[1]
         tally.calls += 1
         return result
 
+    def _counted(self, call: AttentionInputs, view: View | None, window: int | None) -> tuple[int, int] | None:
+        """Queries of a dense call and the pairs that one head computes; None if it is not causal at all."""
+        if bidirectional(call):
+            return None
+        try:
+            pieces = pieces_of(view or self._views(call, window), call.q.shape[2])
+        except Unrepresentable:
+            if isinstance(call.mask, Tensor) and call.mask.ndim == 4:
+                return shown_pairs(call)
+            pieces = pieces_of(assumed(call), call.q.shape[2])
+        return (
+            sum(p.prompts * p.size for p in pieces),
+            sum(p.prompts * visible_pairs(p.size, p.offset, window) for p in pieces),
+        )
+
     def _planned(self, call: AttentionInputs, own: Own, anchors: LayerAnchors) -> Any:
-        """Run a call of a layer with anchors: sparse, unless that is dense anyway."""
-        check_inputs(call)
+        """Run a call of a layer with anchors: sparse, unless that is dense anyway, or is to be.
+
+        A piece of up to `block` queries behind a cache (candidates of speculative decoding, the last short chunk)
+        stays the model's own. As long a prompt without one is its own anchor region, hence dense anyway.
+        """
         n, keys = call.q.shape[2], call.k.shape[2]
+        if n <= anchors.params.block or candidates(call) == n:
+            return self._dense(call, own)
+        check_inputs(call)
         window = window_of(call)
         if window is not None and n < keys and keys - n >= window - 1:
             return self._dense(call, own)  # the cache may have dropped the first keys, and with them the anchors
         if call.options.get("output_attentions"):
             raise Unrepresentable(call, "it is asked for its attention weights (output_attentions)")
         view = self._views(call, window)
-        pieces = pieces_of(view, n)
+        pieces, verified = split_tail(pieces_of(view, n), n, candidates(call))
         device = call.q.device
         key = anchors, call.k.shape[1], device
         if key not in self._heads:
             self._heads[key] = split_heads(*key)
         sparse, dense = self._heads[key]
-        if sparse is None or not any(has_candidates(p.size, p.offset, anchors.params) for p in pieces):
+        runs = [runs_sparse(piece, anchors.params) for piece in pieces] + [False] * len(verified)
+        pieces += verified
+        if sparse is None or not any(runs):
             return self._dense(call, own, view)
 
         pipeline = _Pipeline(call, anchors, window, resolve_backend_name(self._backend, device))
@@ -182,7 +227,7 @@ class SparseRun:
             out = _room(call, pieces)
             if dense is not None:
                 dense.place(out, own(*dense.of(call.q, call.k, call.v))[0])
-            found = [pipeline.run(sparse, piece) for piece in pieces]
+            found = [pipeline.run(sparse, p, keep=not sparsely) for p, sparsely in zip(pieces, runs, strict=True)]
             for piece, attention in zip(pieces, found, strict=True):
                 sparse.place(out[piece.rows, piece.queries], attention.out.transpose(1, 2))
         self._count(pipeline, sparse, pieces, found)

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from anchorscope.capture.check import refuse, visible
+from anchorscope.capture.check import Unrepresentable, refuse, visible
 from anchorscope.capture.hook import AttentionInputs
+from anchorscope.capture.language import bidirectional
 
 CHUNK = 1 << 24  # elements of a mask compared at a time: bounds the extra memory
 
@@ -35,7 +36,8 @@ class Views:
     """`view` with a memory: the layers of a forward share their masks, which are compared once."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[int, int | None], tuple[weakref.ref[Tensor], View]] = {}
+        self._known: dict[tuple[int, int | None], tuple[weakref.ref[Tensor], View | str]] = {}
+        self._rising: weakref.ref[Tensor] | None = None  # position ids that were looked at
 
     def __call__(self, call: AttentionInputs, window: int | None) -> View:
         """The call's positions; `window` is its sliding window.
@@ -44,14 +46,33 @@ class Views:
             Unrepresentable: its mask is not causal with padding and at most that window.
         """
         if not isinstance(call.mask, Tensor) or call.mask.ndim != 4:
+            self._refuse_packed(call)
             return _unmasked(call)
         key = id(call.mask), window
-        if key in self._known and self._known[key][0]() is call.mask:
-            return self._known[key][1]
-        found = _masked(call, call.mask, window)
-        self._known = {k: known for k, known in self._known.items() if known[0]() is not None}
-        self._known[key] = weakref.ref(call.mask), found
+        mask, found = self._known.get(key, (None, None))
+        if found is None or mask is None or mask() is not call.mask:
+            try:
+                found = _masked(call, call.mask, window)
+            except Unrepresentable as error:
+                found = error.reason
+            self._known = {k: known for k, known in self._known.items() if known[0]() is not None}
+            self._known[key] = weakref.ref(call.mask), found
+        if isinstance(found, str):
+            raise refuse(call, found)
         return found
+
+    def _refuse_packed(self, call: AttentionInputs) -> None:
+        """FlashAttention takes a row for several prompts where its position ids (1, n) begin anew."""
+        positions = call.options.get("position_ids")
+        if "flash" not in call.implementation or call.mask is not None:
+            return
+        if not isinstance(positions, Tensor) or positions.ndim != 2:
+            return
+        if self._rising is not None and self._rising() is positions:
+            return
+        if len(positions) == 1 and bool((positions[:, 1:] <= positions[:, :-1]).any()):
+            raise refuse(call, "several prompts are packed into one row")
+        self._rising = weakref.ref(positions)
 
 
 def window_of(call: AttentionInputs) -> int | None:
@@ -75,9 +96,7 @@ def _unmasked(call: AttentionInputs) -> View:
     """A call without a mask, or with what FlashAttention takes instead: a (B, keys) tensor, one per real token."""
     batch, _, n, _ = call.q.shape
     keys = call.k.shape[2]
-    causal = call.options.get("is_causal")
-    causal = getattr(call.module, "is_causal", True) if causal is None else causal
-    if not causal or (call.implementation == "eager" and call.mask is None):
+    if bidirectional(call):
         raise refuse(call, "it is bidirectional (no causal mask)")
     if "flash" in call.implementation and isinstance(call.mask, Tensor) and call.mask.shape == (batch, keys):
         return View(keys - n, _runs(call, call.mask.bool()))
@@ -93,36 +112,77 @@ def _masked(call: AttentionInputs, mask: Tensor, window: int | None) -> View:
     keys = call.k.shape[2]
     if mask.shape[1] != 1 or mask.shape[0] not in (1, batch) or mask.shape[2:] != (n, keys):
         raise refuse(call, f"its mask {tuple(mask.shape)} is not one for all heads, of {n} queries and {keys} keys")
-    last = visible(call, mask[:, 0, -1])
-    if window is not None:
-        last = last.flip(-1).cummax(-1)[0].flip(-1)  # what the window hides of a prompt is no padding
-    spans = _runs(call, last)
-    # all keys belong to queries, except in a static cache, whose end is not filled yet
-    offset = 0 if n == keys else max(stop for _, stop in spans) - n
+    step = max(1, CHUNK // (len(mask) * keys))
+    parts = [(begin, mask[:, 0, begin : begin + step]) for begin in range(0, n, step)]
+    seen = torch.zeros(len(mask), keys, dtype=torch.bool, device=mask.device)
+    for _, part in parts:
+        seen |= visible(call, part).any(1)  # no single row shows a prompt whole: windows hide its beginning
+    spans = _runs(call, seen)
+    offset = 0 if n == keys else _first_position(call, mask, spans)
     bounds = torch.tensor(spans, device=mask.device)
     j = torch.arange(keys, device=mask.device)
     real = (j >= bounds[:, :1]) & (j < bounds[:, 1:])
     wrong = torch.zeros((), dtype=torch.bool, device=mask.device)
-    step = max(1, CHUNK // (len(mask) * keys))
-    for begin in range(0, n, step):
-        part = visible(call, mask[:, 0, begin : begin + step])
+    for begin, part in parts:
         i = torch.arange(begin, begin + part.shape[1], device=mask.device)[:, None] + offset
         expected = (j <= i) & real[:, None]
         if window is not None:
             expected &= i - j < window
-        wrong |= (part != expected).any()
+        wrong |= (visible(call, part) != expected).any()
     if offset < 0 or bool(wrong):
         kind = "(chunked, prefix or bidirectional attention, or several prompts in a row)"
         raise refuse(call, f"its mask is not causal with padding and at most a sliding window {kind}")
     return View(offset, spans * (batch // len(spans)))
 
 
+def _first_position(call: AttentionInputs, mask: Tensor, spans: tuple[tuple[int, int], ...]) -> int:
+    """Position of the first query among more keys than queries; a static cache has empty ones at its end.
+
+    The last key of a prompt is first seen by its own query, unless that came in an earlier call.
+    """
+    found = [0]
+    for row, (_, stop) in zip(mask[:, 0], spans, strict=True):
+        if stop:
+            found.append(stop - 1 - int(visible(call, row[:, stop - 1]).int().argmax()))
+    return max(found)
+
+
 def _runs(call: AttentionInputs, shown: Tensor) -> tuple[tuple[int, int], ...]:
-    """The stretch of shown keys [start, stop) in each row of a (B, keys) boolean."""
+    """The stretch of shown keys [start, stop) in each row of a (B, keys) boolean; (0, 0) where none is."""
     runs = []
     for row in shown.cpu():
         at = row.nonzero()[:, 0]
-        if not len(at) or int(at[-1]) - int(at[0]) + 1 != len(at):
-            raise refuse(call, "its mask hides tokens in the middle of a prompt, or all of it")
-        runs.append((int(at[0]), int(at[-1]) + 1))
+        if not len(at):
+            runs.append((0, 0))
+        elif int(at[-1]) - int(at[0]) + 1 != len(at):
+            raise refuse(call, "its mask hides tokens in the middle of a prompt")
+        else:
+            runs.append((int(at[0]), int(at[-1]) + 1))
     return tuple(runs)
+
+
+def shown_pairs(call: AttentionInputs) -> tuple[int, int] | None:
+    """Queries and the (query, key) pairs of one head that a mask (B or 1, 1 or H, n, keys) of any kind shows.
+
+    A query counts if it sees its own key, which padding does not. None for attention that is not causal at all: the
+    first query sees later keys, and all that the last one sees. Heads that see differently are counted by the first.
+    """
+    n, keys = call.q.shape[2], call.k.shape[2]
+    if call.mask.shape[2:] != (n, keys):
+        return None
+    queries = pairs = 0
+    for row in call.mask[:, 0]:
+        shown = row if row.dtype == torch.bool else row > torch.finfo(row.dtype).min / 2
+        at = shown.any(1).nonzero()[:, 0]
+        if not len(at):
+            continue
+        last = int(at[-1])  # of the queries that see anything: it stands at the last key that it sees
+        offset = 0 if n == keys else max(0, int(shown[last].nonzero()[-1, 0]) - last)
+        if n > 1 and bool(shown[0, offset + 1 :].any()) and not bool((shown[last] & ~shown[0]).any()):
+            return None
+        own = torch.arange(offset, offset + n, device=row.device).clamp(max=keys - 1)[:, None]
+        real = shown.gather(1, own)
+        queries += int(real.sum())
+        pairs += int((shown & real).sum())
+    repeat = call.q.shape[0] // len(call.mask)
+    return queries * repeat, pairs * repeat

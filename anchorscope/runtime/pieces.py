@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from anchorscope.anchors import LayerAnchors
+from anchorscope.params import AnchorParams
 from anchorscope.runtime.masks import View
+from anchorscope.runtime.pairs import has_candidates
 
 
 class Piece(NamedTuple):
@@ -49,6 +51,27 @@ def pieces_of(view: View, n: int) -> list[Piece]:
             place = slice(start, view.offset + last)
             found.append(Piece(row, slice(first, last), place, view.offset + first - start))
     return found
+
+
+def split_tail(pieces: list[Piece], n: int, tail: int) -> tuple[list[Piece], list[Piece]]:
+    """Pieces of a call's queries without its last `tail`, and pieces of those."""
+    before, after = [], []
+    for rows, queries, keys, offset in pieces:
+        here = max(queries.start, min(queries.stop, n - tail))
+        size = here - queries.start
+        if here > queries.start:
+            before.append(
+                Piece(rows, slice(queries.start, here), slice(keys.start, keys.start + offset + size), offset)
+            )
+        if here < queries.stop:
+            after.append(Piece(rows, slice(here, queries.stop), keys, offset + size))
+    return before, after
+
+
+def runs_sparse(piece: Piece, params: AnchorParams) -> bool:
+    """Whether a piece has keys to choose from, and is no short one (at most `block` queries) behind a cache."""
+    behind_cache = piece.offset > 0 and piece.size <= params.block
+    return not behind_cache and has_candidates(piece.size, piece.offset, params)
 
 
 class Heads(NamedTuple):

@@ -11,6 +11,7 @@ from anchorscope.anchors import AnchorConfig, LayerAnchors
 from anchorscope.capture import AttentionCall, intercept, model_facts, prefill
 from anchorscope.capture.check import Unrepresentable, check_call, check_output, softcap_of, visible_window
 from anchorscope.capture.hook import AttentionInputs
+from anchorscope.capture.language import Language
 from anchorscope.errors import InputError
 from anchorscope.params import AnchorParams
 
@@ -84,9 +85,17 @@ class Plan:
                 no softmax attention call, or one that Q, K and V do not determine.
         """
         self.check_facts(model_facts(model), force)
-        trial = _Trial()
-        with intercept(model, trial):
-            prefill(model, PROBE)
+        trial = _Trial(Language(model))
+        try:
+            with intercept(model, trial):
+                prefill(model, PROBE)
+        except (ValueError, TypeError, AttributeError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(
+                f"{type(model).__name__} cannot be tried on two tokens of text, so it cannot run sparse: it says"
+                f" {next(iter(str(error).splitlines()), type(error).__name__)!r}"
+            ) from error
         if not trial.seen:
             raise InputError(
                 f"{type(model).__name__} never called transformers' attention interface, so it cannot run sparse:"
@@ -108,11 +117,12 @@ class Plan:
 class _Trial:
     """A sink that keeps each layer's call and the reason why Q, K and V do not determine it, if there is one."""
 
-    def __init__(self) -> None:
+    def __init__(self, language: Language) -> None:
+        self._language = language
         self.seen: dict[int, tuple[AttentionCall, str | None]] = {}
 
     def __call__(self, call: AttentionCall) -> None:
-        if call.layer is None:
+        if call.layer is None or self._language.foreign(call):
             return
         reason = None
         if call.layer in self.seen:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from anchorscope.capture.hook import AttentionInputs, Own, divert, register
+from anchorscope.capture.language import Language
 from anchorscope.capture.models import require_transformers
 from anchorscope.capture.proof import prove_model
 from anchorscope.devices import BACKENDS
@@ -38,8 +39,9 @@ def sparse_attention(
             model.generate(**inputs)
         print([(x.layer, x.density) for x in run.layers()])
 
-    The model is tried on two tokens first. Contexts may be nested, where the innermost decides alone, and be open on
-    several models at once. What runs sparse and what dense is specified in docs/sparse.md.
+    The model is tried on two tokens first. Of several contexts on one model the last one opened decides alone; they may
+    be left in any order. Pieces of up to `block` queries behind a KV cache, and candidates of speculative decoding in
+    `generate`, are decoding and run dense. What runs sparse and what dense is specified in docs/sparse.md.
 
     Args:
         model: a loaded transformers model, compiled or not.
@@ -55,7 +57,8 @@ def sparse_attention(
     Raises:
         InputError: before the run, if the anchors do not fit the model or name attention that cannot run sparse, or
             weights of the model have no values (some that no checkpoint held are a warning);
-            during it, for calls that the kernels would compute wrongly (packed or bidirectional masks, dropout).
+            during it, for calls that the kernels would compute wrongly (packed or bidirectional masks, dropout). While
+            another thread has a context open on the model.
         MissingBackendError: transformers is missing, or there is no GPU for "triton".
     """
     require_transformers()
@@ -67,7 +70,7 @@ def sparse_attention(
     plan = Plan(config)
     with outer_contexts("pass"):
         plan.check(model, force)
-    run = SparseRun(plan, backend, measure)
+    run = SparseRun(plan, backend, measure, Language(model))
     with divert(model, run.attend):
         yield run
 
@@ -80,8 +83,9 @@ def attention_clock(model: PreTrainedModel) -> Iterator[SparseRun]:
         MissingBackendError: transformers is missing.
     """
     require_transformers()
-    run = SparseRun(None)
-    with divert(_loaded(model), run.attend):
+    model = _loaded(model)
+    run = SparseRun(None, language=Language(model))
+    with divert(model, run.attend):
         yield run
 
 
@@ -127,6 +131,8 @@ def register_attention(
     known: set[int] = set()
 
     def attend(call: AttentionInputs, own: Own) -> Any:
+        if run.foreign(call):
+            return run.attend(call, own)
         facts = getattr(call.module, "config", None)
         if id(facts) not in known:
             depth = getattr(facts, "num_hidden_layers", None)

@@ -13,7 +13,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LayerUse:
-    """What one layer did in its prefill calls (more than one query); decoding is not counted.
+    """What one layer did in its calls of more than one query; single tokens, which are decoding, are not counted.
+
+    Short pieces behind a cache (candidates of speculative decoding, a last chunk) are counted as what they are: dense.
 
     Attributes:
         layer: index of the layer.

@@ -1,0 +1,86 @@
+"""Which attention is a language model's causal self-attention: a model that sees or hears has other attention too.
+
+Towers for images and sound may number their layers from 0 as the text does, and cross-attention layers stand among
+those of the text. Neither is prefill of a prompt, so both are left out, by name.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from anchorscope.capture.hook import AttentionCall, AttentionInputs
+from anchorscope.capture.models import text_config
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+TOWERS = ("vision", "audio", "speech", "encoder")  # in the type of a tower's configuration
+
+
+class Language:
+    """The modules of a model's language model, without its towers.
+
+    Args:
+        model: any loaded transformers model; None where only a call is known: then towers are told by their
+            configuration.
+    """
+
+    def __init__(self, model: PreTrainedModel | None) -> None:
+        self._decoder: Any = None if model is None else weakref.ref(text_decoder(model))
+        self._known: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+
+    def __contains__(self, module: nn.Module) -> bool:
+        if module not in self._known:
+            self._known[module] = self._belongs(module)
+        return self._known[module]
+
+    def _belongs(self, module: nn.Module) -> bool:
+        if self._decoder is None:
+            kind = str(getattr(getattr(module, "config", None), "model_type", ""))
+            return not any(tower in kind for tower in TOWERS)
+        decoder = self._decoder()
+        return decoder is not None and any(x is module for x in decoder.modules())
+
+    def foreign(self, call: AttentionInputs) -> bool:
+        """Whether a call is no self-attention of a numbered layer of the language model."""
+        return call.layer is None or call.module not in self or crosses(call)
+
+
+def text_decoder(model: PreTrainedModel) -> nn.Module:
+    """The part of a model that is its language model: the model itself where there is no other part."""
+    kind = type(text_config(model))
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    if isinstance(getattr(decoder, "config", None), kind):
+        return decoder
+    return next((x for x in model.modules() if isinstance(getattr(x, "config", None), kind)), model)
+
+
+def crosses(call: AttentionInputs) -> bool:
+    """Whether a call is cross-attention, which reads something else than its own tokens."""
+    named = "cross" in type(call.module).__name__.lower() or getattr(call.module, "is_cross_attention", False)
+    return bool(named) or call.k.shape[-2] < call.q.shape[-2]
+
+
+def bidirectional(call: AttentionInputs) -> bool:
+    """Whether a call says that it sees both sides: there is no mask, and its module or its options are not causal."""
+    if call.q.shape[-2] == 1 or (isinstance(call.mask, Tensor) and call.mask.ndim == 4):
+        return False
+    option = call.options.get("is_causal")
+    causal = getattr(call.module, "is_causal", True) if option is None else option
+    return not causal or (call.mask is None and call.implementation == "eager")
+
+
+def language_only(model: PreTrainedModel, sink: Callable[[AttentionCall], None]) -> Callable[[AttentionCall], None]:
+    """A sink for `intercept` that passes on the calls of the language model, not those of other towers."""
+    language = Language(model)
+
+    def watch(call: AttentionCall) -> None:
+        if call.module in language:
+            sink(call)
+
+    return watch
