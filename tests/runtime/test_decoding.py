@@ -17,6 +17,7 @@ from sparse_models import SMALL, everywhere
 
 from anchorscope import sparse_attention
 from anchorscope.capture.hook import AttentionInputs, divert
+from anchorscope.capture.kvcache import cache_option, result_cache
 
 FAMILIES = ["cohere2", "exaone4", "gemma2", "gpt2", "granite", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3"]
 NEW = 24
@@ -101,17 +102,17 @@ def test_pieces_longer_than_a_block_run_sparse() -> None:
     x = ids(160)
     for size, sparse in ((8, False), (9, True), (60, True)):
         with sparse_attention(model, everywhere(model, -math.inf)) as run, torch.no_grad():
-            cache = model(x[:, :100], use_cache=True).past_key_values
+            cache = result_cache(model(x[:, :100], use_cache=True))
             run.reset()
-            ours = model(x[:, 100 : 100 + size], past_key_values=cache, use_cache=True).logits
+            ours = model(x[:, 100 : 100 + size], **cache_option(model, cache), use_cache=True).logits
         assert [y.kind for y in run.layers()] == ["sparse" if sparse else "dense"] * 3
         assert [y.density < 1 for y in run.layers()] == [sparse] * 3
         assert [y.queries for y in run.layers()] == [size] * 3
         assert [y.visible_pairs for y in run.layers()] == [6 * sum(range(101, 101 + size))] * 3
         with sparse_attention(model, everywhere(model, -math.inf)), torch.no_grad():
-            cache = model(x[:, :100], use_cache=True).past_key_values
+            cache = result_cache(model(x[:, :100], use_cache=True))
         with torch.no_grad():
-            own = model(x[:, 100 : 100 + size], past_key_values=cache, use_cache=True).logits
+            own = model(x[:, 100 : 100 + size], **cache_option(model, cache), use_cache=True).logits
         assert torch.equal(ours, own) is not sparse
 
 
@@ -119,9 +120,9 @@ def test_short_pieces_are_counted_in_static_caches_too() -> None:
     model = tiny()
     with sparse_attention(model, everywhere(model, -math.inf)) as run, torch.no_grad():
         cache = transformers.StaticCache(config=model.config, max_cache_len=200)
-        model(ids(100), past_key_values=cache, use_cache=True)
+        model(ids(100), **cache_option(model, cache), use_cache=True)
         run.reset()
-        model(ids(105)[:, 100:], past_key_values=cache, use_cache=True)
+        model(ids(105)[:, 100:], **cache_option(model, cache), use_cache=True)
     assert [(x.kind, x.queries, x.visible_pairs, x.kept_pairs) for x in run.layers()] == [
         ("dense", 5, 6 * sum(range(101, 106)), 6 * sum(range(101, 106)))
     ] * 3
@@ -138,13 +139,15 @@ def test_turns_of_a_conversation(family: str) -> None:
         )
         second = torch.cat((first.sequences, ids(60)), 1)
         run.reset()
-        answer = generate(model, second, past_key_values=first.past_key_values)
+        answer = generate(model, second, **cache_option(model, result_cache(first)))
         assert [x.queries for x in run.layers()] == [61] * 3  # the last token of the first answer, and the new ones
         with torch.no_grad():
-            cache = model(ids(80), use_cache=True).past_key_values
+            cache = result_cache(model(ids(80), use_cache=True))
             for at in range(80, 83):
-                cache = model(first.sequences[:, at : at + 1], past_key_values=cache, use_cache=True).past_key_values
-            last = model(second[:, 83:], past_key_values=cache, use_cache=True).logits[0, -1]
+                cache = result_cache(
+                    model(first.sequences[:, at : at + 1], **cache_option(model, cache), use_cache=True)
+                )
+            last = model(second[:, 83:], **cache_option(model, cache), use_cache=True).logits[0, -1]
     assert int(answer[0, second.shape[1]]) == int(last.argmax())
 
 

@@ -16,6 +16,7 @@ from families import prompt, tiny
 from sparse_models import everywhere
 
 from anchorscope import sparse_attention
+from anchorscope.capture.kvcache import cache_option
 from anchorscope.errors import InputError
 
 MIXED = (0.5, 2.0, None, None, None, None)  # one kv head sparse, one dense throughout
@@ -109,7 +110,7 @@ def test_chunks(attention: str, side: str, lengths: tuple[int, ...]) -> None:
             else:
                 now = {"input_ids": prompts[at][:, begin:end]}
             x = now.pop("input_ids")
-            parts.append(logits(model, x, past_key_values=cache, use_cache=True, **now))
+            parts.append(logits(model, x, **cache_option(model, cache), use_cache=True, **now))
         return torch.cat(parts, 1)
 
     with sparse_attention(model, everywhere(model, MIXED)) as run:
@@ -135,7 +136,7 @@ def test_static_caches() -> None:
         expected = run.layers()
         run.reset()
         cache = transformers.StaticCache(config=model.config, max_cache_len=120)
-        together = logits(model, **{"x": wide.pop("input_ids"), **wide}, past_key_values=cache, use_cache=True)
+        together = logits(model, **{"x": wide.pop("input_ids"), **wide}, **cache_option(model, cache), use_cache=True)
     for row, one in enumerate(alone):
         assert float((together[row, : len(one)] - one).abs().max()) < 1e-5
     assert [(x.queries, x.kept_pairs, x.visible_pairs) for x in run.layers()] == [
