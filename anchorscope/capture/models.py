@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from anchorscope.capture.adapters import adapters_at_work, parameters_of, signs_of, unwrapped
 from anchorscope.capture.gguf_config import Gguf, agree
 from anchorscope.capture.gguf_metadata import open_gguf
 from anchorscope.capture.sources import guarded, load_tokenizer, locate, no_conversion
@@ -140,9 +141,10 @@ def ready_model(model: str | PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     """
     if isinstance(model, str):
         return load_model(model, **loading)
-    loaded = LoadedModel(model, tokenizer, name_of(model), None)
-    check_config(model.config, loaded.name)
-    check_materialised(model, loaded.name)
+    check_materialised(model, name_of(model))
+    base = unwrapped(model)
+    loaded = LoadedModel(base, tokenizer, name_of(base), None)
+    check_config(base.config, loaded.name)
     return loaded
 
 
@@ -168,18 +170,26 @@ def model_facts(model: PreTrainedModel, name: str | None = None, revision: str |
     """What identifies a model: the `model` object of dumps and of anchors.json.
 
     `query_heads`, `kv_heads` and `head_dim` are the configuration's, None where it gives none or one per layer.
-    `fingerprint` hashes the names and shapes of all parameters, and the values of those with one dimension (norms,
-    biases), rounded to bf16, so that a model loaded in another dtype keeps it and another training run does not.
+    `fingerprint` hashes the names and shapes of all parameters, the values of those with one dimension (norms, biases),
+    rounded to bf16, and the signs of the first values of all others, so that a model loaded in another dtype keeps it
+    and another training run does not. Adapters at work change it (their names do not), and so does merging them;
+    disabled or inactive ones do not.
+
+    Raises:
+        InputError: an adapter that is no part of the model's layers (prompt learning and the like).
     """
+    model = unwrapped(model)
     config = text_config(model)
     heads = _shared(config, "num_attention_heads", None)
     kv_heads = _shared(config, "num_key_value_heads", heads)
     width = getattr(config, "hidden_size", None)
     split = width // heads if isinstance(width, int) and isinstance(heads, int) else None
     head_dim = _shared(config, "head_dim", split)
-    digest = hashlib.sha256()
-    for key, parameter in sorted(model.named_parameters()):
+    digest = hashlib.sha256(adapters_at_work(model).encode())
+    for key, parameter in parameters_of(model):
         digest.update(f"{key}{tuple(parameter.shape)}".encode())
+        if parameter.ndim > 1:
+            digest.update(signs_of(parameter))
         if parameter.ndim == 1 and parameter.is_floating_point() and parameter.device.type != "meta":
             digest.update(parameter.detach().to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
     return {

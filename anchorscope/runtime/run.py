@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from anchorscope.capture.adapters import unwrapped
 from anchorscope.capture.hook import AttentionInputs, Own, divert, register
 from anchorscope.capture.language import Language
 from anchorscope.capture.models import require_transformers
@@ -148,14 +149,15 @@ def register_attention(
 
 
 def _loaded(model: Any) -> PreTrainedModel:
-    """The model itself, behind torch.compile.
+    """The model itself, behind torch.compile and adapters.
 
     Raises:
-        InputError: not a decoder-only model of transformers.
+        InputError: not a decoder-only model of transformers, or an adapter that is no part of its layers.
     """
     from transformers import PreTrainedModel
 
-    model = getattr(model, "_orig_mod", model)
+    with outer_contexts("pass"):
+        model = unwrapped(model)
     if not isinstance(model, PreTrainedModel):
         raise InputError(f"sparse attention needs a loaded transformers model, not {type(model).__name__}")
     if model.config.is_encoder_decoder:

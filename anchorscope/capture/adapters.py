@@ -1,0 +1,164 @@
+"""Models with PEFT adapters: adapters of weights (LoRA and its kin) are part of the model, others are refused.
+
+An adapter of weights sits inside the base model's modules, so the base model runs it. Everything else that PEFT offers
+happens in its wrapper or beside attention: virtual tokens before the prompt, a second attention, weights mixed per
+prompt. Q, K and V of the base model would then not be those of the model that the user runs.
+
+PEFT is never imported: a model that has its modules brought it along.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from anchorscope.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
+
+TRIED = 8  # tokens on which a wrapper and its base model must agree
+VALUES = 4096  # of each matrix that enter a fingerprint, at most
+PER_PROMPT = ("XLORA", "POLY")
+
+
+def unwrapped(model: Any) -> Any:
+    """The model that attends, without torch.compile's and PEFT's wrappers around it.
+
+    Raises:
+        InputError: an adapter is at work that its base model does not contain.
+    """
+    model = getattr(model, "_orig_mod", model)
+    if _from_peft(model) and hasattr(model, "get_base_model"):
+        model = _unwrapped_peft(model)
+    if isinstance(model, torch.nn.Module):
+        for module in model.modules():
+            if type(module).__module__.startswith("peft.tuners.adaption_prompt"):
+                raise _refused("ADAPTION_PROMPT", "adds a second attention, to learned tokens, to that of each layer")
+    return model
+
+
+def parameters_of(model: PreTrainedModel) -> list[tuple[str, nn.Parameter]]:
+    """Names and parameters of the model as it is without adapters, by name."""
+    inside = _inside(model)
+    return sorted(((base, parameter) for base, owner, _, parameter in inside if owner is None), key=lambda x: x[0])
+
+
+def adapters_at_work(model: PreTrainedModel) -> str:
+    """A hash of the adapters that change what the model computes, '' where there are none.
+
+    It covers the kind of each adapted layer, and names, shapes, scaling and the first values of its parameters, rounded
+    to bf16. Adapters that are loaded but not active, or disabled, do not count; ones merged into the weights do.
+    """
+    digest = hashlib.sha256()
+    found = False
+    for base, owner, rest, parameter in sorted(_inside(model), key=lambda x: (x[0], x[2])):
+        if owner is None:
+            continue
+        names = _effective(owner)
+        used = [name for name in names if name in rest.split(".")]
+        if not used:
+            continue
+        found = True
+        scaling = getattr(owner, "scaling", None)
+        scale = scaling.get(used[0]) if isinstance(scaling, dict) else None
+        plain = ".".join("*" if part == used[0] else part for part in rest.split("."))  # whatever the adapter is called
+        digest.update(f"{base}{type(owner).__name__}{plain}{tuple(parameter.shape)}{scale}".encode())
+        if parameter.device.type != "meta":
+            values = _first(parameter, VALUES).to("cpu", torch.bfloat16).contiguous()
+            digest.update(values.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest() if found else ""
+
+
+def signs_of(parameter: Tensor) -> bytes:
+    """Signs of the first values of a matrix, which no dtype changes: what tells merged or trained weights apart."""
+    if not parameter.is_floating_point() or parameter.device.type == "meta":
+        return b""
+    return bytes(torch.signbit(_first(parameter, VALUES).float()).to("cpu", torch.uint8).numpy())
+
+
+def _first(parameter: Tensor, count: int) -> Tensor:
+    """The first values of a tensor, without a copy of all of it."""
+    part = parameter.detach()
+    while part.ndim > 2:
+        part = part[0]
+    if part.ndim == 2:
+        part = part[: -(-count // max(1, part.shape[1]))]
+    return part.reshape(-1)[:count]
+
+
+def _unwrapped_peft(wrapper: Any) -> Any:
+    base = wrapper.get_base_model()
+    if getattr(wrapper, "_adapters_disabled", False):
+        return base
+    active = getattr(wrapper, "active_adapters", None) or [wrapper.active_adapter]
+    for name in [active] if isinstance(active, str) else active:
+        config = wrapper.peft_config[name]
+        kind = str(getattr(config.peft_type, "value", config.peft_type))
+        if config.is_prompt_learning:
+            raise _refused(kind, "puts learned tokens before the prompt, which are not among the prompt's own")
+        if config.is_adaption_prompt:
+            raise _refused(kind, "adds a second attention, to learned tokens, to that of each layer")
+        if kind in PER_PROMPT or getattr(config, "alora_invocation_tokens", None):
+            raise _refused(kind, "decides for each prompt what it does, outside of the model's layers")
+    if not wrapper.training and _differs(wrapper, base):
+        raise _refused("/".join(str(c.peft_type) for c in wrapper.peft_config.values()), "changes what comes out of it")
+    return base
+
+
+def _differs(wrapper: nn.Module, base: PreTrainedModel) -> bool:
+    """Whether the wrapper adds anything to a forward of its base model."""
+    ids = torch.arange(1, TRIED + 1, device=base.device)[None]
+    with torch.inference_mode():
+        ours, theirs = (x(input_ids=ids, use_cache=False).logits for x in (base, wrapper))
+    return ours.shape != theirs.shape or not torch.allclose(ours.float(), theirs.float(), rtol=1e-3, atol=1e-3)
+
+
+def _refused(kind: str, what: str) -> InputError:
+    return InputError(
+        f"the {kind} adapter {what}, so Q, K and V of the base model are not those of this model: merge it if it can be"
+        " merged, take an adapter of weights (LoRA and its kin), or give the base model (get_base_model(), or disable"
+        " the adapter)"
+    )
+
+
+def _from_peft(module: Any) -> bool:
+    return type(module).__module__.split(".")[0] == "peft"
+
+
+def _inside(model: PreTrainedModel) -> Iterator[tuple[str, Any, str, nn.Parameter]]:
+    """Every parameter: its name without wrappers, the adapted layer whose adapter it is or None, its name in there."""
+    wrappers = {name: m for name, m in model.named_modules() if _from_peft(m) and _wraps(m) is not None}
+    for name, parameter in model.named_parameters():
+        parts = name.split(".")
+        plain: list[str] = []
+        path: list[str] = []
+        owner: Any = None
+        rest = ""
+        for i, part in enumerate(parts):
+            around = wrappers.get(".".join(path))
+            path.append(part)
+            if around is None:
+                plain.append(part)
+            elif part != _wraps(around):
+                owner, rest = around, ".".join(parts[i:])
+                break
+        yield ".".join(plain), owner, rest, parameter
+
+
+def _wraps(module: Any) -> str | None:
+    """The attribute in which an adapted layer keeps the layer it adapts."""
+    return next((x for x in ("base_layer", "original_module") if x in dict(module.named_children())), None)
+
+
+def _effective(layer: Any) -> list[str]:
+    """Names of the adapters of a layer that change what it computes."""
+    if getattr(layer, "disable_adapters", False):
+        return []
+    merged = list(getattr(layer, "merged_adapters", None) or [])
+    active = getattr(layer, "active_adapters", None) or getattr(layer, "active_adapter", None) or []
+    return merged or ([active] if isinstance(active, str) else list(active))
