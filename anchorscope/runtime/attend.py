@@ -199,10 +199,10 @@ class SparseRun:
         """Run a call of a layer with anchors: sparse, unless that is dense anyway, or is to be.
 
         A piece of up to `block` queries behind a cache (candidates of speculative decoding, the last short chunk)
-        stays the model's own. As long a prompt without one is its own anchor region, hence dense anyway.
+        stays the model's own.
         """
         n, keys = call.q.shape[2], call.k.shape[2]
-        if n <= anchors.params.block or candidates(call) == n:
+        if (n <= anchors.params.block and n < keys) or candidates(call) == n:
             return self._dense(call, own)
         check_inputs(call)
         window = window_of(call)
