@@ -14,8 +14,8 @@ from typing import Any, Protocol, TypeGuard
 SCORED = 256  # the last tokens of a prompt that are predicted
 CONTEXT = 512  # tokens of the short run, where a capture does not run the model to its end
 # A share of log(vocabulary). Random weights are at 1 or above. A trained model of 50,000 tokens is at 0.2 to 0.4 on
-# text, and one that knew nothing but how frequent each token is would be near 0.7.
-NEAR_CHANCE = 0.75
+# text; one that knows little but how frequent each token is, since its attention is broken, is near 0.7.
+NEAR_CHANCE = 2 / 3
 JUDGED = 8  # fewer predicted tokens say too little
 
 
@@ -61,13 +61,16 @@ class PromptProof:
         """One sentence where something is wrong, else None."""
         if not self.near_chance:
             return None
-        remedy = "its weights may be missing or damaged, or the tokenizer may be another model's"
+        causes = "its weights may be missing or damaged, the tokenizer may be another model's, or the text is noise"
         if self.perplexity is None:
-            return f"the model's logits for prompt {prompt} hold NaN or infinity: {remedy}, or they overflow its dtype"
+            return (
+                f"the model's logits for prompt {prompt} hold NaN or infinity: its weights are damaged, or it overflows"
+                " its dtype"
+            )
         better = "no better" if self.nats is not None and self.nats >= (self.chance or 0.0) else "hardly better"
         return (
             f"the model predicts the last {self.tokens} tokens of prompt {prompt} {better} than chance"
-            f" (perplexity {self.perplexity:,.6g}, vocabulary {self.vocabulary:,}): {remedy}"
+            f" (perplexity {self.perplexity:,.6g}, vocabulary {self.vocabulary:,}): {causes}"
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from anchorscope.capture.models import text_config
-from anchorscope.capture.weights import check_materialised
+from anchorscope.capture.weights import check_materialised, listed
 from anchorscope.proof import CONTEXT, SCORED, ModelProof, PromptProof
 
 if TYPE_CHECKING:
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SLICE_BYTES = 2 << 20  # of float32 logits scored at a time: the copy stays in a CPU's cache
-NAMED = 3  # tensors named in a sentence
 
 
 def prove_model(model: PreTrainedModel, loading: Mapping[str, Any] | None = None) -> ModelProof:
@@ -39,7 +38,7 @@ def prove_model(model: PreTrainedModel, loading: Mapping[str, Any] | None = None
     return ModelProof(
         loading,
         (
-            f"{len(found)} weights of {type(model).__name__} were in no checkpoint ({_some(found)}): transformers made"
+            f"{len(found)} weights of {type(model).__name__} were in no checkpoint ({listed(found)}): transformers made"
             " them at random when it loaded the model; ignore this only if you have set them since",
         ),
     )
@@ -63,10 +62,6 @@ def _is_added(model: PreTrainedModel, name: str) -> bool:
         hasattr(model.get_submodule(".".join(parts[:i])), "base_layer") and parts[i] != "base_layer"
         for i in range(len(parts))
     )
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
 
 
 class NextTokens:

@@ -147,7 +147,7 @@ def capture_model(
             notify=tell,
         )
         net = loaded.model
-        known = prove_model(net, getattr(loaded, "loading", None) or None)
+        known = prove_model(net, loaded.loading or None)
         for sentence in known.warnings:
             tell(f"warning: {sentence}")
         ready = [

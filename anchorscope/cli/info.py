@@ -184,8 +184,15 @@ def _show_proof(console: Console, dump: Dump) -> None:
 
 
 def _loader_words(loader: object) -> str:
-    """What the loader reported, in a few words; its lists are in --json."""
+    """What the loader reported, in a few words; all of it is in --json."""
     if not isinstance(loader, dict):
         return "not asked: the model was handed over loaded"
-    counts = [f"{len(v)} {key}" for key, v in loader.items() if isinstance(v, (list, dict)) and v]
-    return ", ".join(counts) or "every weight found, none unused"
+    unused, metadata = loader.get("unexpected"), loader.get("metadata")
+    words = "no weight missing"
+    if isinstance(unused, list) and unused:
+        words += f", {len(unused)} of the checkpoint's tensors unused"
+    if isinstance(metadata, dict) and isinstance(metadata.get("keys"), dict):
+        words += f"; the config agrees with {len(metadata['keys'])} keys of the file's metadata"
+        if isinstance(metadata.get("set"), dict) and metadata["set"]:
+            words += f", after {', '.join(metadata['set'])} were set to it"
+    return words

@@ -228,7 +228,7 @@ def evaluate(
         trust_remote_code=trust_remote_code,
         notify=tell,
     )
-    known = prove_model(loaded.model, getattr(loaded, "loading", None) or None)
+    known = prove_model(loaded.model, loaded.loading or None)
     for sentence in known.warnings:
         tell(f"warning: {sentence}")
     facts = model_facts(loaded.model, loaded.name, loaded.revision)

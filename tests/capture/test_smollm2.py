@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import threading
 import time
@@ -129,3 +130,26 @@ def test_chunked_prefill_on_real_weights(loaded: Any, ids: tuple[int, ...], tmp_
             error = float((x - y).norm() / x.norm())
             print(f"layer {a.layer}: chunked against whole {error:.2e}")
             assert error < 1e-4
+
+
+def test_real_weights_are_proven_and_broken_attention_is_not(loaded: Any, ids: tuple[int, ...], tmp_path: Path) -> None:
+    p = PromptInput("p", token_ids=ids[:1024])
+    found = capture_model(loaded.model, [p], tmp_path / "d", layers=[29], notify=print).prompts[0].proof
+    with torch.inference_mode():
+        logits = loaded.model(torch.tensor([ids[:1024]])).logits[0, -257:-1].double()
+    nats = -logits.log_softmax(-1).gather(1, torch.tensor(ids[768:1024])[:, None]).mean()
+    assert found is not None
+    assert found.nats == pytest.approx(float(nats), rel=1e-5)
+    assert found.accuracy > 0.2
+    assert not found.near_chance
+
+    broken = copy.deepcopy(loaded.model)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for layer in broken.model.layers:  # what a loader does to a projection that it does not find
+            layer.self_attn.q_proj.weight.normal_(0, 0.02)
+    said: list[str] = []
+    found = capture_model(broken, [p], tmp_path / "e", layers=[29], notify=said.append).prompts[0].proof
+    assert found is not None
+    assert found.near_chance
+    assert any("hardly better than chance" in line for line in said)
