@@ -16,7 +16,7 @@ from typing import Any
 
 from anchorscope._version import __version__
 from anchorscope.errors import InputError
-from anchorscope.files import write_atomic
+from anchorscope.files import read_json, write_atomic
 from anchorscope.params import AnchorParams
 
 FORMAT = "anchorscope-anchors"
@@ -160,15 +160,9 @@ class AnchorConfig:
         """
         path = Path(path)
         try:
-            if path.stat().st_size > MAX_BYTES:
-                raise InputError(f"{path} is too large to be an anchors.json")
-            value = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise InputError(f"{path} cannot be read ({error.strerror}): give the anchors.json of calibrate") from None
-        except (ValueError, RecursionError) as error:
-            raise InputError(
-                f"{path} is not JSON ({type(error).__name__}): give the anchors.json of calibrate"
-            ) from None
+            value = read_json(path, MAX_BYTES, "anchors")
+        except InputError as error:
+            raise InputError(f"{error}: give the anchors.json of calibrate") from None
         try:
             return cls.from_json(value)
         except InputError as error:
@@ -187,7 +181,7 @@ class AnchorConfig:
         if version != VERSION or isinstance(version, bool):
             newer = isinstance(version, int) and version > VERSION
             hint = "upgrade anchorscope" if newer else "calibrate again"
-            raise InputError(f"format version {version!r} is not {VERSION}: {hint}")
+            raise InputError(f"format version {repr(version)[:40]} is not {VERSION}: {hint}")
         model, record, layers = value.get("model"), value.get("record", {}), value.get("layers")
         if not isinstance(model, (dict, type(None))) or not isinstance(record, dict):
             raise InputError("model must be an object or null, and record an object")
@@ -219,12 +213,12 @@ def _layer(item: object, index: int) -> LayerAnchors:
         raise InputError(f"{where} is not an object")
     layer, thetas = item.get("layer"), item.get("theta")
     if not isinstance(layer, int) or isinstance(layer, bool) or not 0 <= layer < MAX_LAYERS:
-        raise InputError(f"{where}: layer must be a whole number, not {layer!r}")
+        raise InputError(f"{where}: layer must be a whole number below {MAX_LAYERS}, not {str(layer)[:40]!r}")
     if not isinstance(thetas, list) or not 0 < len(thetas) <= MAX_HEADS:
         raise InputError(f"{where}: theta must be a list with one element per query head")
     sizes = {name: item.get(name) for name in ("block", "step", "init", "lookback")}
     for name, value in sizes.items():
-        if not isinstance(value, int) or value >= MAX_TOKENS:
+        if not isinstance(value, int) or isinstance(value, bool) or value >= MAX_TOKENS:
             raise InputError(f"{where}: {name} must be given as a whole number of tokens (step: of blocks)")
     try:
         params = AnchorParams(**sizes)  # type: ignore[arg-type]

@@ -120,6 +120,18 @@ def read_part(path: Path) -> dict[str, Any] | None:
     return {k: x for k, x in value.items() if k != SEAL} if sealed(value) else None
 
 
+def again_remark(parts: Iterable[Path]) -> str | None:
+    """The remark on parts that have to be made again although there is a file, or None."""
+    found = [path for path in parts if path.exists()]
+    if not found:
+        return None
+    count = "1 part is" if len(found) == 1 else f"{len(found)} parts are"
+    return (
+        f"{count} measured again, like {found[0]}: damaged, changed after it was written, or without a checksum as"
+        " earlier versions left it"
+    )
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # reading
 
@@ -161,7 +173,7 @@ def check_regular(path: Path | str, limit: int, what: str, *, error: type[InputE
         path = Path(path)
         info = path.stat()
     except FileNotFoundError:
-        raise error(f"{what} {path} does not exist") from None
+        raise error(f"{what} {path} cannot be read: it does not exist") from None
     except OSError as failure:
         raise error(f"{what} {path} cannot be read: {failure.strerror or failure}") from None
     except ValueError:  # a zero byte in the name

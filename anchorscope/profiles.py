@@ -8,6 +8,7 @@ quick and needs neither torch nor the dump. docs/method.md defines the quantitie
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -20,13 +21,14 @@ import safetensors
 import safetensors.numpy
 
 from anchorscope.errors import DumpError, InputError
-from anchorscope.files import write_atomic
+from anchorscope.files import check_regular, parse_json, write_atomic
 from anchorscope.params import AnchorParams
 
 FORMAT = "anchorscope-profile"
 VERSION = 1
 MAX_ROWS, MAX_COLUMNS = 128, 1024  # heat map cells: rows of query groups x bins of keys
 MAX_TOP = 64
+MAX_BYTES = 1 << 28  # they are below 2 MB unless thousands of thetas were asked for
 
 CurveKind = Literal["anchor", "oracle"]
 
@@ -248,8 +250,9 @@ class HeadProfile:
         """
         path = Path(path)
         again = "delete it and run analyze again"
-        if not path.is_file():
+        if not path.exists() or path.is_dir():
             raise DumpError(f"no profile at {path}: run analyze first")
+        check_regular(path, MAX_BYTES, "profile", error=DumpError)
         try:
             with safetensors.safe_open(path, framework="numpy") as file:
                 header, digests = _header(path, (file.metadata() or {}).get("profile"))
@@ -258,7 +261,9 @@ class HeadProfile:
                     raise DumpError(f"profile {path} lacks the tensor {missing[0]!r}: {again}")
                 skip = {n for n in _ARRAYS if n.startswith("heat_")} if not heat else set()
                 arrays = {name: file.get_tensor(name) for name in _ARRAYS if name not in skip}
-        except (safetensors.SafetensorError, OSError, TypeError) as error:
+        except (safetensors.SafetensorError, OSError, TypeError, ValueError, AttributeError, KeyError) as error:
+            if isinstance(error, DumpError):
+                raise
             raise DumpError(f"profile {path} cannot be read ({error}): {again}") from None
         if any(digests.get(part) != value for part, value in _digests(arrays, header).items()):
             raise DumpError(f"profile {path} is damaged (its checksum differs): {again}")
@@ -307,15 +312,14 @@ def _digests(arrays: dict[str, np.ndarray], scalars: dict[str, Any]) -> dict[str
 
 def _header(path: Path, text: str | None) -> tuple[dict[str, Any], dict[str, str]]:
     """Scalars of the profile and checksums of its arrays, from the file's JSON header."""
-    try:
-        header = json.loads(text) if text is not None else None
-    except ValueError:
-        header = None
+    header = None
+    with contextlib.suppress(InputError):
+        header = None if text is None else parse_json(text.encode(), f"header of {path}")
     if not isinstance(header, dict) or header.pop("format", None) != FORMAT:
         raise DumpError(f"{path} is not a profile written by analyze")
     version, digests = header.pop("version", None), header.pop("sha256", None)
     if version != VERSION:
-        raise DumpError(f"profile {path} has format version {version!r}; this program reads {VERSION}")
+        raise DumpError(f"profile {path} has format version {repr(version)[:40]}; this program reads {VERSION}")
     wanted = {f.name for f in dataclasses.fields(HeadProfile)} - set(_ARRAYS)
     if set(header) != wanted or not isinstance(digests, dict):
         raise DumpError(f"profile {path} has a damaged header: delete it and run analyze again")
@@ -323,7 +327,7 @@ def _header(path: Path, text: str | None) -> tuple[dict[str, Any], dict[str, str
 
 
 def _whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 53
 
 
 def _number(value: object) -> bool:

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from anchorscope._version import __version__
-from anchorscope.errors import InputError, RunFailure
-from anchorscope.files import write_atomic
+from anchorscope.errors import DumpError, InputError, RunFailure
+from anchorscope.files import MAX_JSON_BYTES, read_json, write_atomic
+from anchorscope.shapes import check, fits
 
 
 @dataclass(frozen=True)
@@ -93,11 +94,10 @@ class RunFolder:
     def read(self, path: Path) -> dict[str, Any] | None:
         """The state of the run in a folder, or None if it holds none of this kind."""
         try:
-            state = json.loads((path / self.state).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
+            state: Any = read_json(path / self.state, MAX_JSON_BYTES, "state")
+        except InputError:
             return None
-        good = isinstance(state, dict) and state.get("format") == self.format and isinstance(state.get("started"), str)
-        return state if good else None
+        return state if fits(state, {"format": self.format, "started": str}) else None
 
     def clear(self, path: Path) -> None:
         """Remove what a run wrote, its report first, and nothing else."""
@@ -106,3 +106,27 @@ class RunFolder:
         for folder, pattern in self.parts:
             for file in (path / folder).glob(pattern):
                 file.unlink()
+
+
+def load_finished(path: Path, folder: RunFolder, report: Any, state: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The report and the state of a finished run, each of the shape that the caller needs.
+
+    Args:
+        path: the run's folder.
+        folder: its vocabulary.
+        report, state: shapes, see `anchorscope.shapes`.
+
+    Raises:
+        DumpError: there is no finished run, or a file of it is damaged.
+    """
+    noun = folder.what.split(" ", 1)[1]
+    found = folder.read(path)
+    if found is None:
+        raise DumpError(f"{path} holds no finished {noun}: run the command that makes one first")
+    if not (path / folder.report).exists():
+        raise DumpError(f"{path} holds no finished {noun}, only part of one: give the same command again to finish it")
+    hint = "it is damaged; run the command that made it again"
+    check(found, state, str(path / folder.state), hint=hint, error=DumpError)
+    value = read_json(path / folder.report, MAX_JSON_BYTES, "report", error=DumpError)
+    check(value, report, str(path / folder.report), hint=hint, error=DumpError)
+    return value, found

@@ -7,7 +7,6 @@ redrawn later without the dump.
 
 from __future__ import annotations
 
-import json
 import platform
 import threading
 from collections.abc import Iterator, Sequence
@@ -41,11 +40,12 @@ from anchorscope.analysis.tables import (
 )
 from anchorscope.dumps import Dump, LayerTensors, open_dump
 from anchorscope.errors import DumpError, InputError
-from anchorscope.files import csv_text, json_bytes, write_atomic
+from anchorscope.files import MAX_JSON_BYTES, csv_text, json_bytes, member, read_json, write_atomic
 from anchorscope.locks import folder_lock
 from anchorscope.params import AnchorParams, anchor_pairs, recommend_groups, visible_pairs
 from anchorscope.profiles import HeadProfile
 from anchorscope.runfolder import RunFolder
+from anchorscope.shapes import check
 
 STATE = "analysis.json"
 REPORT = "report.json"
@@ -62,6 +62,12 @@ FOLDER = RunFolder(
     parts=((PROFILES, "*.safetensors"), (FIGURES, "*.png")),
 )
 ANCHOR_BUDGET = 0.25  # share of the pairs above which the anchor region alone is called expensive
+STATE_SHAPE = {"profiles": [str], "settings": {"target_recall": float, "prompts": [str], "layers": [int]}}
+REPORT_SHAPE = {
+    "dump": {"identity": str, "model": (dict, None)},
+    "prompts": [{"name": str, "tokens": int}],
+    "settings": {"target_recall": float},
+}
 
 
 @dataclass(frozen=True)
@@ -304,12 +310,13 @@ def load_report(out: Path | str) -> dict[str, Any]:
     """
     path = Path(out) / REPORT
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise DumpError(f"{out} holds no finished analysis: run `anchorscope analyze` first") from None
+        report = read_json(path, MAX_JSON_BYTES, "report")
+    except InputError as error:
+        raise DumpError(f"{out} holds no finished analysis ({error}): run `anchorscope analyze` first") from None
     if not isinstance(report, dict) or report.get("format") != "anchorscope-report":
         raise DumpError(f"{path} is not a report written by analyze")
-    return report
+    check(report, REPORT_SHAPE, str(path), hint="it is damaged; run analyze again", error=DumpError)
+    return dict(report)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -376,8 +383,9 @@ def _state(path: Path) -> dict[str, Any]:
     state = FOLDER.read(path)
     if state is None or not isinstance(state.get("profiles"), list):
         raise DumpError(f"{path} holds no analysis: run `anchorscope analyze DUMP --out {path}` first")
-    if any(not isinstance(name, str) or Path(name).name != name for name in state["profiles"]):
+    if any(member(path / PROFILES, name, ".safetensors") is None for name in state["profiles"]):
         raise DumpError(f"{path / STATE} names a file outside its folder: it was edited; run analyze again")
+    check(state, STATE_SHAPE, str(path / STATE), hint="it is damaged; run analyze again", error=DumpError)
     return state
 
 

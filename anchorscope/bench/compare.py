@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from anchorscope.errors import InputError
+from anchorscope.files import read_json
+from anchorscope.shapes import NUMBER, check
 
 _SAME_ROW = ("source", "n", "heads", "kv_heads", "head_dim", "window", "softcap")
 _SAME_SETTINGS = ("input", "dump_sha256", "dtype", "block", "step", "init", "lookback", "seed", "period")
 _MACHINE = ("type", "name")
+MAX_BYTES = 1 << 26
+_SCALAR = (str, float, bool, None)
+_TIMING = {"median_ms": float, "p20_ms": float, "p80_ms": float}
+_SHAPE = {
+    "settings": {**dict.fromkeys(_SAME_SETTINGS, _SCALAR), "backend": (str, None, ...)},
+    "hardware": dict.fromkeys(_MACHINE, _SCALAR),
+    "versions": ({str: _SCALAR}, ...),
+    "rows": [
+        {
+            **dict.fromkeys(_SAME_ROW, _SCALAR),
+            "source": str,
+            "n": int,
+            "dense": [{"name": str, "timing": _TIMING}],
+            "sparse": [{"theta": NUMBER[:1] + NUMBER[2:], "stages": {str: _TIMING}, "whole": _TIMING}],
+        }
+    ],
+}
 
 
 @dataclass(frozen=True)
@@ -49,23 +67,15 @@ def load_result(path: str | Path) -> dict[str, Any]:
     if file.is_dir():
         file = file / RESULT
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{file} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError):
-        raise InputError(f"{file} is not JSON; give the bench.json of an earlier bench") from None
+        data = read_json(file, MAX_BYTES, "bench result")
+    except InputError as error:
+        raise InputError(f"{error}; give the bench.json of an earlier bench") from None
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise InputError(f"{file} is not a bench result; give the bench.json of an earlier bench")
     version = data.get("format_version")
     if version != FORMAT_VERSION:
-        raise InputError(f"{file} has format version {version!r}; this AnchorScope reads {FORMAT_VERSION}")
-    try:
-        for _ in _times(data):
-            pass
-        _key(data, data["rows"][0]) if data["rows"] else data["settings"]
-        _ = [data["hardware"][x] for x in _MACHINE]
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise InputError(f"{file} is damaged: a bench result lacks rows or times; run that bench again") from None
+        raise InputError(f"{file} has format version {repr(version)[:40]}; this AnchorScope reads {FORMAT_VERSION}")
+    check(data, _SHAPE, f"bench result {file}", hint="it is damaged; run that bench again")
     return data
 
 
@@ -122,6 +132,4 @@ def _times(data: dict[str, Any]) -> Iterator[tuple[tuple[Any, str], dict[str, An
             ]
             named.append((f"whole {theta}", sparse["whole"]))
         for name, time in named:
-            if not all(isinstance(time[x], (int, float)) for x in ("median_ms", "p20_ms", "p80_ms")):
-                raise ValueError(name)
             yield (key, name), time

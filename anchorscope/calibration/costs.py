@@ -7,7 +7,6 @@ part per kept pair). Below the least density measured, time is held; above the l
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,10 +16,17 @@ from typing import Any
 import numpy as np
 
 from anchorscope.errors import InputError
+from anchorscope.files import read_json
 from anchorscope.params import AnchorParams
+from anchorscope.shapes import check
 
 Price = Callable[[AnchorParams, np.ndarray], np.ndarray]
 MAX_BYTES = 1 << 26
+_SHAPE = {
+    "settings": {"backend": str, "dtype": str, "block": int, "step": int},
+    "hardware": {"name": str},
+    "rows": [{"n": int, "sparse": [{"density": float, "efficiency": (float, None)}]}],
+}
 
 
 def by_density(params: AnchorParams, density: np.ndarray) -> np.ndarray:
@@ -97,27 +103,21 @@ def _read(path: Path) -> tuple[tuple[int, int], list[tuple[int, float, float]], 
     """Kind of group, (length, density, relative time) rows, and the device in words."""
     hint = "give the bench.json of `anchorscope bench`"
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise InputError(f"--costs {path} is too large to be a bench.json: {hint}")
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"--costs {path} cannot be read ({error.strerror}): {hint}") from None
-    except (ValueError, RecursionError):
-        raise InputError(f"--costs {path} is not JSON: {hint}") from None
+        data = read_json(path, MAX_BYTES, "--costs")
+    except InputError as error:
+        raise InputError(f"{error}: {hint}") from None
     if not isinstance(data, dict) or data.get("format") != "anchorscope-bench" or data.get("format_version") != 1:
         raise InputError(f"--costs {path} is no bench result of version 1: {hint}")
-    try:
-        settings = data["settings"]
-        rows = [
-            (int(row["n"]), float(s["density"]), float(s["density"]) / float(s["efficiency"]))
-            for row in data["rows"]
-            for s in row["sparse"]
-            if s["efficiency"]
-        ]
-        device = f"{data['hardware']['name']} ({settings['backend']}, {settings['dtype']})"
-        group = int(settings["block"]), int(settings["step"])
-    except (KeyError, TypeError, ValueError, ArithmeticError):
-        raise InputError(f"--costs {path} is damaged: run the bench again") from None
+    check(data, _SHAPE, f"--costs {path}", hint="it is damaged, run the bench again")
+    settings = data["settings"]
+    rows = [
+        (row["n"], float(s["density"]), float(s["density"]) / float(s["efficiency"]))
+        for row in data["rows"]
+        for s in row["sparse"]
+        if s["efficiency"]
+    ]
+    device = f"{data['hardware']['name']} ({settings['backend']}, {settings['dtype']})"
+    group = settings["block"], settings["step"]
     if not rows:
         raise InputError(f"--costs {path} timed no sparse run against a dense one: run the bench with both")
     if not all(n > 0 and 0 < d <= 1 + 1e-9 and 0 < t < math.inf for n, d, t in rows):

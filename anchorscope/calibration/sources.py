@@ -274,11 +274,8 @@ def _read_analysis(
 ) -> Any:
     """Add an analysis' prompts and curves; returns its model."""
     report = load_report(path)
-    try:
-        identity, model = str(report["dump"]["identity"]), report["dump"]["model"]
-        named = [Prompt(identity, str(p["name"]), int(p["tokens"])) for p in report["prompts"]]
-    except (KeyError, TypeError, ValueError):
-        raise DumpError(f"{path}/report.json is damaged: run analyze again") from None
+    identity, model = report["dump"]["identity"], report["dump"]["model"]
+    named = [Prompt(identity, p["name"], p["tokens"]) for p in report["prompts"]]
     for p in named:
         prompts.setdefault((identity, p.name), p)
     for key, curve, window in read_curves(path, prompts, statistic):

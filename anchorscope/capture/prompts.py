@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anchorscope.errors import InputError, MissingBackendError
+from anchorscope.files import MAX_PROMPT_BYTES, read_stream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,7 +47,7 @@ def prompt_from_file(path: str | os.PathLike[str]) -> PromptInput:
         InputError: missing, a folder, unreadable, empty, or not text.
     """
     path = Path(path)
-    return PromptInput(path.stem, decode(_read(path), f"prompt {path}"))
+    return PromptInput(path.stem, decode(read_stream(path, MAX_PROMPT_BYTES, "prompt"), f"prompt {path}"))
 
 
 def token_ids_from_file(path: str | os.PathLike[str]) -> PromptInput:
@@ -56,18 +57,9 @@ def token_ids_from_file(path: str | os.PathLike[str]) -> PromptInput:
         InputError: missing, a folder, unreadable, empty, or not token ids.
     """
     path = Path(path)
-    return PromptInput(path.stem, token_ids=parse_token_ids(_read(path), f"token ids {path}"))
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise InputError(f"prompt {path} does not exist") from None
-    except IsADirectoryError:
-        raise InputError(f"prompt {path} is a folder: give a file") from None
-    except OSError as error:
-        raise InputError(f"prompt {path} cannot be read: {error.strerror}") from None
+    return PromptInput(
+        path.stem, token_ids=parse_token_ids(read_stream(path, MAX_PROMPT_BYTES, "token ids"), f"token ids {path}")
+    )
 
 
 def parse_token_ids(raw: bytes, where: str) -> tuple[int, ...]:

@@ -139,7 +139,7 @@ def _diagnose(
     def report(event: Progress) -> None:
         progress(replace(event, stage="kinds") if event.stage == "heads" else event)
 
-    return diagnose(source, out, plan=plan, figures=figures, overwrite=True, progress=report)
+    return diagnose(source, out, plan=plan, figures=figures, overwrite=True, progress=report, notify=warn)
 
 
 def figures(

@@ -22,6 +22,7 @@ from anchorscope.cli.heads import heads
 from anchorscope.cli.info import info
 from anchorscope.cli.report import report
 from anchorscope.errors import AnchorScopeError
+from anchorscope.files import visible
 
 app = typer.Typer(
     name="anchorscope",
@@ -99,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _complain(sentence: str, error: BaseException | None = None, code: int = 1) -> int:
-    print(f"error: {sentence}", file=sys.stderr)
+    print(f"error: {visible(sentence, 2000)}", file=sys.stderr)
     if error is not None and os.environ.get("ANCHORSCOPE_DEBUG") == "1":
         traceback.print_exception(error)
     return code

@@ -16,7 +16,7 @@ import typer
 
 from anchorscope.cli.common import note, stderr_console
 from anchorscope.errors import InputError
-from anchorscope.files import human_bytes
+from anchorscope.files import MAX_PROMPT_BYTES, human_bytes, read_stdin, visible
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -114,13 +114,13 @@ def capture(
     inputs: list[PromptInput] = []
     for name in prompt or ():
         if name == STDIN:
-            inputs.append(PromptInput("stdin", decode(sys.stdin.buffer.read(), "standard input")))
+            inputs.append(PromptInput("stdin", decode(read_stdin(MAX_PROMPT_BYTES), "standard input")))
         else:
             inputs.append(prompt_from_file(name))
     inputs += [PromptInput("text", decode(item.encode("utf-8", "surrogateescape"), "--text")) for item in text or ()]
     for name in token_ids or ():
         if name == STDIN:
-            ids = parse_token_ids(sys.stdin.buffer.read(), "standard input")
+            ids = parse_token_ids(read_stdin(MAX_PROMPT_BYTES), "standard input")
             inputs.append(PromptInput("stdin", token_ids=ids))
         else:
             inputs.append(token_ids_from_file(name))
@@ -194,7 +194,7 @@ def _progress() -> Iterator[Callable[[CaptureProgress], None]]:
         MofNCompleteColumn(),
         TextColumn("layers"),
         TimeRemainingColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         console=console,
         transient=True,
         disable=not console.is_terminal,
@@ -203,6 +203,8 @@ def _progress() -> Iterator[Callable[[CaptureProgress], None]]:
         task = bar.add_task("", total=None, visible=False)
 
         def update(event: CaptureProgress) -> None:
-            bar.update(task, total=event.total, completed=event.done, description=event.prompt[:24], visible=True)
+            bar.update(
+                task, total=event.total, completed=event.done, description=visible(event.prompt[:24]), visible=True
+            )
 
         yield update

@@ -7,35 +7,49 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from anchorscope.files import visible
+
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text
 
     from anchorscope.analysis.run import Progress as Event
     from anchorscope.dumps import Dump
 
 
 def stdout_console() -> Console:
-    """Console for results: plain text when piped."""
-    from rich.console import Console
-
-    return Console(highlight=False)
+    """Console for results: plain text when piped; see `_console`."""
+    return _console(stderr=False)
 
 
 def stderr_console() -> Console:
-    """Console for progress, notes and warnings."""
+    """Console for progress, notes and warnings; see `_console`."""
+    return _console(stderr=True)
+
+
+def _console(*, stderr: bool) -> Console:
+    """A console that shows text as it is.
+
+    Names come from files of anybody's: `[/]`, `:smile:` and escape sequences in them mean nothing here.
+    """
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False)
+    class PlainConsole(Console):
+        def render_str(self, text: str, **options: Any) -> Text:
+            options.update(emoji=False, markup=False, highlight=False)
+            return super().render_str("\n".join(visible(line) for line in text.split("\n")), **options)
+
+    return PlainConsole(stderr=stderr, highlight=False, markup=False, emoji=False)
 
 
 def note(sentence: str) -> None:
     """A remark on stderr."""
-    print(sentence, file=sys.stderr)
+    print(visible(sentence), file=sys.stderr)
 
 
 def warn(sentence: str) -> None:
     """A warning on stderr."""
-    print(f"warning: {sentence}", file=sys.stderr)
+    print(f"warning: {visible(sentence)}", file=sys.stderr)
 
 
 def warn_of_model(source: Dump, prompts: Sequence[str] | None = None) -> None:
@@ -76,11 +90,11 @@ def progress_bar() -> Iterator[Callable[[Event], None]]:
 
     console = stderr_console()
     bar = Progress(
-        TextColumn("{task.description:<8}"),
+        TextColumn("{task.description:<8}", markup=False),
         BarColumn(bar_width=28),
         TaskProgressColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[detail]}", table_column=None),
+        TextColumn("{task.fields[detail]}", table_column=None, markup=False),
         console=console,
         transient=True,
         disable=not console.is_terminal,
@@ -91,7 +105,7 @@ def progress_bar() -> Iterator[Callable[[Event], None]]:
         task = tasks.get(event.stage)
         if task is None:
             task = tasks[event.stage] = bar.add_task(event.stage, total=event.total, detail="")
-        bar.update(task, completed=event.work, total=event.total, detail=event.detail[:24])
+        bar.update(task, completed=event.work, total=event.total, detail=visible(event.detail[:24]))
 
     with bar:
         yield update

@@ -84,7 +84,7 @@ def compare(
         warn(sentence)
     warn_of_model(source, picked["prompts"])
     with progress_bar() as bar:
-        result = run(source, out, figures=not no_figures, overwrite=overwrite, progress=bar, plan=plan)
+        result = run(source, out, figures=not no_figures, overwrite=overwrite, progress=bar, notify=warn, plan=plan)
     if as_json:
         sys.stdout.write((result.path / "compare.json").read_text(encoding="utf-8"))
         return

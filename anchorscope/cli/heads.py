@@ -10,7 +10,7 @@ import typer
 
 from anchorscope.cli.common import chosen, note, progress_bar, stdout_console, warn, warn_of_model
 from anchorscope.errors import InputError
-from anchorscope.files import human_bytes
+from anchorscope.files import human_bytes, visible
 
 if TYPE_CHECKING:
     from anchorscope.heads import Diagnosis
@@ -78,7 +78,14 @@ def heads(
     warn_of_model(source, picked["prompts"])
     with progress_bar() as bar:
         result = diagnose(
-            source, out, pieces=pieces, figures=not no_figures, overwrite=overwrite, progress=bar, plan=plan
+            source,
+            out,
+            pieces=pieces,
+            figures=not no_figures,
+            overwrite=overwrite,
+            progress=bar,
+            notify=warn,
+            plan=plan,
         )
     if as_json:
         sys.stdout.write((result.path / "heads.json").read_text(encoding="utf-8"))
@@ -100,7 +107,7 @@ def print_summary(result: Diagnosis) -> None:
         single = len(rows) <= MOST_ROWS
         counts = {k: sum(h["class"] == k for h in rows) for k in ("streaming", "mixed", "retrieval")}
         table = Table(
-            title=Text(f"{_short(prompt)}: " + ", ".join(f"{n} {k}" for k, n in counts.items())),
+            title=Text(visible(f"{_short(prompt)}: " + ", ".join(f"{n} {k}" for k, n in counts.items()))),
             title_justify="left",
             box=box.SIMPLE_HEAD,
             padding=(0, 1, 0, 0),

@@ -6,7 +6,6 @@ an interrupted run continues where it stopped and ends with the same bytes.
 
 from __future__ import annotations
 
-import json
 import math
 import threading
 from collections.abc import Callable, Sequence
@@ -26,12 +25,13 @@ from anchorscope.compare.score import LAST_ROWS, Score, score
 from anchorscope.compare.tables import COLUMNS, RECALLS, Point, methods_rows, needed_table, winners
 from anchorscope.dumps import Dump, LayerTensors, open_dump
 from anchorscope.errors import DumpError, InputError
-from anchorscope.files import csv_text, json_bytes, write_atomic
+from anchorscope.files import again_remark, csv_text, json_bytes, member, read_part, write_atomic, write_part
 from anchorscope.locks import folder_lock
 from anchorscope.methods import Contender, Head, Selection, line_up
 from anchorscope.methods.head import chunk_rows
 from anchorscope.ranges import working_dtype
-from anchorscope.runfolder import RunFolder
+from anchorscope.runfolder import RunFolder, load_finished
+from anchorscope.shapes import NUMBER, fits
 
 STATE = "run.json"
 REPORT = "compare.json"
@@ -51,6 +51,9 @@ FOLDER = RunFolder(
 BATCH_BYTES = 1 << 28  # selections held at a time; beyond it, a head's scores are computed once more
 
 ScoreEngine = Callable[..., list[Score]]
+
+_POINT = (str, int, int, str, str, *[NUMBER] * (len(COLUMNS) - 5))  # a row of a part
+_REPORT_SHAPE = {"format": "anchorscope-compare", "dump": {"identity": str}}
 
 
 @dataclass(frozen=True)
@@ -181,6 +184,7 @@ def compare(
     figures: bool = True,
     overwrite: bool = False,
     progress: ProgressCallback | None = None,
+    notify: Callable[[str], None] | None = None,
     plan: Plan | None = None,
 ) -> Comparison:
     """Score every method of a line-up on every chosen head of a dump.
@@ -196,6 +200,7 @@ def compare(
         figures: draw the figures.
         overwrite: replace an earlier comparison in `out`.
         progress: called as work proceeds.
+        notify: told in a sentence when saved parts cannot be used again.
         plan: a plan made from the same arguments, to save making it twice.
 
     Returns:
@@ -224,7 +229,7 @@ def compare(
             "scores": [_score_name(j) for j in plan.jobs],
         }
         state = FOLDER.begin(path, request, disk=plan.disk, overwrite=overwrite)
-        _measure(path, plan, report)
+        _measure(path, plan, report, notify or (lambda _: None))
         points = tuple(p for job in plan.jobs for p in _load(path, plan, job) or ())
         write_atomic(path / TABLE, csv_text(COLUMNS, methods_rows(points)).encode())
         result = _summary(plan, state, points)
@@ -247,17 +252,11 @@ def load_comparison(out: Path | str) -> Comparison:
         DumpError: the folder holds none, or one that is damaged.
     """
     path = Path(out)
-    try:
-        report = json.loads((path / REPORT).read_text(encoding="utf-8"))
-        state = json.loads((path / STATE).read_text(encoding="utf-8"))
-        if report["format"] != "anchorscope-compare":
-            raise ValueError
-        names = [str(name) for name in state["scores"]]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise DumpError(f"{out} holds no finished comparison: run `anchorscope compare` first") from None
+    report, state = load_finished(path, FOLDER, _REPORT_SHAPE, {"scores": [str]})
     points: list[Point] = []
-    for name in names:
-        found = _read_points(path / SCORES / Path(name).name, report["dump"]["identity"])
+    for name in state["scores"]:
+        file = member(path / SCORES, name, ".json")
+        found = None if file is None else _read_points(file, report["dump"]["identity"])
         if found is None:
             raise DumpError(f"{path / SCORES / name} is missing or damaged: run the comparison again")
         points.extend(found)
@@ -304,28 +303,30 @@ def _load(path: Path, plan: Plan, job: Job) -> list[Point] | None:
 
 
 def _read_points(file: Path, identity: str) -> list[Point] | None:
-    try:
-        saved = json.loads(file.read_text(encoding="utf-8"))
-        if saved["format"] != "anchorscope-scores" or saved["dump"] != identity:
-            return None
-        return [Point(*row[:5], *(math.nan if x is None else float(x) for x in row[5:])) for row in saved["points"]]
-    except (OSError, ValueError, KeyError, TypeError):
+    saved = read_part(file)
+    if not fits(saved, {"format": "anchorscope-scores", "dump": identity, "points": [list]}):
         return None
+    assert saved is not None
+    if not all(len(row) == len(_POINT) and all(map(fits, row, _POINT)) for row in saved["points"]):
+        return None
+    return [Point(*row[:5], *(math.nan if x is None else float(x) for x in row[5:])) for row in saved["points"]]
 
 
 def _save(path: Path, plan: Plan, job: Job, points: Sequence[Point]) -> None:
     rows = [[jsonable(x) if isinstance(x, float) else x for x in vars(p).values()] for p in points]
     saved = {"format": "anchorscope-scores", "version": VERSION, "dump": plan.dump.identity, "points": rows}
-    write_atomic(path / SCORES / _score_name(job), (json.dumps(saved, allow_nan=False) + "\n").encode())
+    write_part(path / SCORES / _score_name(job), saved)
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # measuring
 
 
-def _measure(path: Path, plan: Plan, report: ProgressCallback) -> None:
+def _measure(path: Path, plan: Plan, report: ProgressCallback, notify: Callable[[str], None]) -> None:
     """Score the heads whose points are not there yet."""
     missing = [job for job in plan.jobs if _load(path, plan, job) is None]
+    if (remark := again_remark(path / SCORES / _score_name(job) for job in missing)) is not None:
+        notify(remark)
     total = sum(j.work for j in plan.jobs)
     done = total - sum(j.work for j in missing)
     report(Progress("heads", done, total))

@@ -55,12 +55,13 @@ from anchorscope.evaluation.results import (
 )
 from anchorscope.evaluation.tasks import BY_DEPTH, PERPLEXITY, Sample, check_tasks, make_samples
 from anchorscope.evaluation.text import OWN_TEXT, Pieces, own_text
-from anchorscope.files import csv_text, json_bytes, write_atomic
+from anchorscope.files import MAX_JSON_BYTES, again_remark, csv_text, json_bytes, read_json, write_atomic
 from anchorscope.locks import folder_lock
 from anchorscope.params import AnchorParams
 from anchorscope.proof import PromptProof
 from anchorscope.runfolder import RunFolder
 from anchorscope.selection import describe_indices
+from anchorscope.shapes import check
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -262,7 +263,7 @@ def evaluate(
         for sentence in _outlook(request):
             tell(sentence)
         try:
-            _run(path, key, request, report)
+            _run(path, key, request, report, tell)
         except (MemoryError, RuntimeError) as error:
             if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(
                 error
@@ -295,11 +296,17 @@ def load_evaluation(out: Path | str) -> Evaluation:
         DumpError: the folder holds none.
     """
     path = Path(out)
+    shape = {
+        "format": "anchorscope-evaluation",
+        "version": VERSION,
+        "model": dict,
+        "settings": dict,
+        **{name: [dict] for name in ("arms", "prompts", "tasks", "depths", "answers")},
+    }
     try:
-        report = json.loads((path / REPORT).read_text(encoding="utf-8"))
-        if report["format"] != "anchorscope-evaluation" or report["version"] != VERSION:
-            raise ValueError("another format")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        report = read_json(path / REPORT, MAX_JSON_BYTES, "report")
+        check(report, shape, str(path / REPORT))
+    except InputError as error:
         raise DumpError(f"{path} holds no finished evaluation ({error}): run evaluate first") from None
     return Evaluation(path, report, tuple(sorted((path / FIGURES).glob("*.png"))))
 
@@ -544,7 +551,7 @@ def _part(path: Path, index: int, arm: int) -> Path:
 # the run
 
 
-def _run(path: Path, key: str, request: _Request, report: ProgressCallback) -> None:
+def _run(path: Path, key: str, request: _Request, report: ProgressCallback, tell: Callable[[str], None]) -> None:
     """Make the parts that are missing."""
     arms = (Arm(DENSE, None), *request.arms)
     total = sum(len(u.token_ids) for u in request.units) * len(arms)
@@ -552,6 +559,8 @@ def _run(path: Path, key: str, request: _Request, report: ProgressCallback) -> N
     warm = set() if request.model.device.type == "cuda" else {"prompts", "tasks"}
     for index, unit in enumerate(request.units):
         missing = [i for i in range(len(arms)) if Part.load(_part(path, index, i), key) is None]
+        if (remark := again_remark(_part(path, index, i) for i in missing)) is not None:
+            tell(f"warning: {remark}")
         report(Progress("evaluate", done, total, unit.name))
         if missing and _kind(unit) not in warm:
             _warm_up(request, unit)

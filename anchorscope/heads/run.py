@@ -6,10 +6,9 @@ alone, so an interrupted run continues where it stopped and ends with the same b
 
 from __future__ import annotations
 
-import json
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,12 +24,13 @@ from anchorscope.analysis.run import versions
 from anchorscope.analysis.tables import jsonable
 from anchorscope.dumps import Dump, Entry, LayerTensors, open_dump
 from anchorscope.errors import DumpError, InputError
-from anchorscope.files import csv_text, json_bytes, write_atomic
+from anchorscope.files import again_remark, csv_text, json_bytes, member, read_part, write_atomic, write_part
 from anchorscope.heads import diagnostics
 from anchorscope.heads.diagnostics import HeadDiagnostics, diagnose_head
 from anchorscope.heads.stripes import Stripes, head_stripes, overlap
 from anchorscope.heads.tables import (
     COLUMNS,
+    ROW_SHAPE,
     HeadRow,
     TokenText,
     report_row,
@@ -43,7 +43,8 @@ from anchorscope.locks import folder_lock
 from anchorscope.methods import Head
 from anchorscope.methods.head import chunk_rows
 from anchorscope.params import AnchorParams
-from anchorscope.runfolder import RunFolder
+from anchorscope.runfolder import RunFolder, load_finished
+from anchorscope.shapes import fits
 
 STATE = "run.json"
 REPORT = "heads.json"
@@ -217,6 +218,7 @@ def diagnose(
     figures: bool = True,
     overwrite: bool = False,
     progress: ProgressCallback | None = None,
+    notify: Callable[[str], None] | None = None,
     plan: Plan | None = None,
 ) -> Diagnosis:
     """Diagnose every chosen head of a dump.
@@ -233,6 +235,7 @@ def diagnose(
         figures: draw the figures.
         overwrite: replace an earlier run in `out`.
         progress: called as work proceeds.
+        notify: told in a sentence when saved parts cannot be used again.
         plan: a plan made from the same arguments, to save making it twice.
 
     Returns:
@@ -253,7 +256,7 @@ def diagnose(
             "parts": [x.name for x in plan.layers],
         }
         state = FOLDER.begin(path, request, disk=plan.disk, overwrite=overwrite)
-        _measure(path, plan, report)
+        _measure(path, plan, report, notify or (lambda _: None))
         rows = tuple(row for layer in plan.layers for row in _load(path, plan, layer) or ())
         write_atomic(path / TABLE, csv_text(COLUMNS, map(table_row, rows)).encode())
         result = _summary(plan, state, rows, pieces)
@@ -327,13 +330,11 @@ def _load(path: Path, plan: Plan, layer: Layer) -> list[HeadRow] | None:
 
 
 def _read_rows(file: Path, identity: str) -> list[HeadRow] | None:
-    try:
-        saved = json.loads(file.read_text(encoding="utf-8"))
-        if saved["format"] != "anchorscope-heads-part" or saved["dump"] != identity:
-            return None
-        return [row_from_json(x) for x in saved["heads"]]
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
+    saved = read_part(file)
+    if not fits(saved, {"format": "anchorscope-heads-part", "dump": identity, "heads": [ROW_SHAPE]}):
         return None
+    assert saved is not None
+    return [row_from_json(x) for x in saved["heads"]]
 
 
 def load_diagnosis(out: Path | str) -> Diagnosis:
@@ -343,18 +344,17 @@ def load_diagnosis(out: Path | str) -> Diagnosis:
         DumpError: the folder holds none, or one that is damaged.
     """
     path = Path(out)
-    try:
-        report = json.loads((path / REPORT).read_text(encoding="utf-8"))
-        state = json.loads((path / STATE).read_text(encoding="utf-8"))
-        if report["format"] != "anchorscope-heads":
-            raise ValueError
-        names = [Path(str(name)).name for name in state["parts"]]
-        identity = str(report["dump"]["identity"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise DumpError(f"{out} holds no finished head diagnostics: run `anchorscope heads` first") from None
+    shape = {
+        "format": "anchorscope-heads",
+        "dump": {"identity": str},
+        "settings": dict,
+        "versions": {"anchorscope": str},
+    }
+    report, state = load_finished(path, FOLDER, shape, {"parts": [str]})
     rows: list[HeadRow] = []
-    for name in names:
-        found = _read_rows(path / PARTS / name, identity)
+    for name in state["parts"]:
+        file = member(path / PARTS, name, ".json")
+        found = None if file is None else _read_rows(file, report["dump"]["identity"])
         if found is None:
             raise DumpError(f"{path / PARTS / name} is missing or damaged: run `anchorscope heads` again")
         rows.extend(found)
@@ -421,9 +421,12 @@ def _schedule(plan: Plan, missing: Sequence[Layer]) -> list[tuple[_Task | None, 
     return steps
 
 
-def _measure(path: Path, plan: Plan, report: ProgressCallback) -> None:
+def _measure(path: Path, plan: Plan, report: ProgressCallback, notify: Callable[[str], None]) -> None:
     """Diagnose the layers whose rows are not there yet."""
-    steps = _schedule(plan, [x for x in plan.layers if _load(path, plan, x) is None])
+    missing = [x for x in plan.layers if _load(path, plan, x) is None]
+    if (remark := again_remark(path / PARTS / x.name for x in missing)) is not None:
+        notify(remark)
+    steps = _schedule(plan, missing)
     total = sum(j.work for before, task, _ in steps for j in (before.jobs if before else []) + task.jobs)
     done = 0
     report(Progress("heads", 0, total))
@@ -445,7 +448,7 @@ def _measure(path: Path, plan: Plan, report: ProgressCallback) -> None:
             "dump": plan.dump.identity,
             "heads": [row_json(r) for r in rows],
         }
-        write_atomic(path / PARTS / layer.name, (json.dumps(saved, allow_nan=False) + "\n").encode())
+        write_part(path / PARTS / layer.name, saved)
 
 
 def _run(

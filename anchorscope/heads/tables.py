@@ -12,6 +12,7 @@ from typing import Any
 from anchorscope.analysis.tables import jsonable, number
 from anchorscope.heads.diagnostics import CLASSES
 from anchorscope.report.tokens import token_texts
+from anchorscope.shapes import Row
 
 CONTEXT = 24  # characters of the prompt shown on each side of a token
 
@@ -60,6 +61,16 @@ class HeadRow:
 
 METRICS = tuple(f.name for f in dataclasses.fields(HeadRow) if f.type == "float")
 LISTS = ("hidden_sinks", "influential", "stripe_tokens")
+# What a row looks like in a part.
+ROW_SHAPE: dict[str, Any] = {
+    **dict.fromkeys(("layer", "head", "kv_head"), int),
+    **dict.fromkeys(("prompt", "kind"), str),
+    **dict.fromkeys(METRICS, (float, None)),
+    "hidden_sinks": [Row(int, float)],
+    "influential": [Row(int, float)],
+    "stripe_tokens": [Row(int, float, int, int)],
+    "previous_layer": (int, None),
+}
 COLUMNS = (
     "prompt",
     "layer",

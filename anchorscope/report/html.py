@@ -15,9 +15,9 @@ reaches the page as JSON with "<" escaped and is shown as text, never as markup.
 from __future__ import annotations
 
 import base64
-import csv
 import json
 import math
+import re
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,8 +29,9 @@ import numpy as np
 
 from anchorscope._version import __version__
 from anchorscope.errors import DumpError, InputError, MissingBackendError
-from anchorscope.files import write_atomic
+from anchorscope.files import MAX_JSON_BYTES, member, read_csv, read_json, write_atomic
 from anchorscope.profiles import HeadProfile
+from anchorscope.shapes import check
 
 PAGE_BYTES = 14_500_000  # what heat maps are fitted to
 PLOTLY_BYTES = 5_000_000
@@ -47,6 +48,16 @@ MAX_ASKED = 24  # thetas whose other columns of heads.csv are kept; recall and d
 TOP = 16
 MASS_STEPS, MASS_FLOOR = 63, 1e-6
 MARGIN_STEPS = 62
+
+_RUN = {
+    "started": (str, None, ...),
+    "dump": {"identity": str, "model": ({"name": (str, None, ...)}, None, ...)},
+    "settings": {"target_recall": float},
+    "versions": ({str: (str, None)}, None, ...),
+    "hardware": (str, dict, None, ...),
+    "warnings": ([str], None, ...),
+}
+_ABOUT = {"settings": ({"methods": ([{"label": str, "oracle": (bool, ...)}], ...)}, None, ...)}
 
 # columns of heads.csv that only exist at the thetas asked for
 EXTRAS = (
@@ -300,20 +311,17 @@ def _open_run(folder: Path) -> Run:
     names = state.get("profiles")
     if report.get("format") != "anchorscope-report" or not isinstance(names, list) or not names:
         raise DumpError(f"{folder} holds no finished analysis: run `anchorscope analyze DUMP --out {folder}` first")
-    if any(not isinstance(n, str) or Path(n).name != n for n in names):
+    if any(member(folder / "profile", n, ".safetensors") is None for n in names):
         raise DumpError(f"{folder / 'analysis.json'} names a file outside its folder: it was edited; run analyze again")
-    try:
-        report["dump"]["identity"], report["settings"]["target_recall"]
-    except (KeyError, TypeError):
-        raise DumpError(f"{folder / 'report.json'} is incomplete: run analyze again") from None
+    check(report, _RUN, str(folder / "report.json"), hint="it is damaged; run analyze again", error=DumpError)
     return Run(folder, folder.resolve().name, report, tuple(folder / "profile" / n for n in names))
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DumpError(f"{path} cannot be read ({error}): run the command that wrote it again") from None
+        value = read_json(path, MAX_JSON_BYTES, "result")
+    except InputError as error:
+        raise DumpError(f"{error}: run the command that wrote it again") from None
     if not isinstance(value, dict):
         raise DumpError(f"{path} is no result of anchorscope: run the command that wrote it again")
     return value
@@ -322,13 +330,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _table(path: Path, report: Path, needed: Iterable[str]) -> Table:
     """A CSV with one or more lines per head, and the report of its folder."""
     about = _read_json(report) if report.exists() else {}
+    check(about, _ABOUT, str(report), hint="it is damaged; run the command that wrote it again", error=DumpError)
     dump = about.get("dump")
     identity = dump.get("identity") if isinstance(dump, dict) else dump
-    try:
-        with open(path, encoding="utf-8", newline="") as file:
-            lines = [line for line in csv.reader(file) if line]
-    except (OSError, ValueError, csv.Error) as error:
-        raise DumpError(f"{path} cannot be read ({error})") from None
+    lines = read_csv(path, MAX_JSON_BYTES, "table", error=DumpError)
     columns = tuple(lines[0]) if lines else ()
     for name in ("prompt", "layer", "head", *needed):
         if name not in columns:
@@ -580,16 +585,19 @@ def _of_prompt(table: Table, prompt: str) -> Iterable[dict[str, str]]:
 
 
 def _head_key(table: Table, row: Mapping[str, str]) -> str:
-    if not (row["layer"].isdecimal() and row["head"].isdecimal()):
-        raise DumpError(f"{table.path}: layer {row['layer']!r}, head {row['head']!r} are not numbers")
+    if not all(re.fullmatch(r"[0-9]{1,9}", row[name]) for name in ("layer", "head")):
+        raise DumpError(f"{table.path}: layer {row['layer'][:40]!r}, head {row['head'][:40]!r} are not numbers")
     return f"{int(row['layer'])}:{int(row['head'])}"
 
 
 def _number(table: Table, row: Mapping[str, str], name: str) -> float:
     try:
-        return float(row[name])
+        value = float(row[name])
     except ValueError:
-        raise DumpError(f"{table.path}: {name} {row[name]!r} is not a number") from None
+        value = math.inf
+    if not 0 <= value <= 2:  # recall and density, which rounding may put a little above 1
+        raise DumpError(f"{table.path}: {name} {row[name][:40]!r} is not a number from 0 to 1")
+    return value
 
 
 # ------------------------------------------------------------------------------------------------------------------

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from anchorscope.errors import InputError, MissingBackendError
+from anchorscope.files import check_regular, read_json
+from anchorscope.shapes import Row, check
+
+MAX_BYTES = 1 << 28
+MAX_GGUF_BYTES = 1 << 43
+MAX_TOKENS = 1 << 24  # ids: the largest vocabularies have a million
+_SHAPE = {
+    "model": {"vocab": ({str: int}, [Row(str, float)])},
+    "added_tokens": ([{"content": str, "id": int}], None, ...),
+}
 
 
 def token_texts(ids: Sequence[int], pieces: Sequence[str] | None = None) -> list[str]:
@@ -30,7 +38,7 @@ def load_pieces(path: Path | str) -> list[str]:
     path = Path(path)
     if path.is_dir():
         path = path / "tokenizer.json"
-    if not path.is_file():
+    if not path.exists():
         raise InputError(f"no tokenizer at {path}: name a tokenizer.json, a folder that holds one, or a GGUF file")
     raw = _from_gguf(path) if path.suffix.lower() == ".gguf" else _from_json(path)
     # GPT-2's byte alphabet and SentencePiece's "▁" never meet in one vocabulary.
@@ -40,21 +48,22 @@ def load_pieces(path: Path | str) -> list[str]:
 
 
 def _from_json(path: Path) -> list[str]:
+    hint = "there is no vocabulary that can be read, name a Hugging Face tokenizer.json"
     try:
-        content: Any = json.loads(path.read_text(encoding="utf-8"))
-        vocabulary = content["model"]["vocab"]
-        pairs = (
-            list(vocabulary.items())
-            if isinstance(vocabulary, dict)
-            else [(item[0], i) for i, item in enumerate(vocabulary)]
-        )
-        pairs += [(item["content"], item["id"]) for item in content.get("added_tokens", [])]
-        pieces = [""] * (1 + max(i for _, i in pairs))
-        for text, i in pairs:
-            pieces[i] = str(text)
-        return pieces
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
-        raise InputError(f"{path} holds no vocabulary that can be read: name a Hugging Face tokenizer.json") from None
+        content = read_json(path, MAX_BYTES, "tokenizer")
+    except InputError as error:
+        raise InputError(f"{error}: {hint}") from None
+    check(content, _SHAPE, f"tokenizer {path}", hint=hint)
+    vocabulary = content["model"]["vocab"]
+    pairs = list(vocabulary.items()) if isinstance(vocabulary, dict) else [(x[0], i) for i, x in enumerate(vocabulary)]
+    pairs += [(item["content"], item["id"]) for item in content.get("added_tokens") or []]
+    count = 1 + max((i for _, i in pairs), default=-1)
+    if not 0 < count <= MAX_TOKENS:
+        raise InputError(f"tokenizer {path} has ids up to {count - 1}: {hint}")
+    pieces = [""] * count
+    for text, i in pairs:
+        pieces[i] = text
+    return pieces
 
 
 def _from_gguf(path: Path) -> list[str]:
@@ -62,12 +71,13 @@ def _from_gguf(path: Path) -> list[str]:
         from gguf import GGUFReader
     except ImportError:
         raise MissingBackendError("reading a GGUF tokenizer needs gguf: pip install 'anchorscope[hf]'") from None
+    check_regular(path, MAX_GGUF_BYTES, "tokenizer")
     try:
         field = GGUFReader(str(path)).get_field("tokenizer.ggml.tokens")
         if field is None:
             raise ValueError("no tokens")
         return [bytes(field.parts[i]).decode("utf-8", "replace") for i in field.data]
-    except (OSError, ValueError, KeyError, IndexError):
+    except Exception:  # the package checks little: a damaged file fails it in any way
         raise InputError(f"{path} holds no vocabulary that can be read: name a GGUF model with its tokenizer") from None
 
 

@@ -310,3 +310,44 @@ def test_sample_dump_analyzes(capsys, tmp_path):
     assert report["dump"]["model"]["name"] == "smollm2"
     row = report["overall"][0]
     assert 0.4 < row["recall_mean"] < 0.9, "layer 20 head 6 is a head that anchors serve badly"
+
+
+def test_names_mean_nothing_to_the_terminal(capsys, tmp_path):
+    from anchorscope import write_dump
+    from anchorscope.cli.common import note, stdout_console
+
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(h, 200, 8, generator=g) for h in (2, 1, 1))
+    names = ("chapter[/]", "book[final].txt", ":smile:", "=1+1")
+    model = {"name": "evil\x1b[31m\x9b\u202e", "type": "[/]"}
+    write_dump(
+        tmp_path / "d",
+        [{"prompt": p, "layer": 0, "q": q, "k": k, "v": v, "scale": 0.3} for p in names],
+        model=model,
+    )
+    groups = ("--block", "16", "--step", "2", "--theta", "0", "--no-figures")
+    code, out, err = run(capsys, "analyze", tmp_path / "d", "--out", tmp_path / "o", *groups)
+    assert code == 0, err
+    for name in names:
+        assert name in out
+    assert "\x1b" not in out + err
+    assert "\n'=1+1," in (tmp_path / "o" / "heads.csv").read_text()
+    code, out, err = run(capsys, "info", tmp_path / "d")
+    assert code == 0, err
+    assert "evil\\x1b[31m\\x9b\\u202e" in out
+    note("a\x1b[2Jb\nc")
+    assert capsys.readouterr().err == "a\\x1b[2Jb\\nc\n"
+    stdout_console().print("[red]x\x07[/]")
+    assert capsys.readouterr().out == "[red]x\\x07[/]\n"
+
+
+def test_closed_input_and_pipes(tmp_path):
+    command = f"{sys.executable} -m anchorscope capture --model m --out {tmp_path / 'o'}"
+    done = subprocess.run(["bash", "-c", f"{command} --prompt - <&-"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "standard input is closed" in done.stderr
+    done = subprocess.run(
+        ["bash", "-c", f"{command} --token-ids <(echo 1 2 x)"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "not 'x'" in done.stderr

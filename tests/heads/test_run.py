@@ -265,7 +265,7 @@ def test_load_again(finished, tmp_path):
     assert again.report == finished.report
     assert [vars(r) for r in again.rows if r.layer == 9] == [vars(r) for r in finished.rows if r.layer == 9]
     assert again.figures == tuple(sorted(finished.figures))
-    with pytest.raises(DumpError, match="no finished head diagnostics"):
+    with pytest.raises(DumpError, match="no finished diagnosis of heads"):
         load_diagnosis(tmp_path)
 
 

@@ -395,9 +395,9 @@ def test_folders_that_hold_no_finished_analysis(tmp_path, profiles):
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
-        ("report.json", "{", "cannot be read"),
+        ("report.json", "{", "truncated or not JSON"),
         ("report.json", "[]", "no result"),
-        ("report.json", '{"format": "anchorscope-report"}', "incomplete"),
+        ("report.json", '{"format": "anchorscope-report"}', "dump must be given"),
         ("report.json", '{"format": "else"}', "no finished analysis"),
         ("analysis.json", '{"profiles": ["../x.safetensors"]}', "outside its folder"),
         ("analysis.json", '{"profiles": []}', "no finished analysis"),
