@@ -14,6 +14,7 @@ import torch
 from anchorscope.capture.adapters import adapters_at_work, parameters_of, signs_of, unwrapped
 from anchorscope.capture.gguf_config import Gguf, agree
 from anchorscope.capture.gguf_metadata import open_gguf
+from anchorscope.capture.positions import max_positions
 from anchorscope.capture.sources import guarded, load_tokenizer, locate, no_conversion
 from anchorscope.capture.weights import check_materialised, check_report
 from anchorscope.devices import resolve_device
@@ -228,9 +229,3 @@ def prefill_module(model: PreTrainedModel) -> nn.Module:
     them, else its body without the head.
     """
     return model if "logits_to_keep" in inspect.signature(model.forward).parameters else model.base_model
-
-
-def max_positions(model: PreTrainedModel) -> int | None:
-    """The largest prompt the model has positions for, or None if it sets no limit."""
-    value = getattr(text_config(model), "max_position_embeddings", None)
-    return int(value) if isinstance(value, int) and value > 0 else None

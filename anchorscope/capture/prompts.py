@@ -15,6 +15,8 @@ from anchorscope.files import MAX_PROMPT_BYTES, read_stream
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from anchorscope.capture.positions import Positions
+
 
 @dataclass(frozen=True)
 class PromptInput:
@@ -114,7 +116,7 @@ def tokenize(
     tokenizer: PreTrainedTokenizerBase | None,
     *,
     tokens: int | None,
-    positions: int | None,
+    positions: Positions | None,
     vocabulary: int | None,
     chat: bool = False,
     special_tokens: bool = True,
@@ -126,11 +128,11 @@ def tokenize(
         prompt: text or ids.
         tokenizer: the model's; may be None if the prompt brings ids.
         tokens: N; None means the whole prompt.
-        positions: the model's number of positions, or None if unlimited.
+        positions: how many the model has, or None if that does not matter.
         vocabulary: number of embeddings, or None if unknown.
         chat: make the text a user's message in the tokenizer's chat template, up to where the answer would begin.
         special_tokens: let the tokenizer add its special tokens (a template brings its own).
-        notify: told when the prompt is cut, or shorter than `tokens`.
+        notify: told when the prompt is cut, shorter than `tokens`, or longer than the model is made for.
 
     Raises:
         InputError: fewer than 2 tokens, more than the model's positions, an id outside the vocabulary, no tokenizer, no
@@ -163,10 +165,8 @@ def tokenize(
         ids = ids[:tokens]
     if len(ids) < 2:
         raise InputError(f"prompt {prompt.name} has {len(ids)} tokens: at least 2 are needed")
-    if positions is not None and len(ids) > positions:
-        raise InputError(
-            f"prompt {prompt.name} has {len(ids)} tokens and the model {positions} positions: give --tokens {positions}"
-        )
+    if positions is not None:
+        positions.check(prompt.name, len(ids), notify)
     bad = next((i for i in ids if not 0 <= i < (vocabulary or i + 1)), None)
     if bad is not None:
         raise InputError(f"prompt {prompt.name}: token id {bad} is outside the model's vocabulary of {vocabulary}")

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from anchorscope.capture.models import text_config
+from anchorscope.capture.positions import reset_rotations
 from anchorscope.capture.weights import check_materialised, listed
 from anchorscope.proof import CONTEXT, SCORED, ModelProof, PromptProof
 
@@ -186,6 +187,7 @@ def prove_prompt(model: PreTrainedModel, token_ids: Sequence[int]) -> PromptProo
     if model.get_output_embeddings() is None:
         return PromptProof(0, len(ids), reason=f"{type(model).__name__} has no language-model head")
     scores = NextTokens(model, ids)
+    reset_rotations(model)
     with torch.inference_mode(), scores:
         model(input_ids=torch.tensor([list(ids)], dtype=torch.long, device=model.device), use_cache=False)
     return scores.proof()

@@ -13,19 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from anchorscope.capture.chunking import CacheWatch, Prefill, check_chunks, run
 from anchorscope.capture.hook import AttentionCall, intercept
-from anchorscope.capture.kvcache import cache_option, result_cache
 from anchorscope.capture.language import language_only
 from anchorscope.capture.memory import Curve, free_bytes, logits_bytes, prefill_curve, weight_bytes
 from anchorscope.capture.models import (
     LoadedModel,
-    max_positions,
     model_facts,
-    prefill_module,
     ready_model,
     require_transformers,
     text_config,
 )
+from anchorscope.capture.positions import model_positions
 from anchorscope.capture.prompts import PromptInput, TokenizedPrompt, prompt_from_file, tokenize, unique_names
 from anchorscope.capture.proof import NextTokens, keeps_few_rows, prove_model, prove_prompt, runs_to_end
 from anchorscope.capture.recorder import LayersDone, LayerShape, Recorder, ShapeProbe
@@ -48,8 +47,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 PROBE_TOKENS = 2
-CHUNKED_TOKENS, CHUNKED_PIECE = 12, 5  # a prompt that is run whole and in pieces before --chunk is trusted
-CHUNKED_TOLERANCE = {torch.float32: 1e-2, torch.float64: 1e-2}  # relative, per query; 16-bit types: 0.1
 
 
 @dataclass(frozen=True)
@@ -155,7 +152,7 @@ def capture_model(
                 prompt,
                 loaded.tokenizer,
                 tokens=tokens,
-                positions=max_positions(net),
+                positions=model_positions(net),
                 vocabulary=getattr(net.get_input_embeddings(), "num_embeddings", None),
                 chat=chat,
                 special_tokens=special_tokens,
@@ -167,8 +164,8 @@ def capture_model(
         shapes = probe(net, ready[0].token_ids[:PROBE_TOKENS], layers)
         wanted = _pick_layers(net, shapes, layers, tell)
         longest = max(ready, key=lambda p: len(p.token_ids)).token_ids
-        if chunk is not None and chunk < len(longest):
-            check_chunking(net, longest[:CHUNKED_TOKENS], wanted)
+        if chunk is not None:
+            check_chunks(net, longest, wanted, [Prefill(len(p.token_ids), chunk) for p in ready])
         _check_kv_heads(shapes, wanted, kv_heads)
         picked = None if kv_heads is None else sorted(set(kv_heads))
         needed = sum(shapes[layer].bytes(len(p.token_ids), picked, dtype, values) for p in ready for layer in wanted)
@@ -205,8 +202,15 @@ def capture_model(
                     stop_early=not to_end,
                     on_layer=report,
                 )
+                watch = CacheWatch(left)
+
+                def see(call: AttentionCall, recorder: Recorder = recorder, watch: CacheWatch = watch) -> None:
+                    watch(call)
+                    recorder(call)
+
                 try:
-                    with intercept(net, language_only(net, recorder)), scores or contextlib.nullcontext():
+                    sink = language_only(net, recorder if chunk is None else see)
+                    with intercept(net, sink), scores or contextlib.nullcontext():
                         if left or scores is not None:
                             prefill(net, prompt.token_ids, chunk=chunk)
                 except LayersDone:
@@ -241,20 +245,8 @@ def prefill(model: PreTrainedModel, token_ids: Sequence[int], *, chunk: int | No
     Models that accept `logits_to_keep` compute one row of logits; for others the body runs without its head, so an N x
     vocabulary tensor never exists. With `chunk`, a KV cache carries the prompt forward piece by piece.
     """
-    ids = torch.tensor([list(token_ids)], dtype=torch.long, device=model.device)
-    runner = prefill_module(model)
-    options: dict[str, Any] = {"logits_to_keep": 1} if runner is model else {}
-    with torch.inference_mode():
-        if chunk is None or chunk >= ids.shape[1]:
-            return getattr(runner(input_ids=ids, use_cache=False, **options), "logits", None)
-        cache = None
-        result: Any = None
-        for part in ids.split(chunk, dim=1):
-            result = runner(input_ids=part, use_cache=True, **cache_option(runner, cache), **options)
-            cache = result_cache(result)
-            if cache is None:
-                raise InputError(f"{type(model).__name__} keeps no KV cache: --chunk does not work with it")
-        return getattr(result, "logits", None)
+    sizes = None if chunk is None else Prefill(len(token_ids), chunk).sizes
+    return getattr(run(model, token_ids, sizes), "logits", None)
 
 
 def probe(model: PreTrainedModel, token_ids: Sequence[int], layers: Sequence[int] | None) -> dict[int, LayerShape]:
@@ -276,35 +268,6 @@ def probe(model: PreTrainedModel, token_ids: Sequence[int], layers: Sequence[int
             " its attention is not softmax attention, or its code does not use the interface"
         )
     return sink.shapes
-
-
-def check_chunking(model: PreTrainedModel, token_ids: Sequence[int], layers: Sequence[int]) -> None:
-    """Run a few tokens whole and in pieces: some recurrent layers drop their state between pieces, without a word.
-
-    Raises:
-        InputError: the pieces give other queries (compared by the median token, since an expert may be chosen otherwise
-            for a single one), or the model keeps no cache.
-    """
-    runs: list[dict[int, torch.Tensor]] = []
-    for piece in (None, CHUNKED_PIECE):
-        seen: dict[int, list[torch.Tensor]] = {layer: [] for layer in layers}
-
-        def keep(call: AttentionCall, seen: dict[int, list[torch.Tensor]] = seen) -> None:
-            if call.layer in seen:
-                seen[call.layer].append(call.q[0].float().cpu())
-
-        with intercept(model, language_only(model, keep)):
-            prefill(model, token_ids, chunk=piece)
-        runs.append({layer: torch.cat(parts, 1) for layer, parts in seen.items()})
-    tolerance = CHUNKED_TOLERANCE.get(model.dtype, 0.1)
-    for layer in layers:
-        whole, parts = (run[layer][:, CHUNKED_PIECE:] for run in runs)
-        error = (parts - whole).norm(dim=(0, 2)) / whole.norm(dim=(0, 2))
-        if not float(error.median()) <= tolerance:
-            raise InputError(
-                f"{type(model).__name__} computes something else in chunks (queries of layer {layer} are off by"
-                f" {float(error.median()):.0%}): its cache does not carry all of its state; capture without --chunk"
-            )
 
 
 def _pick_layers(

@@ -15,7 +15,8 @@ import torch
 
 from anchorscope import runtime
 from anchorscope.anchors import AnchorConfig
-from anchorscope.capture.kvcache import cache_option, result_cache
+from anchorscope.capture.kvcache import continuation, result_cache
+from anchorscope.capture.positions import reset_rotations, rotation_state
 from anchorscope.evaluation.metrics import Reference, TokenScores
 from anchorscope.evaluation.tasks import Sample
 
@@ -136,7 +137,8 @@ class Lane:
 
     def __init__(self, model: PreTrainedModel, arm: Arm, options: Options, *, measure: bool) -> None:
         self.work = Work()
-        self.cache: Any = None
+        self._cache: Any = None
+        self._held = 0  # tokens in the cache
         self._model, self._arm, self._options, self._measure = model, arm, options, measure
 
     def step(self, ids: torch.Tensor, *, every: bool, cached: bool) -> torch.Tensor:
@@ -160,6 +162,8 @@ class Lane:
                 measure=self._measure,
                 force=self._options.force,
             )
+        if self._cache is None:
+            reset_rotations(self._model)
         with attention as run:
             before = self._now()
             logits = self._forward(ids, every, cached)
@@ -175,14 +179,23 @@ class Lane:
         pieces = ids.split(1) if self._options.stepwise else [ids]
         return torch.cat([self._forward(piece, True, True) for piece in pieces])
 
+    def bookmark(self) -> Callable[[], None]:
+        """Note where the lane is; the function returned, called once, leads back there."""
+        cache, held, put_back = copy.deepcopy(self._cache), self._held, rotation_state(self._model)
+
+        def back() -> None:
+            self._cache, self._held = cache, held
+            put_back()
+
+        return back
+
     def _forward(self, ids: torch.Tensor, every: bool, cached: bool) -> torch.Tensor:
-        options: dict[str, Any] = {}
+        options = continuation(self._model, self._cache, self._held, ids[None])
         if not every and "logits_to_keep" in inspect.signature(self._model.forward).parameters:
             options["logits_to_keep"] = 1
-        options.update(cache_option(self._model, self.cache))
         result = self._model(input_ids=ids[None], use_cache=cached, **options)
         if cached:
-            self.cache = result_cache(result)
+            self._cache, self._held = result_cache(result), self._held + len(ids)
         return result.logits[0] if every else result.logits[0, -1:]
 
     def _now(self) -> float:
@@ -272,9 +285,9 @@ def run_sample(
     for start, stop in spans(len(ids), options.chunk):
         last = lane.step(ids[start:stop], every=False, cached=True)
     answer = torch.tensor(sample.answer_ids, dtype=torch.long, device=model.device)
-    prompt_cache = copy.deepcopy(lane.cache)
+    back = lane.bookmark()
     logits = last if len(answer) == 1 else torch.cat([last, lane.decode(answer[:-1])])
-    lane.cache = prompt_cache
+    back()
     text = _greedy(lane, last, sample, decode, _stops(model))
     reference = Reference(logits, answer) if dense is None else dense.reference
     scores = reference.scores if dense is None else reference.compare(logits)

@@ -33,13 +33,14 @@ from anchorscope.capture import (
     prompt_from_file,
 )
 from anchorscope.capture.memory import free_bytes
-from anchorscope.capture.models import max_positions, ready_model, require_transformers
+from anchorscope.capture.models import ready_model, require_transformers
+from anchorscope.capture.positions import Positions, model_positions
 from anchorscope.capture.prompts import tokenize, unique_names
 from anchorscope.capture.proof import prove_model, prove_prompt, summarize
-from anchorscope.capture.run import CHUNKED_TOKENS, check_chunking
 from anchorscope.devices import resolve_backend_name
 from anchorscope.errors import DumpError, InputError, RunFailure
-from anchorscope.evaluation.lanes import DENSE, Arm, Lane, Options, group_multiple, run_prompt, run_sample, spans
+from anchorscope.evaluation.chunking import choose_chunks
+from anchorscope.evaluation.lanes import DENSE, Arm, Lane, Options, run_prompt, run_sample, spans
 from anchorscope.evaluation.parts import Part
 from anchorscope.evaluation.results import (
     ANSWER_COLUMNS,
@@ -60,7 +61,6 @@ from anchorscope.locks import folder_lock
 from anchorscope.params import AnchorParams
 from anchorscope.proof import PromptProof
 from anchorscope.runfolder import RunFolder
-from anchorscope.selection import describe_indices
 from anchorscope.shapes import check
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ FOLDER = RunFolder(
 )
 LENGTHS = (2048, 4096, 8192)
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
-SAMPLES, CHUNK = 4, 2048
+SAMPLES = 4
 
 
 @dataclass(frozen=True)
@@ -235,13 +235,25 @@ def evaluate(
     facts = model_facts(loaded.model, loaded.name, loaded.revision)
     layers = _layers(loaded.model)
     ready = _arms(arms, params, layers, facts, force)
-    units = _units(loaded, inputs, tasks, lengths, depths, samples, seed, chat)
-    *sizes, carries = _chunking(loaded, layers, ready, units, chunk, tell)
+    units = _units(loaded, inputs, tasks, lengths, depths, samples, seed, chat, tell)
+    prompt_ids = [u.token_ids for u in units if isinstance(u, LongPrompt)]
+    chunks = choose_chunks(
+        loaded,
+        sorted(layers),
+        [i for i, x in layers.items() if x.slides],
+        ready,
+        prompt_ids,
+        [u for u in units if isinstance(u, Sample)],
+        chunk,
+        tell,
+    )
+    if chunks.prompts is None and prompt_ids:
+        _check_logits(loaded, max(map(len, prompt_ids)))
     request = _Request(
         loaded,
         ready,
         units,
-        Options(None, resolve_backend_name(backend, loaded.model.device), force, stepwise=not carries),
+        Options(None, resolve_backend_name(backend, loaded.model.device), force, stepwise=chunks.stepwise),
         seed,
         {
             "lengths": sorted({u.length for u in units}),
@@ -250,7 +262,7 @@ def evaluate(
             "samples": samples,
             "seed": seed,
             "chat": chat,
-            "chunk": dict(zip(("prompts", "tasks"), sizes, strict=True)),
+            "chunk": {"prompts": chunks.prompts, "tasks": chunks.tasks},
             "measure": {"prompts": measure is not False, "tasks": bool(measure)},
             "backend": resolve_backend_name(backend, loaded.model.device),
             "device": loaded.model.device.type,
@@ -413,25 +425,41 @@ def _units(
     samples: int,
     seed: int,
     chat: bool,
+    tell: Callable[[str], None],
 ) -> tuple[Unit, ...]:
     """Everything to run: prompts cut to each length, then samples."""
-    positions = max_positions(loaded.model)
+    positions = model_positions(loaded.model)
     for length in lengths or ():
-        if positions is not None and length > positions:
-            raise InputError(f"length {length:,} is beyond {loaded.name}'s positions: at most {positions:,} tokens")
-    own = tuple(lengths or [x for x in LENGTHS if positions is None or x <= positions] or [positions or LENGTHS[0]])
+        _check_length(loaded.name, length, positions, tell)
+    most = positions.trained
+    own = tuple(lengths or [x for x in LENGTHS if most is None or x <= most] or [most or LENGTHS[0]])
     units: list[Unit] = []
     for prompt in inputs:
-        units += _cut(loaded, prompt, lengths, positions)
+        units += _cut(loaded, prompt, lengths, positions, tell)
     if PERPLEXITY in tasks:
-        units += _cut(loaded, PromptInput(OWN_TEXT, own_text()), own, positions)
+        units += _cut(loaded, PromptInput(OWN_TEXT, own_text()), own, positions, tell)
     if any(t != PERPLEXITY for t in tasks):
         units += make_samples(Pieces(loaded, chat=chat), tasks, own, depths, samples, seed)
     return tuple(units)
 
 
+def _check_length(name: str, length: int, positions: Positions, tell: Callable[[str], None]) -> None:
+    """Refuse a length that the model cannot run, and warn of one that it is not made for."""
+    if positions.limit is not None and length > positions.limit:
+        raise InputError(f"length {length:,} is beyond {name}'s positions: at most {positions.limit:,} tokens")
+    if positions.trained is not None and length > positions.trained:
+        tell(
+            f"warning: length {length:,} is beyond the {positions.trained:,} tokens that {name} is made for: its"
+            " positions reach further, but what it does there may be poor"
+        )
+
+
 def _cut(
-    loaded: LoadedModel, prompt: PromptInput, lengths: Sequence[int] | None, positions: int | None
+    loaded: LoadedModel,
+    prompt: PromptInput,
+    lengths: Sequence[int] | None,
+    positions: Positions,
+    tell: Callable[[str], None],
 ) -> list[LongPrompt]:
     """A prompt at each length, or whole."""
     ready = tokenize(
@@ -440,7 +468,7 @@ def _cut(
         tokens=None,
         positions=None if lengths else positions,
         vocabulary=getattr(loaded.model.get_input_embeddings(), "num_embeddings", None),
-        notify=lambda _: None,
+        notify=tell,
     )
     found = len(ready.token_ids)
     for length in lengths or ():
@@ -449,41 +477,6 @@ def _cut(
                 f"prompt {prompt.name} has {found:,} tokens, fewer than the length {length:,}: lower --lengths"
             )
     return [LongPrompt(prompt.name, n, ready.token_ids[:n]) for n in lengths or (found,)]
-
-
-def _chunking(
-    loaded: LoadedModel,
-    layers: Mapping[int, _Layer],
-    arms: Sequence[Arm],
-    units: Sequence[Unit],
-    chunk: int | None,
-    tell: Callable[[str], None],
-) -> tuple[int | None, int | None, bool]:
-    """The chunks of prompts and of tasks (None: whole), and whether the model carries its state over a chunk.
-
-    Chunks are multiples of every layer's groups, which then stay in place.
-    """
-    multiple = group_multiple(arms)
-    sizes = [None if x is None else math.ceil(x / multiple) * multiple for x in (chunk or CHUNK, chunk)]
-    longest = [max((u.token_ids for u in units if isinstance(u, k)), key=len, default=()) for k in (LongPrompt, Sample)]
-    cut = any(size is not None and size < len(ids) for size, ids in zip(sizes, longest, strict=True))
-    try:
-        check_chunking(loaded.model, max(longest, key=len)[:CHUNKED_TOKENS], sorted(layers))
-    except InputError:
-        if cut:
-            _check_logits(loaded, len(longest[0]))
-            tell(f"{loaded.name} cannot prefill in chunks: everything runs whole")
-        return None, None, False
-    named = {x.layer for arm in arms if arm.config is not None for x in arm.config.layers}
-    sliding = [i for i in sorted(named) if i in layers and layers[i].slides]
-    if cut and sliding:
-        tell(
-            f"warning: layers {describe_indices(sliding)} have sliding windows, and run dense after the first chunk;"
-            " --chunk as long as the prompts runs them sparse"
-        )
-    if cut and sizes[0] != (chunk or CHUNK):
-        tell(f"chunks of {sizes[0]:,} tokens instead of {chunk or CHUNK:,}: multiples of every layer's groups")
-    return sizes[0], sizes[1], True
 
 
 def _check_logits(loaded: LoadedModel, tokens: int) -> None:

@@ -214,7 +214,6 @@ INPUT_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "kv head": ({"kv_heads": [2]}, "kv head 2 is out of range"),
     "no layers": ({"layers": []}, "at least one"),
     "tokens": ({"tokens": 1}, "at least 2"),
-    "positions": ({"tokens": 300}, "300 tokens and the model 256 positions"),
     "chunk": ({"chunk": 0}, "chunk must be"),
     "dtype": ({"dtype": "fp8"}, "fp32, fp16 or bf16"),
 }

@@ -1,0 +1,443 @@
+"""Whether a prompt run in pieces, with a cache between them, is the same as the prompt run whole.
+
+Three things can differ. Rotations may depend on the length (see `positions`). Recurrent layers and short convolutions
+may drop their state between pieces. And a cache may hold something else than the layers gave it. The first is tried at
+the prompt's real length, on the rotary modules alone. The second is tried on the prompt's first tokens, cut as the real
+run cuts them: each module that is handed the cache gets the inputs that it has in the whole run, so that errors do not
+add up over the layers and no expert is chosen otherwise, and its output may differ by the dtype's rounding only; and
+the queries, keys and values of the whole model are compared too.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from itertools import accumulate, chain, pairwise
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from anchorscope.capture.hook import AttentionCall, intercept
+from anchorscope.capture.kvcache import continuation, result_cache
+from anchorscope.capture.language import language_only
+from anchorscope.capture.models import prefill_module
+from anchorscope.capture.positions import TRIAL_TOKENS, Rotations, reset_rotations
+from anchorscope.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SHORT = 11  # tokens of a piece in the trial: more than the kernels of short convolutions have
+PIECES = 4
+LONG = 300  # of a longer trial of models with recurrent layers, whose scans work on up to 256 tokens at a time
+MOST_TOKENS, MOST_FORWARDS = 700, 64  # of one trial
+# Largest relative difference per token of a module with the same inputs (in units of the dtype's epsilon), ...
+ROUNDINGS = {torch.float64: 1 << 12, torch.float32: 1 << 8}
+ROUNDINGS_16 = 4
+# ... and of the whole model's queries, keys and values, where differences add up over the layers: relative. An expert
+# may be chosen otherwise by rounding in 16-bit types, so the median of the tokens counts there.
+MODEL_TOLERANCE, MODEL_MEDIAN_16 = 1e-3, 0.1
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """A prefill to come, in pieces.
+
+    Attributes:
+        tokens: of the prompt.
+        chunk: tokens of a piece.
+        stops: where the pieces end; by default all but the last are full.
+    """
+
+    tokens: int
+    chunk: int
+    stops: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.stops:
+            object.__setattr__(self, "stops", (*range(self.chunk, self.tokens, self.chunk), self.tokens))
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Tokens of each piece."""
+        return tuple(b - a for a, b in pairwise((0, *self.stops)))
+
+    def small(self, piece: int, most: int) -> tuple[int, ...]:
+        """Fewer and smaller pieces of the same kind: none is longer than `piece`, and they hold at most `most` tokens.
+
+        Sizes that do not exceed `piece` are the real ones, the last piece's included.
+        """
+        size, last = min(self.chunk, piece), min(self.sizes[-1], piece)
+        return (*[size] * min((most - last) // size, len(self.stops) - 1), last)
+
+
+def feed(model: PreTrainedModel, token_ids: Sequence[int], sizes: Sequence[int] | None = None) -> Iterator[Any]:
+    """Forwards over the ids, whole without a cache or in pieces of these sizes with one; yields what each returns.
+
+    Models that accept `logits_to_keep` compute one row of logits; for others the body runs without its head, so an N x
+    vocabulary tensor never exists. Rotations that remember the longest prompt begin anew.
+
+    Raises:
+        InputError: the model keeps no cache.
+    """
+    ids = torch.tensor([list(token_ids)], dtype=torch.long, device=model.device)
+    runner = prefill_module(model)
+    options: dict[str, Any] = {"logits_to_keep": 1} if runner is model else {}
+    reset_rotations(model)
+    if sizes is None or len(sizes) <= 1:
+        with torch.inference_mode():
+            result = runner(input_ids=ids, use_cache=False, **options)
+        yield result
+        return
+    cache, start = None, 0
+    for part in ids.split(list(sizes), dim=1):
+        with torch.inference_mode():  # not around the `yield`: it would be the caller's mode too
+            behind = continuation(runner, cache, start, part)
+            result = runner(input_ids=part, use_cache=True, **behind, **options)
+        cache, start = result_cache(result), start + part.shape[1]
+        if cache is None:
+            raise InputError(f"{type(model).__name__} keeps no KV cache: it cannot run in chunks")
+        yield result
+
+
+def run(model: PreTrainedModel, token_ids: Sequence[int], sizes: Sequence[int] | None = None) -> Any:
+    """`feed` to its end; returns what the last forward does."""
+    return deque(feed(model, token_ids, sizes), maxlen=1).pop()
+
+
+def rotations(model: PreTrainedModel, token_ids: Sequence[int]) -> Rotations:
+    """The rotary modules, from a trial run of a few tokens."""
+    ids = [token_ids[i % len(token_ids)] for i in range(TRIAL_TOKENS)]
+    return Rotations(model, lambda: run(model, ids), TRIAL_TOKENS)
+
+
+def check_chunks(
+    model: PreTrainedModel,
+    token_ids: Sequence[int],
+    layers: Collection[int],
+    prefills: Iterable[Prefill],
+    advice: str = "; capture without --chunk",
+) -> None:
+    """Make sure that prompts run in pieces are the same as run whole.
+
+    Args:
+        model: the model.
+        token_ids: some ids to try it with, best the longest prompt's.
+        layers: the attention layers whose queries, keys and values are compared.
+        prefills: the runs to come.
+        advice: how the sentence ends that says they are not.
+
+    Raises:
+        InputError: pieces give something else, or the model keeps no cache.
+    """
+    prefills = sorted({p for p in prefills if p.chunk < p.tokens}, key=lambda p: (p.tokens, p.chunk))
+    if not prefills:
+        return
+    with explained(model, advice):
+        check_rotations(model, token_ids, prefills)
+        for sizes in _trials(prefills, *_kinds(model, token_ids)):
+            check_sizes(model, token_ids, layers, sizes)
+
+
+@contextmanager
+def explained(model: PreTrainedModel, advice: str) -> Iterator[None]:
+    """Let what goes wrong in a trial be one sentence that ends with `advice`, also where the model's own code fails.
+
+    Raises:
+        InputError: a check failed, or the model did.
+    """
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{error}{advice}") from None
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise
+        what = next(iter(str(error).splitlines()), "")[:200]
+        raise InputError(
+            f"{type(model).__name__} cannot run in chunks, its own code fails: {type(error).__name__}: {what}{advice}"
+        ) from error
+
+
+def _trials(prefills: Sequence[Prefill], recurrent: bool, window: int | None) -> list[tuple[int, ...]]:
+    """Sizes of pieces to try: short ones, for recurrent layers also longer ones, and across the widest window."""
+    trials = {p.small(SHORT, PIECES * SHORT) for p in prefills}
+    if recurrent:
+        trials |= {p.small(LONG, 2 * LONG) for p in prefills if p.chunk > SHORT}
+    if window is not None and window + 2 * SHORT <= MOST_TOKENS:
+        third = -(-(window + SHORT) // 3)
+        trials |= {p.small(third, window + 2 * SHORT + third) for p in prefills}
+    return sorted(t for t in trials if 1 < len(t) <= MOST_FORWARDS)
+
+
+def check_rotations(model: PreTrainedModel, token_ids: Sequence[int], prefills: Sequence[Prefill]) -> None:
+    """Make sure that no piece is rotated otherwise than in the whole prompt.
+
+    Raises:
+        InputError: it is.
+    """
+    found = rotations(model, token_ids)
+    for p in prefills:
+        if not found.same(p.tokens, p.stops):
+            most = found.switch(p.tokens, p.chunk)
+            raise InputError(
+                f"{type(model).__name__} rotates the same positions otherwise once a prompt has more than {most} tokens"
+                f" ({rope_types(model)}): the first of {p.tokens} tokens, in chunks of {p.chunk}, would not be what"
+                " they are in the whole prompt"
+            )
+
+
+def rope_types(model: PreTrainedModel) -> str:
+    """The kinds of scaling that the configuration names, for messages."""
+    parameters = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    sets = [v for v in parameters.values() if isinstance(v, dict)] or [parameters]
+    kinds = {str(x.get("rope_type", x.get("type", "default"))) for x in sets}
+    return "rope type " + ", ".join(sorted(kinds - {"default"}) or ["default"])
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# state
+
+
+def _kinds(model: PreTrainedModel, token_ids: Sequence[int]) -> tuple[bool, int | None]:
+    """Whether some layers keep another state than keys and values, and the widest window."""
+    windows: list[int] = []
+    attending: set[nn.Module] = set()
+
+    def look(call: AttentionCall) -> None:
+        attending.add(call.module)
+        if call.options.get("sliding_window"):
+            windows.append(int(call.options["sliding_window"]))
+
+    ids = [token_ids[i % len(token_ids)] for i in range(TRIAL_TOKENS)]
+    with intercept(model, language_only(model, look)):
+        found = _keepers(model, ids, (TRIAL_TOKENS - 2, 2))
+    return any(not attending & set(m.modules()) for m in found), max(windows, default=None)
+
+
+def _keepers(model: PreTrainedModel, ids: Sequence[int], sizes: Sequence[int]) -> list[nn.Module]:
+    """The innermost modules that are handed a cache: attention, recurrences, convolutions."""
+    holders: dict[nn.Module, None] = {}
+
+    def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if any(_is_cache(x) for x in [*args, *kwargs.values()]):
+            holders[module] = None
+
+    with _hooks(m.register_forward_pre_hook(look, with_kwargs=True) for m in model.modules()):
+        run(model, ids, sizes)
+    return [m for m in holders if not any(part in holders for part in m.modules() if part is not m)]
+
+
+@contextmanager
+def _hooks(hooks: Iterable[Any]) -> Iterator[None]:
+    """Take the hooks off again."""
+    installed = list(hooks)
+    try:
+        yield
+    finally:
+        for hook in installed:
+            hook.remove()
+
+
+def _is_cache(value: Any) -> bool:
+    return hasattr(value, "get_seq_length") or type(value).__name__.endswith("Cache")
+
+
+@dataclass
+class _Whole:
+    """What a module was given and gave in the whole run, call by call: tensors (B, N, *), inputs by place."""
+
+    inputs: list[dict[int | str, torch.Tensor]] = field(default_factory=list)
+    outputs: list[torch.Tensor] = field(default_factory=list)
+
+
+class _Compare:
+    """Hooks that note the whole run, and then run pieces with its inputs."""
+
+    def __init__(self, modules: Sequence[nn.Module], tokens: int) -> None:
+        self._names = {m: _Whole() for m in modules}
+        self._tokens = tokens
+        self._calls: dict[nn.Module, int] = {}
+        self._span: tuple[int, int] | None = None  # None: the whole run
+        self.errors: dict[nn.Module, torch.Tensor] = {m: torch.zeros(tokens) for m in modules}
+
+    def begin(self, span: tuple[int, int]) -> None:
+        """A piece comes next."""
+        self._span = span
+        self._calls.clear()
+
+    def hooked(self) -> AbstractContextManager[None]:
+        """Install the hooks."""
+        return _hooks(
+            hook
+            for m in self._names
+            for hook in (
+                m.register_forward_pre_hook(self._before, with_kwargs=True),
+                m.register_forward_hook(self._after),
+            )
+        )
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        seen = self._names[module]
+        index = self._calls.get(module, 0)
+        places: dict[int | str, Any] = dict(chain(enumerate(args), kwargs.items()))
+        if self._span is None:
+            seen.inputs.append({k: v.to("cpu", copy=True) for k, v in places.items() if _is_hidden(v, self._tokens)})
+            return None
+        start, stop = self._span
+        if index < len(seen.inputs):
+            for k, v in seen.inputs[index].items():
+                if _is_hidden(places.get(k), stop - start):
+                    places[k] = v[:, start:stop].to(places[k].device)
+        return tuple(places[i] for i in range(len(args))), {k: places[k] for k in kwargs}
+
+    def _after(self, module: nn.Module, _: tuple[Any, ...], output: Any) -> None:
+        result = output[0] if isinstance(output, (tuple, list)) else output
+        seen = self._names[module]
+        index = self._calls.get(module, 0)
+        self._calls[module] = index + 1
+        if self._span is None:
+            seen.outputs.append(result.to("cpu", copy=True) if _is_hidden(result, self._tokens) else torch.empty(0))
+            return
+        start, stop = self._span
+        if index < len(seen.outputs) and seen.outputs[index].numel() and _is_hidden(result, stop - start):
+            whole = seen.outputs[index].float()
+            # a token's output may be small by chance, and its rounding is that of the terms it is made of
+            size = whole.norm(dim=-1)[0]
+            size = size.clamp_min(float(size.median()))[start:stop].clamp_min(torch.finfo(torch.float32).tiny)
+            error = (result.float().cpu() - whole[:, start:stop]).norm(dim=-1)[0] / size
+            kept = self.errors[module]
+            kept[start:stop] = torch.maximum(kept[start:stop], error.nan_to_num(nan=torch.inf))
+
+
+def _is_hidden(value: Any, tokens: int) -> bool:
+    return (
+        isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim == 3 and value.shape[1] == tokens
+    )
+
+
+def check_sizes(
+    model: PreTrainedModel, token_ids: Sequence[int], layers: Collection[int], sizes: Sequence[int]
+) -> None:
+    """Run the first tokens whole and in pieces of these sizes.
+
+    Raises:
+        InputError: a module, or the whole model, gives something else, or keeps no cache.
+    """
+    total = sum(sizes)
+    ids = [token_ids[i % len(token_ids)] for i in range(total)]
+    compare = _Compare(_keepers(model, ids, sizes), total)
+    with compare.hooked():
+        whole = _projections(model, ids, layers, None)
+    _check_model(model, whole, _projections(model, ids, layers, sizes), sizes)
+    pieces = feed(model, ids, sizes)
+    with compare.hooked():
+        for span in pairwise((0, *accumulate(sizes))):
+            compare.begin(span)
+            next(pieces)
+    names = {m: name for name, m in model.named_modules()}
+    for module, errors in compare.errors.items():
+        if _is_layer(model, names[module]) and model.dtype.itemsize < 4:
+            continue  # the experts of a whole layer may be chosen otherwise by rounding
+        worst = float(errors[sizes[0] :].max())
+        if not worst <= ROUNDINGS.get(model.dtype, ROUNDINGS_16) * torch.finfo(model.dtype).eps:
+            raise InputError(_refusal(model, f"the output of {type(module).__name__} {names[module]}", worst))
+
+
+def _is_layer(model: PreTrainedModel, name: str) -> bool:
+    """Whether a module is a whole layer of the model."""
+    parent = name.rpartition(".")[0]
+    return isinstance(model.get_submodule(parent), nn.ModuleList)
+
+
+def _projections(
+    model: PreTrainedModel, ids: Sequence[int], layers: Collection[int], sizes: Sequence[int] | None
+) -> dict[tuple[int, str], torch.Tensor]:
+    """Queries, keys and values of the layers, (tokens, heads x d) each."""
+    seen: dict[tuple[int, str], list[torch.Tensor]] = {}
+
+    def keep(call: AttentionCall) -> None:
+        if call.layer is not None and call.layer in layers:
+            n = call.q.shape[2]
+            for name, x in (("queries", call.q), ("keys", call.k[:, :, -n:]), ("values", call.v[:, :, -n:])):
+                seen.setdefault((call.layer, name), []).append(x[0].transpose(0, 1).flatten(1).float().cpu())
+
+    with intercept(model, language_only(model, keep)):
+        run(model, ids, sizes)
+    return {key: torch.cat(found) for key, found in seen.items()}
+
+
+def _check_model(
+    model: PreTrainedModel,
+    whole: dict[tuple[int, str], torch.Tensor],
+    parts: dict[tuple[int, str], torch.Tensor],
+    sizes: Sequence[int],
+) -> None:
+    exact = model.dtype.itemsize >= 4
+    for (layer, name), one in whole.items():
+        two = parts.get((layer, name), torch.full_like(one, torch.nan))
+        size = one.norm(dim=1)
+        error = (two - one).norm(dim=1) / size.clamp_min(float(size.median()))
+        error = error[sizes[0] :]
+        found = float(error.max() if exact else error.median())
+        if not found <= (MODEL_TOLERANCE if exact else MODEL_MEDIAN_16):
+            raise InputError(_refusal(model, f"the {name} of layer {layer}", found))
+
+
+def _refusal(model: PreTrainedModel, what: str, error: float) -> str:
+    return (
+        f"{type(model).__name__} computes something else in chunks, because its cache does not carry all of its state:"
+        f" behind a boundary, {what} is off by {error:.2g} (relative)"
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# the real run
+
+
+WATCHED = 4  # keys and values of each piece that later pieces must find again
+
+
+class CacheWatch:
+    """A sink that makes sure, during a prefill in chunks, that the cache gives back what earlier chunks put into it.
+
+    Of every chunk a few keys and values are kept; as long as the cache holds their positions they must come back bit
+    for bit: caches that quantize, shift or overwrite would change what attention sees.
+    """
+
+    def __init__(self, layers: Sequence[int]) -> None:
+        """Watch these layers."""
+        self._seen: dict[int, int] = dict.fromkeys(layers, 0)
+        self._kept: dict[int, dict[int, tuple[torch.Tensor, torch.Tensor]]] = {layer: {} for layer in layers}
+
+    def __call__(self, call: AttentionCall) -> None:
+        """Look at one call.
+
+        Raises:
+            InputError: an earlier key or value has changed, or is gone though the cache is long enough.
+        """
+        if call.layer not in self._seen:
+            return
+        n, held = call.q.shape[2], call.k.shape[2]
+        end = self._seen[call.layer] + n
+        first = end - held  # position of the first key
+        kept = self._kept[call.layer]
+        wrong = first < 0
+        for position, tensors in list(kept.items()):
+            if position < first:
+                del kept[position]
+                continue
+            now = (call.k[0, :, position - first], call.v[0, :, position - first])
+            wrong = wrong or not all(torch.equal(a.cpu(), b) for a, b in zip(now, tensors, strict=True))
+        if wrong:
+            raise InputError(
+                f"the cache of {call.name} does not give back the keys and values of earlier chunks:"
+                " capture without --chunk"
+            )
+        for position in {end - 1, end - n, *range(end - n, end, max(1, n // WATCHED))}:
+            at = position - first
+            kept[position] = (call.k[0, :, at].cpu().clone(), call.v[0, :, at].cpu().clone())
+        self._seen[call.layer] = end
