@@ -77,6 +77,8 @@ def check_inputs(call: AttentionInputs) -> None:
     for key, reason in REASONS.items():
         if call.options.get(key) is not None:
             raise refuse(call, reason)
+    if torch.is_autocast_enabled(q.device.type):
+        raise refuse(call, "autocast rounds its products to another dtype (load the model in that dtype instead)")
     if call.options.get("dropout"):
         raise InputError(f"{call.name} applies dropout: call model.eval() first")
 

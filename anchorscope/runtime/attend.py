@@ -43,7 +43,7 @@ class _NoBackward(torch.autograd.Function):
     """The identity; whoever differentiates through it learns that the kernels only go forward."""
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor, q: Tensor) -> Tensor:
+    def forward(ctx: Any, out: Tensor, x: Tensor) -> Tensor:
         return out.view_as(out)
 
     @staticmethod
@@ -208,7 +208,8 @@ class SparseRun:
         window = window_of(call)
         if window is not None and n < keys and keys - n >= window - 1:
             return self._dense(call, own)  # the cache may have dropped the first keys, and with them the anchors
-        if call.options.get("output_attentions"):
+        wanted = getattr(getattr(call.module, "config", None), "output_attentions", False)
+        if call.options.get("output_attentions") or wanted:
             raise Unrepresentable(call, "it is asked for its attention weights (output_attentions)")
         view = self._views(call, window)
         pieces, verified = split_tail(pieces_of(view, n), n, candidates(call))
@@ -231,8 +232,10 @@ class SparseRun:
             for piece, attention in zip(pieces, found, strict=True):
                 sparse.place(out[piece.rows, piece.queries], attention.out.transpose(1, 2))
         self._count(pipeline, sparse, pieces, found)
-        if torch.is_grad_enabled() and call.q.requires_grad:
-            out = _NoBackward.apply(out, call.q)
+        if torch.is_grad_enabled():
+            for x in (call.q, call.k, call.v):
+                if x.requires_grad:
+                    return _NoBackward.apply(out, x), None
         return out, None
 
     def _count(self, pipeline: _Pipeline, sparse: Heads, pieces: list[Piece], found: list[Attention]) -> None:

@@ -33,11 +33,15 @@ class View:
 
 
 class Views:
-    """`view` with a memory: the layers of a forward share their masks, which are compared once."""
+    """`view` with a memory: the layers of a forward share their masks, which are compared once.
+
+    A layer that does not come after the last one belongs to another forward, and a mask may have been changed in place
+    in between: it is compared again.
+    """
 
     def __init__(self) -> None:
-        self._known: dict[tuple[int, int | None], tuple[weakref.ref[Tensor], View | str]] = {}
-        self._rising: weakref.ref[Tensor] | None = None  # position ids that were looked at
+        self._known: dict[tuple[int, int | None], tuple[weakref.ref[Tensor], View | str, int]] = {}
+        self._rising: tuple[weakref.ref[Tensor], int] | None = None  # position ids looked at, and by which layer
 
     def __call__(self, call: AttentionInputs, window: int | None) -> View:
         """The call's positions; `window` is its sliding window.
@@ -49,14 +53,15 @@ class Views:
             self._refuse_packed(call)
             return _unmasked(call)
         key = id(call.mask), window
-        mask, found = self._known.get(key, (None, None))
-        if found is None or mask is None or mask() is not call.mask:
+        layer = -1 if call.layer is None else call.layer
+        mask, found, before = self._known.get(key, (None, None, -1))
+        if found is None or mask is None or mask() is not call.mask or layer <= before:
             try:
                 found = _masked(call, call.mask, window)
             except Unrepresentable as error:
                 found = error.reason
             self._known = {k: known for k, known in self._known.items() if known[0]() is not None}
-            self._known[key] = weakref.ref(call.mask), found
+        self._known[key] = weakref.ref(call.mask), found, layer
         if isinstance(found, str):
             raise refuse(call, found)
         return found
@@ -68,11 +73,12 @@ class Views:
             return
         if not isinstance(positions, Tensor) or positions.ndim != 2:
             return
-        if self._rising is not None and self._rising() is positions:
+        layer = -1 if call.layer is None else call.layer
+        if self._rising is not None and self._rising[0]() is positions and self._rising[1] < layer:
             return
         if len(positions) == 1 and bool((positions[:, 1:] <= positions[:, :-1]).any()):
             raise refuse(call, "several prompts are packed into one row")
-        self._rising = weakref.ref(positions)
+        self._rising = weakref.ref(positions), layer
 
 
 def window_of(call: AttentionInputs) -> int | None:

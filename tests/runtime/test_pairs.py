@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -153,8 +154,12 @@ def test_windows() -> None:
 def test_masks_are_compared_once() -> None:
     views, mask = Views(), mask_of(View(0, ((0, 20), (6, 20))), 20, 20)
     first = views(call(20, 20, mask), None)
-    assert views(call(20, 20, mask), None) is first
-    assert views(call(20, 20, mask.clone()), None) is not first
+    second_layer = replace(call(20, 20, mask), layer=1)
+    assert views(second_layer, None) is first
+    assert views(replace(second_layer, mask=mask.clone()), None) is not first
+    mask[0, 0, :, :3] = False  # the same tensor, for the next forward
+    assert views(call(20, 20, mask), None) == View(0, ((3, 20), (6, 20)))
+    assert views(second_layer, None) == View(0, ((3, 20), (6, 20)))
 
 
 def test_calls_without_a_mask() -> None:
