@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anchorscope.errors import InputError, MissingBackendError
-from anchorscope.files import MAX_PROMPT_BYTES, read_stream
+from anchorscope.files import MAX_PROMPT_BYTES, read_stream, visible
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -132,7 +132,8 @@ def tokenize(
         vocabulary: number of embeddings, or None if unknown.
         chat: make the text a user's message in the tokenizer's chat template, up to where the answer would begin.
         special_tokens: let the tokenizer add its special tokens (a template brings its own).
-        notify: told when the prompt is cut, shorter than `tokens`, or longer than the model is made for.
+        notify: told when the prompt is cut, is shorter than `tokens` or longer than the model is made for, or begins with
+            a special token twice.
 
     Raises:
         InputError: fewer than 2 tokens, more than the model's positions, an id outside the vocabulary, no tokenizer, no
@@ -140,6 +141,8 @@ def tokenize(
         MissingBackendError: the template needs jinja2, which is missing.
     """
     text = prompt.text
+    if text is not None and any("\ud800" <= c <= "\udfff" for c in text):
+        raise InputError(f"prompt {prompt.name} holds half of a surrogate pair, which is no text")
     offsets: list[tuple[int, int]] | None = None
     if prompt.token_ids is not None:
         ids = list(prompt.token_ids)
@@ -150,10 +153,15 @@ def tokenize(
     else:
         options: dict[str, Any] = {"return_offsets_mapping": True} if tokenizer.is_fast else {}
         if chat:
-            text, special_tokens = _in_template(prompt.name, text, tokenizer), False
+            text, special_tokens = in_template(f"prompt {prompt.name}", text, tokenizer), False
         # `verbose` off: a text longer than the model is the normal case, it is cut below
         encoded = tokenizer(text, verbose=False, add_special_tokens=special_tokens, **options)
         ids, offsets = list(encoded["input_ids"]), encoded.get("offset_mapping")
+        if (token := _doubled(ids, text, tokenizer)) is not None:
+            notify(
+                f"warning: prompt {prompt.name} begins with {token} twice: its text has it and the tokenizer adds it;"
+                " take it out of the text, or let the tokenizer add none (--no-special-tokens)"
+            )
     whole = len(ids)
     if tokens is not None:
         if whole < tokens:
@@ -179,14 +187,33 @@ def tokenize(
     return TokenizedPrompt(prompt.name, tuple(ids), text)
 
 
-def _in_template(name: str, text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The text as a user's message in the model's chat template."""
+def _doubled(ids: Sequence[int], text: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The special token that the text begins with although the tokenizer begins every text with it, or None."""
+    if not ids or ids[0] not in tokenizer.all_special_ids:
+        return None
+    token = str(tokenizer.convert_ids_to_tokens(ids[0]))
+    # Some tokenizers make a blank before the text a token of its own.
+    return token if text.lstrip().startswith(token) and list(ids[:3]).count(ids[0]) > 1 else None
+
+
+def in_template(where: str, text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text as a user's message in the model's chat template, up to where the answer begins.
+
+    Args:
+        where: whose text it is, for messages.
+        text: what the user says.
+        tokenizer: the model's.
+
+    Raises:
+        InputError: there is no template, or it fails.
+        MissingBackendError: the template needs jinja2, which is missing.
+    """
     if not getattr(tokenizer, "chat_template", None):
-        raise InputError(f"prompt {name}: the tokenizer has no chat template; capture it without --chat")
+        raise InputError(f"{where}: the tokenizer has no chat template; drop --chat")
     try:
         message = [{"role": "user", "content": text}]
         return str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
     except ImportError as error:
         raise MissingBackendError(f"the chat template needs a package that is missing: {error}") from None
     except Exception as error:  # a template is a program that came with the model; it may fail in any way
-        raise InputError(f"prompt {name}: the model's chat template failed: {error}") from None
+        raise InputError(f"{where}: the model's chat template failed: {visible(error, 300)}") from None

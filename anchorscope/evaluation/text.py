@@ -10,6 +10,7 @@ from importlib import resources
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
+from anchorscope.capture.prompts import in_template
 from anchorscope.errors import InputError
 
 if TYPE_CHECKING:
@@ -70,11 +71,7 @@ class Pieces:
 
     def _template(self) -> tuple[list[int], list[int]]:
         mark = "\N{OBJECT REPLACEMENT CHARACTER}"
-        if not getattr(self._tokenizer, "chat_template", None):
-            raise InputError("the tokenizer has no chat template: drop --chat")
-        message = [{"role": "user", "content": mark}]
-        text = str(self._tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
-        before, found, after = text.partition(mark)
+        before, found, after = in_template("tasks", mark, self._tokenizer).partition(mark)
         if not found:
             raise InputError("the tokenizer's chat template does not show a user's message: drop --chat")
         return self.encode(before), self.encode(after)

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.ticker import FixedFormatter, FuncFormatter
 
 from anchorscope.files import write_atomic
 
@@ -18,10 +20,25 @@ def save_figure(figure: Figure, path: Path | str) -> None:
     Raises:
         RunFailure: the file cannot be written.
     """
+    _names_literally(figure)
     buffer = io.BytesIO()
     # matplotlib would write its version into the file; pictures should not differ because of it
     figure.savefig(buffer, format="png", dpi=figure.dpi, metadata={"Software": None})
     write_atomic(path, buffer.getvalue())
+
+
+def _names_literally(figure: Figure) -> None:
+    """Draw every text as it is: a `$` in a name begins no formula. Numbers beside an axis may be formulas (10^3)."""
+    numbers = [
+        text
+        for axes in figure.axes
+        for axis in (axes.xaxis, axes.yaxis)
+        if not isinstance(axis.get_major_formatter(), (FixedFormatter, FuncFormatter))
+        for text in (*axis.get_ticklabels(which="both"), axis.get_offset_text())
+    ]
+    for text in figure.findobj(Text):
+        if isinstance(text, Text) and text not in numbers:
+            text.set_parse_math(False)
 
 
 def save_all(

@@ -49,6 +49,25 @@ def ids(text: str = "one two three", said: list[str] | None = None, **options: A
     return tokenize(PromptInput("p", text), tokenizer(), **{**settings, **options})
 
 
+def test_a_special_token_twice_is_said() -> None:
+    for text, options, twice in (
+        ("[BOS] one two", {}, True),
+        ("  [BOS] one two", {}, True),
+        ("one [BOS] two", {}, False),
+        ("[BOS] one two", {"special_tokens": False}, False),
+        ("one two", {}, False),
+    ):
+        said: list[str] = []
+        found = ids(text, said, **options)
+        assert (found.token_ids[:2] == (1, 1)) is twice
+        assert any("begins with [BOS] twice" in x for x in said) is twice, text
+
+
+def test_half_a_surrogate_pair_is_no_text() -> None:
+    with pytest.raises(InputError, match="surrogate"):
+        ids("a \ud800 b")
+
+
 def test_special_tokens_and_chat() -> None:
     assert ids().token_ids == (1, 3, 4, 5)
     assert ids(special_tokens=False).token_ids == (3, 4, 5)

@@ -173,17 +173,27 @@ def test_interrupted_run_continues_to_the_same_bytes(dump, tmp_path, monkeypatch
             assert got[name] == data, name
 
 
-def test_a_damaged_score_file_is_measured_again(dump, tmp_path):
+@pytest.mark.parametrize("damage", ["cut", "edited", "unsealed"])
+def test_a_damaged_score_file_is_measured_again(dump, tmp_path, damage):
     options = {"lineup": line_up("power"), "figures": False}
     result = compare(dump, tmp_path / "o", **options)
     before = files(result.path)
     name = next(x for x in before if x.startswith("scores/"))
-    (result.path / name).write_bytes(before[name][: len(before[name]) // 2])
+    saved = json.loads(before[name])
+    if damage == "edited":
+        saved["points"][0][6] = 0.123
+    elif damage == "unsealed":
+        del saved["sha256"]
+    text = before[name][: len(before[name]) // 2] if damage == "cut" else json.dumps(saved).encode()
+    (result.path / name).write_bytes(text)
     with pytest.raises(DumpError, match="damaged"):
         load_comparison(result.path)
     unfinish(result.path)
-    compare(dump, tmp_path / "o", **options)
+    said = []
+    compare(dump, tmp_path / "o", **options, notify=said.append)
     assert files(result.path)[name] == before[name]
+    assert len(said) == 1
+    assert name in said[0]
 
 
 def test_out_folder(dump, tmp_path, finished):

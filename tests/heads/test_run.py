@@ -226,7 +226,9 @@ def test_interrupted_run_continues_to_the_same_bytes(dump, finished, tmp_path, m
     assert got == want
 
 
-@pytest.mark.parametrize("damage", [b"", b"{}", b"[1]", b'{"format": "anchorscope-heads-part", "dump": 1}', None])
+@pytest.mark.parametrize(
+    "damage", [b"", b"{}", b"[1]", b'{"format": "anchorscope-heads-part", "dump": 1}', None, "edited", "unsealed"]
+)
 def test_damaged_parts_are_measured_again(dump, tmp_path, damage):
     out = tmp_path / "o"
     first = diagnose(dump, out, params=PARAMS, theta=THETA, prompts=["code"], figures=False)
@@ -237,8 +239,19 @@ def test_damaged_parts_are_measured_again(dump, tmp_path, damage):
         saved = json.loads(part.read_text(encoding="utf-8"))
         saved["heads"][0]["sink_4"] = "much"
         damage = json.dumps(saved).encode()
+    elif isinstance(damage, str):  # another number under the old checksum; whole, but of before there were any
+        saved = json.loads(part.read_text(encoding="utf-8"))
+        if damage == "edited":
+            saved["heads"][0]["sink_4"] = 0.123
+        else:
+            del saved["sha256"]
+        damage = json.dumps(saved).encode()
     part.write_bytes(damage)
-    again = diagnose(dump, out, params=PARAMS, theta=THETA, prompts=["code"], figures=False)
+    said = []
+    again = diagnose(dump, out, params=PARAMS, theta=THETA, prompts=["code"], figures=False, notify=said.append)
+    assert len(said) == 1
+    assert "1 part is measured again" in said[0]
+    assert part.name in said[0]
     assert files(out) == want
     assert [r.sink_4 for r in again.rows] == [r.sink_4 for r in first.rows]
 
