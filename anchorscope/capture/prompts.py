@@ -132,8 +132,8 @@ def tokenize(
         vocabulary: number of embeddings, or None if unknown.
         chat: make the text a user's message in the tokenizer's chat template, up to where the answer would begin.
         special_tokens: let the tokenizer add its special tokens (a template brings its own).
-        notify: told when the prompt is cut, is shorter than `tokens` or longer than the model is made for, or begins with
-            a special token twice.
+        notify: told when the prompt is cut, is shorter than `tokens` or longer than the model is made for, or begins
+            with a special token twice.
 
     Raises:
         InputError: fewer than 2 tokens, more than the model's positions, an id outside the vocabulary, no tokenizer, no
