@@ -29,3 +29,10 @@ class MissingBackendError(InputError, RuntimeError):
 
 class RunFailure(AnchorScopeError, RuntimeError):
     """The request was fine but the run could not finish: disk full, out of memory (exit code 1)."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C during a run, with a sentence that says what is kept (exit code 130).
+
+    It stays a KeyboardInterrupt, so that `except Exception` does not swallow it.
+    """

@@ -17,8 +17,7 @@ float64, pair counts in int64.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -28,6 +27,8 @@ from torch import Tensor
 
 from anchorscope.params import AnchorParams, anchor_pairs, candidate_range, column_pairs, visible_pairs
 from anchorscope.ranges import working_dtype
+from anchorscope.runs.environment import full_precision
+from anchorscope.runs.jobs import Cancelled
 
 # Curves are kept at these thetas (nats): every 1/16 where models live, geometric beyond, so that any logit scale fits.
 _FINE = np.arange(-16.0, 48.0, 1 / 16)
@@ -53,10 +54,6 @@ _GPU_CHUNK_ELEMENTS = 1 << 26  # on a GPU launches, not caches, are what chunks 
 _GPU_MAX_ROWS = 4096
 _OVERHEAD = 10_000_000  # bytes of allocator and library buffers per head at work, as measured
 _TINY = 1e-30  # below this share of a row's mass, float32 prefixes of the row are recomputed around their own maximum
-
-
-class Cancelled(Exception):
-    """The caller asked the engine to stop."""
 
 
 @dataclass(frozen=True)
@@ -323,17 +320,6 @@ def workspace_bytes(tokens: int, head_dim: int, thetas: int, params: AnchorParam
     outputs = 3 * (thetas + 1) * rows * head_dim
     books = 5 * thetas * tokens + 40 * tokens
     return int(4 * (tensors + chunk + outputs + books)) + _OVERHEAD
-
-
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """Exact float32 products while inside: no TF32 or bfloat16 shortcuts, whatever the caller's setting."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 class Group:

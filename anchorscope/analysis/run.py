@@ -7,44 +7,37 @@ redrawn later without the dump.
 
 from __future__ import annotations
 
-import platform
 import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from anchorscope._version import __version__
 from anchorscope.analysis.backends import Backend, resolve_backend
+from anchorscope.analysis.diagnosis import Diagnosis, diagnose_analysis, plan_diagnosis
 from anchorscope.analysis.engine import HEAT_COLUMNS, HEAT_ROWS, POSITION_BINS, HeadShape
-from anchorscope.analysis.jobs import (
-    Job,
-    Progress,
-    ProgressCallback,
-    choose_jobs,
-    make_folder,
-    run_jobs,
-)
 from anchorscope.analysis.tables import (
     CURVES_COLUMNS,
     HEADS_COLUMNS,
     HeadLine,
     curves_rows,
     heads_rows,
-    jsonable,
     short_of_target,
     summarise,
 )
 from anchorscope.dumps import Dump, LayerTensors, open_dump
 from anchorscope.errors import DumpError, InputError
-from anchorscope.files import MAX_JSON_BYTES, csv_text, json_bytes, member, read_json, write_atomic
+from anchorscope.files import MAX_JSON_BYTES, csv_text, member, read_json, write_atomic
 from anchorscope.locks import folder_lock
 from anchorscope.params import AnchorParams, anchor_pairs, recommend_groups, visible_pairs
 from anchorscope.profiles import HeadProfile
-from anchorscope.runfolder import RunFolder
+from anchorscope.runs.environment import versions
+from anchorscope.runs.folder import RunFolder
+from anchorscope.runs.jobs import Job, Progress, ProgressCallback, choose_jobs, run_jobs
+from anchorscope.runs.values import jsonable
 from anchorscope.shapes import check
 
 STATE = "analysis.json"
@@ -54,12 +47,14 @@ FIGURES = "figures"
 REPORT_VERSION = 1
 FOLDER = RunFolder(
     what="an analysis",
+    command="analyze",
     format="anchorscope-analysis",
     version=REPORT_VERSION,
     state=STATE,
     report=REPORT,
     tables=("heads.csv", "curves.csv"),
     parts=((PROFILES, "*.safetensors"), (FIGURES, "*.png")),
+    kept=("measured heads", f"{PROFILES}/*.safetensors"),
 )
 ANCHOR_BUDGET = 0.25  # share of the pairs above which the anchor region alone is called expensive
 STATE_SHAPE = {"profiles": [str], "settings": {"target_recall": float, "prompts": [str], "layers": [int]}}
@@ -105,12 +100,14 @@ class Analysis:
         report: what report.json holds.
         lines: one summary per head, in the order of heads.csv.
         figures: the pictures written, heat maps included.
+        diagnosis: what kind of head each one is, if that was asked for.
     """
 
     path: Path
     report: dict[str, Any]
     lines: tuple[HeadLine, ...] = field(repr=False)
     figures: tuple[Path, ...] = ()
+    diagnosis: Diagnosis | None = None
 
     def profiles(self, *, heat: bool = True) -> Iterator[HeadProfile]:
         """The saved profiles, one at a time."""
@@ -197,9 +194,11 @@ def analyze(
     device: str = "auto",
     heatmaps: Sequence[tuple[int, int]] | str | None = None,
     figures: bool = True,
+    diagnose: bool = False,
     overwrite: bool = False,
     resume: bool = False,
     progress: ProgressCallback | None = None,
+    notify: Callable[[str], None] | None = None,
     plan: Plan | None = None,
 ) -> Analysis:
     """Measure every chosen head of a dump: recall against sparsity for every theta, and where the mass lies.
@@ -216,13 +215,15 @@ def analyze(
         device: "auto", "cpu", "cuda" or "cuda:i".
         heatmaps: (layer, head) pairs, "all", or None for the worst, the median and the best head.
         figures: draw the figures.
+        diagnose: also find out what kind of head each one is, by the first theta: see `anchorscope.diagnose`.
         overwrite: replace an earlier analysis in `out`.
         resume: accept a finished analysis of the same request in `out` too, and leave it as it is.
         progress: called as work proceeds.
+        notify: told in a sentence when saved diagnostics cannot be used again.
         plan: a plan made from the same arguments, to save making it twice.
 
     Returns:
-        The finished analysis. `out` then holds heads.csv, curves.csv, report.json, profile/ and figures/.
+        The finished analysis. `out` then holds heads.csv, curves.csv, report.json, profile/, figures/ and heads/.
 
     Raises:
         InputError, DumpError, MissingBackendError: see `plan_analysis`; also an `out` that is in use.
@@ -243,20 +244,21 @@ def analyze(
         )
     _check_heatmaps(heatmaps, plan)
     report = progress or (lambda _: None)
-    path = make_folder(Path(out))
-    with folder_lock(path):
-        request = {
-            "dump": plan.dump.identity,
-            "settings": plan.settings,
-            "profiles": [j.name for j in plan.jobs],
-        }
-        state = FOLDER.begin(path, request, disk=plan.disk, overwrite=overwrite, resume=resume)
-        _measure(path, plan, report)
-        result = _finish(path, plan, state)
-        drawn = redraw(path, heatmaps=heatmaps, progress=report) if figures else []
-        # Last of all: a folder without its report is an unfinished analysis.
-        write_atomic(path / REPORT, json_bytes(result.report))
-        return Analysis(path, result.report, result.lines, tuple(drawn))
+    kinds = plan_diagnosis(plan) if diagnose else None
+    request = {
+        "dump": plan.dump.identity,
+        "settings": plan.settings,
+        "profiles": [j.name for j in plan.jobs],
+    }
+    asked = {"figures": figures, "heatmaps": _heatmaps_asked(heatmaps) if figures else None, "diagnose": diagnose}
+    disk = plan.disk + (kinds.disk if kinds else 0)
+    with FOLDER.run(Path(out), request, asked=asked, disk=disk, overwrite=overwrite, resume=resume) as run:
+        _measure(run.path, plan, report)
+        result = _finish(run.path, plan, run.state)
+        drawn = _draw(run.path, run.state, run.asked["heatmaps"], report) if run.asked["figures"] else []
+        found = diagnose_analysis(run.path, plan, run.asked, report, notify)
+        run.finish(result.report)
+        return replace(result, figures=tuple(drawn), diagnosis=found)
 
 
 def iter_profiles(out: Path | str, *, heat: bool = True) -> Iterator[HeadProfile]:
@@ -280,26 +282,11 @@ def redraw(
     Raises:
         DumpError: the folder holds no analysis, or a profile is damaged.
     """
-    from anchorscope.plots.draw import draw_all
-
     path = Path(out)
     state = _state(path)
-    report = progress or (lambda _: None)
-    target = state["settings"]["target_recall"]
-    folder = path / FIGURES
-    folder.mkdir(exist_ok=True)
-    profiles = [path / PROFILES / name for name in state["profiles"]]
-    prompts, layers = len(state["settings"]["prompts"]), len(state["settings"]["layers"])
-    total = prompts * (1 + 2 * layers) + _heat_maps(heatmaps, len(profiles), prompts)
-    done = 0
-
-    def drawn_one(file: Path) -> None:
-        nonlocal done
-        done += 1
-        report(Progress("figures", min(done, total), total, file.stem))
-
-    report(Progress("figures", 0, total))
-    return draw_all(profiles, folder, heatmaps=heatmaps, target_recall=target, progress=drawn_one)
+    FOLDER.check_finished(path)
+    with folder_lock(path):
+        return _draw(path, state, heatmaps, progress or (lambda _: None))
 
 
 def load_report(out: Path | str) -> dict[str, Any]:
@@ -308,6 +295,7 @@ def load_report(out: Path | str) -> dict[str, Any]:
     Raises:
         DumpError: there is none.
     """
+    FOLDER.check_finished(Path(out))
     path = Path(out) / REPORT
     try:
         report = read_json(path, MAX_JSON_BYTES, "report")
@@ -373,6 +361,11 @@ def _check_heatmaps(heatmaps: Sequence[tuple[int, int]] | str | None, plan: Plan
     for layer, head in heatmaps:
         if (layer, head) not in known:
             raise InputError(f"heat map {layer}:{head}: that layer and head are not analyzed here")
+
+
+def _heatmaps_asked(heatmaps: Sequence[tuple[int, int]] | str | None) -> list[list[int]] | str:
+    """Heat maps as the state holds them; what `_draw` takes."""
+    return "default" if heatmaps is None else heatmaps if isinstance(heatmaps, str) else [list(x) for x in heatmaps]
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -510,25 +503,35 @@ def _finish(path: Path, plan: Plan, state: dict[str, Any]) -> Analysis:
     return Analysis(path, report, tuple(lines))
 
 
+def _draw(
+    path: Path,
+    state: dict[str, Any],
+    heatmaps: Sequence[Sequence[int]] | str | None,
+    report: ProgressCallback,
+) -> list[Path]:
+    """Every figure, from the saved profiles."""
+    from anchorscope.plots.draw import draw_all
+
+    wanted: list[tuple[int, int]] | str | None = None
+    if heatmaps not in (None, "default"):
+        wanted = heatmaps if isinstance(heatmaps, str) else [(int(i), int(h)) for i, h in heatmaps or ()]
+    target = state["settings"]["target_recall"]
+    profiles = [path / PROFILES / name for name in state["profiles"]]
+    prompts, layers = len(state["settings"]["prompts"]), len(state["settings"]["layers"])
+    total = prompts * (1 + 2 * layers) + _heat_maps(wanted, len(profiles), prompts)
+    done = 0
+
+    def drawn_one(file: Path) -> None:
+        nonlocal done
+        done += 1
+        report(Progress("figures", min(done, total), total, file.stem))
+
+    report(Progress("figures", 0, total))
+    return draw_all(profiles, path / FIGURES, heatmaps=wanted, target_recall=target, progress=drawn_one)
+
+
 def _mean_or_none(values: Sequence[float | None]) -> float | None:
     return float(np.mean([v for v in values if v is not None])) if values and None not in values else None
-
-
-def versions() -> dict[str, str]:
-    """Versions that a reader needs to reproduce a result."""
-    found = {
-        "anchorscope": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-    }
-    try:
-        import triton
-
-        found["triton"] = triton.__version__
-    except ImportError:
-        pass
-    return found
 
 
 __all__ = [
@@ -540,5 +543,4 @@ __all__ = [
     "load_report",
     "plan_analysis",
     "redraw",
-    "versions",
 ]

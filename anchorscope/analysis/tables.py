@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from anchorscope.profiles import HeadProfile
+from anchorscope.runs.values import jsonable, number
 
 HEADS_COLUMNS = (
     "prompt",
@@ -32,11 +33,6 @@ CURVES_COLUMNS = ("prompt", "layer", "head", "kind", "theta", "density", "recall
 
 CURVE_STEP = 0.25  # nats between the anchor curve's rows in curves.csv; the profile holds it finer
 ORACLE_ROWS = 128
-
-
-def number(value: float) -> str:
-    """A CSV field: nine significant digits, `inf`, `-inf`, empty for NaN."""
-    return "" if math.isnan(value) else f"{float(value):.9g}"
 
 
 def heads_rows(profile: HeadProfile) -> list[tuple[str, ...]]:
@@ -115,13 +111,6 @@ class HeadLine:
             p.density_at_recall(target),
             p.density_at_recall(target, "oracle"),
         )
-
-
-def jsonable(value: float | None) -> float | str | None:
-    """JSON has no infinities: `inf` and `-inf` become text, NaN and None become null."""
-    if value is None or math.isnan(value):
-        return None
-    return float(value) if math.isfinite(value) else ("inf" if value > 0 else "-inf")
 
 
 def _mean(values: Iterable[float]) -> float | None:

@@ -8,13 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anchorscope.analysis.engine import Cancelled, Group, HeadAccumulator, HeadResult, HeadShape, profile_head
+from anchorscope.analysis.engine import Group, HeadAccumulator, HeadResult, HeadShape, profile_head
 from anchorscope.kernels.anchor import anchor
 from anchorscope.kernels.column_mass import column_mass
 from anchorscope.kernels.dense_lse import dense_lse
 from anchorscope.kernels.margins import margins
 from anchorscope.kernels.sweep import bin_columns, sweep
 from anchorscope.ranges import working_dtype
+from anchorscope.runs.jobs import Cancelled
 
 
 def profile_head_triton(q: Tensor, k: Tensor, v: Tensor | None, shape: HeadShape) -> HeadResult:

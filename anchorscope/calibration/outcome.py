@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from anchorscope.analysis.tables import jsonable
 from anchorscope.calibration.choose import By, Choice, Problem, one_theta, reach, spend
 from anchorscope.calibration.costs import Price, by_density
 from anchorscope.calibration.curves import Head, HeadCurves, Statistic
 from anchorscope.calibration.sources import group_name
 from anchorscope.errors import InputError
 from anchorscope.params import AnchorParams
+from anchorscope.runs.values import jsonable
 
 CLEAR = 0.01  # a shortfall that is more than the grain of the curves and the draw of the prompts
 BUDGETS = 24  # points of the curves over total density

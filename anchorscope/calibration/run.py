@@ -16,10 +16,8 @@ import numpy as np
 import torch
 
 from anchorscope.analysis.engine import HeadShape
-from anchorscope.analysis.jobs import Progress, ProgressCallback, make_folder
 from anchorscope.analysis.run import Plan as AnalysisPlan
-from anchorscope.analysis.run import analyze, plan_analysis, versions
-from anchorscope.analysis.tables import jsonable
+from anchorscope.analysis.run import analyze, plan_analysis
 from anchorscope.anchors import AnchorConfig, LayerAnchors
 from anchorscope.calibration.choose import BY, By, Choice, Problem, reach, spend
 from anchorscope.calibration.costs import Costs, by_density, costs_json
@@ -37,10 +35,12 @@ from anchorscope.calibration.sources import (
 )
 from anchorscope.calibration.tables import COLUMNS, head_rows, layer_rows, table_row
 from anchorscope.errors import InputError
-from anchorscope.files import csv_text, json_bytes, write_atomic
-from anchorscope.locks import folder_lock
+from anchorscope.files import csv_text, write_atomic
 from anchorscope.params import AnchorParams
-from anchorscope.runfolder import RunFolder
+from anchorscope.runs.environment import versions
+from anchorscope.runs.folder import RunFolder
+from anchorscope.runs.jobs import Progress, ProgressCallback
+from anchorscope.runs.values import jsonable
 from anchorscope.selection import describe_indices, parse_thetas
 
 ANCHORS = "anchors.json"
@@ -56,6 +56,7 @@ FEW = 8  # finite thetas below which p05 and last are chosen coarsely
 
 FOLDER = RunFolder(
     what="a calibration",
+    command="calibrate",
     format="anchorscope-calibration-run",
     version=VERSION,
     state="run.json",
@@ -63,6 +64,7 @@ FOLDER = RunFolder(
     tables=(ANCHORS, TABLE),
     # analyses stay: another target uses them again
     parts=((FIGURES, "*.png"),),
+    kept=("measured heads", f"{ANALYSIS}/*/profile/*.safetensors"),
 )
 
 
@@ -263,25 +265,23 @@ def calibrate(
             device=device,
         )
     report = progress or (lambda _: None)
-    path = make_folder(Path(out))
-    with folder_lock(path):
-        request = {"sources": list(plan.sources.identity), "settings": plan.settings}
-        state = FOLDER.begin(path, request, disk=plan.disk, overwrite=overwrite)
+    request = {"sources": list(plan.sources.identity), "settings": plan.settings}
+    with FOLDER.run(Path(out), request, asked={"figures": figures}, disk=plan.disk, overwrite=overwrite) as run:
+        path = run.path
         curves = _gather(plan.sources, _measure(path, plan, overwrite, report))
         report(Progress("choosing", 0, 1))
-        config, result, rows = _calibrate(plan, curves, state["started"])
+        config, result, rows = _calibrate(plan, curves, run.state["started"])
         report(Progress("choosing", 1, 1))
         config.save(path / ANCHORS)
         write_atomic(path / TABLE, csv_text(COLUMNS, map(table_row, rows)).encode())
         drawn: list[Path] = []
-        if figures:
+        if run.asked["figures"]:
             from anchorscope.calibration.figures import draw_all
 
             report(Progress("figures", 0, 1))
             drawn = draw_all(result, path / FIGURES)
             report(Progress("figures", 1, 1))
-        # Last of all: a folder without its report is an unfinished calibration.
-        write_atomic(path / REPORT, json_bytes(result))
+        run.finish(result)
         return Calibration(path, config, result, tuple(drawn))
 
 
@@ -374,7 +374,7 @@ def _measure(path: Path, plan: Plan, overwrite: bool, report: ProgressCallback) 
     total = sum(j.work for _, p in plan.analyses for j in p.jobs)
     before = 0
     for run, planned in plan.analyses:
-        folder = make_folder(path / ANALYSIS) / run.folder
+        folder = path / ANALYSIS / run.folder
 
         def forward(event: Progress, before: int = before, name: str = group_name(run.params)) -> None:
             if event.stage == "heads":

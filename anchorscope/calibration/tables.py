@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from anchorscope.analysis.tables import jsonable, number
 from anchorscope.calibration.choose import Choice
 from anchorscope.calibration.curves import Statistic
 from anchorscope.calibration.outcome import Outcome
+from anchorscope.runs.values import jsonable, number
 
 MEASURES = ("recall", "density", "p05", "last")
 COLUMNS = (

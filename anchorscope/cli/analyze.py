@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,16 +13,9 @@ from anchorscope.errors import InputError
 from anchorscope.files import human_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from anchorscope.analysis.run import Analysis, Progress
-    from anchorscope.dumps import Dump
-    from anchorscope.heads import Diagnosis
-    from anchorscope.heads.run import Plan as DiagnosisPlan
-    from anchorscope.params import AnchorParams
+    from anchorscope.analysis.run import Analysis
 
 SHORT_ROWS = 10
-HEADS = "heads"  # folder of the diagnostics inside OUT
 
 
 def analyze(
@@ -67,6 +59,7 @@ def analyze(
     thetas = parse_thetas(theta)
     pairs = _heatmaps(heatmap)
 
+    from anchorscope.analysis.diagnosis import plan_diagnosis
     from anchorscope.analysis.run import analyze as run
     from anchorscope.analysis.run import plan_analysis
     from anchorscope.dumps import open_dump
@@ -85,7 +78,7 @@ def analyze(
         device=device,
         heatmaps=pairs,
     )
-    kinds = None if no_diagnose else _plan_diagnosis(source, plan.settings, params, thetas[0], device)
+    kinds = None if no_diagnose else plan_diagnosis(plan)
     kind = "memory" if plan.backend.device.type == "cpu" else "GPU memory"
     memory = max(plan.memory, kinds.memory if kinds else 0)
     note(
@@ -101,45 +94,17 @@ def analyze(
             out,
             heatmaps=pairs,
             figures=not no_figures,
+            diagnose=not no_diagnose,
             overwrite=overwrite,
             resume=resume,
             progress=bar,
+            notify=warn,
             plan=plan,
         )
-        found = _diagnose(source, result.path / HEADS, kinds, figures=not no_figures, progress=bar)
     if as_json:
         sys.stdout.write((result.path / "report.json").read_text(encoding="utf-8"))
         return
-    print_summary(result, found)
-
-
-def _plan_diagnosis(
-    source: Dump, settings: dict[str, Any], params: AnchorParams, theta: float, device: str
-) -> DiagnosisPlan:
-    """The diagnosis of the heads an analysis measures, by the selection that its figures show."""
-    from anchorscope.heads import plan_heads
-
-    chosen = {key: settings[key] for key in ("layers", "heads", "prompts")}
-    return plan_heads(source, params=params, theta=theta, device=device, **chosen)
-
-
-def _diagnose(
-    source: Dump, out: Path, plan: DiagnosisPlan | None, *, figures: bool, progress: Callable[[Progress], None]
-) -> Diagnosis | None:
-    """Diagnose into a folder of the analysis; None, and nothing of an earlier run left there, without a plan."""
-    from anchorscope.heads.run import clear_diagnosis, diagnose, finished_diagnosis
-
-    if plan is None:
-        clear_diagnosis(out)
-        return None
-    done = finished_diagnosis(out, plan)
-    if done is not None and (done.figures or not figures):
-        return done
-
-    def report(event: Progress) -> None:
-        progress(replace(event, stage="kinds") if event.stage == "heads" else event)
-
-    return diagnose(source, out, plan=plan, figures=figures, overwrite=True, progress=report, notify=warn)
+    print_summary(result)
 
 
 def figures(
@@ -171,7 +136,7 @@ def _heatmaps(text: str | None) -> list[tuple[int, int]] | str | None:
     return pairs
 
 
-def print_summary(result: Analysis, kinds: Diagnosis | None = None) -> None:
+def print_summary(result: Analysis) -> None:
     """The tables an analysis ends with, at most 80 columns wide."""
     from rich.table import Table
 
@@ -208,10 +173,10 @@ def print_summary(result: Analysis, kinds: Diagnosis | None = None) -> None:
             f"Recall {target:g} in every head, each at its own theta: density {need:.3f} on average"
             f" (stripe oracle {oracle:.3f})."
         )
-    if kinds is not None:
-        counts = kinds.report["summary"]["all"]["classes"]
+    if result.diagnosis is not None:
+        counts = result.diagnosis.report["summary"]["all"]["classes"]
         line = ", ".join(f"{n} {name}" for name, n in counts.items() if n) or "prompts too short to tell"
-        console.print(f"Kinds of head: {line}; details in {result.path / HEADS}", soft_wrap=True, highlight=False)
+        console.print(f"Kinds of head: {line}; details in {result.diagnosis.path}", soft_wrap=True, highlight=False)
     console.print(f"Tables and profiles: {result.path}", soft_wrap=True, highlight=False)
     if result.figures:
         console.print(f"Figures: {result.path / 'figures'}", soft_wrap=True, highlight=False)

@@ -73,9 +73,9 @@ def bench(
     sizes = None if lengths is None else parse_lengths(lengths)
     thetas = None if theta is None else parse_thetas(theta)
 
-    from anchorscope.analysis.run import Progress
     from anchorscope.bench import BenchConfig, check_out, compare, load_result, run_bench, save
     from anchorscope.params import AnchorParams
+    from anchorscope.runs.jobs import Progress
 
     config = BenchConfig(
         lengths=sizes,

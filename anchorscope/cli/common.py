@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-    from anchorscope.analysis.run import Progress as Event
     from anchorscope.dumps import Dump
+    from anchorscope.runs.jobs import Progress as Event
 
 
 def stdout_console() -> Console:

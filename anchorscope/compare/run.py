@@ -16,21 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anchorscope.analysis.backends import resolve_device
-from anchorscope.analysis.engine import Cancelled, full_precision
-from anchorscope.analysis.jobs import Job, Progress, ProgressCallback, choose_jobs, make_folder, run_jobs
-from anchorscope.analysis.run import versions
-from anchorscope.analysis.tables import jsonable
 from anchorscope.compare.score import LAST_ROWS, Score, score
 from anchorscope.compare.tables import COLUMNS, RECALLS, Point, methods_rows, needed_table, winners
+from anchorscope.devices import resolve_device
 from anchorscope.dumps import Dump, LayerTensors, open_dump
 from anchorscope.errors import DumpError, InputError
-from anchorscope.files import again_remark, csv_text, json_bytes, member, read_part, write_atomic, write_part
-from anchorscope.locks import folder_lock
+from anchorscope.files import again_remark, csv_text, member, read_part, write_atomic, write_part
 from anchorscope.methods import Contender, Head, Selection, line_up
 from anchorscope.methods.head import chunk_rows
 from anchorscope.ranges import working_dtype
-from anchorscope.runfolder import RunFolder, load_finished
+from anchorscope.runs.environment import full_precision, versions
+from anchorscope.runs.folder import RunFolder
+from anchorscope.runs.jobs import Cancelled, Job, Progress, ProgressCallback, choose_jobs, run_jobs
+from anchorscope.runs.values import jsonable
 from anchorscope.shapes import NUMBER, fits
 
 STATE = "run.json"
@@ -41,12 +39,14 @@ FIGURES = "figures"
 VERSION = 1
 FOLDER = RunFolder(
     what="a comparison",
+    command="compare",
     format="anchorscope-compare-run",
     version=VERSION,
     state=STATE,
     report=REPORT,
     tables=(TABLE,),
     parts=((SCORES, "*.json"), (FIGURES, "*.png")),
+    kept=("finished heads", f"{SCORES}/*.json"),
 )
 BATCH_BYTES = 1 << 28  # selections held at a time; beyond it, a head's scores are computed once more
 
@@ -221,27 +221,25 @@ def compare(
             device=device,
         )
     report = progress or (lambda _: None)
-    path = make_folder(Path(out))
-    with folder_lock(path):
-        request = {
-            "dump": plan.dump.identity,
-            "settings": plan.settings,
-            "scores": [_score_name(j) for j in plan.jobs],
-        }
-        state = FOLDER.begin(path, request, disk=plan.disk, overwrite=overwrite)
+    request = {
+        "dump": plan.dump.identity,
+        "settings": plan.settings,
+        "scores": [_score_name(j) for j in plan.jobs],
+    }
+    with FOLDER.run(Path(out), request, asked={"figures": figures}, disk=plan.disk, overwrite=overwrite) as run:
+        path = run.path
         _measure(path, plan, report, notify or (lambda _: None))
         points = tuple(p for job in plan.jobs for p in _load(path, plan, job) or ())
         write_atomic(path / TABLE, csv_text(COLUMNS, methods_rows(points)).encode())
-        result = _summary(plan, state, points)
+        result = _summary(plan, run.state, points)
         drawn: list[Path] = []
-        if figures:
+        if run.asked["figures"]:
             from anchorscope.compare.figures import draw_all
 
             report(Progress("figures", 0, 1))
             drawn = draw_all(points, path / FIGURES, plan.settings["methods"], target_recall=plan.target_recall)
             report(Progress("figures", 1, 1))
-        # Last of all: a folder without its report is an unfinished comparison.
-        write_atomic(path / REPORT, json_bytes(result))
+        run.finish(result)
         return Comparison(path, result, points, tuple(drawn))
 
 
@@ -252,7 +250,7 @@ def load_comparison(out: Path | str) -> Comparison:
         DumpError: the folder holds none, or one that is damaged.
     """
     path = Path(out)
-    report, state = load_finished(path, FOLDER, _REPORT_SHAPE, {"scores": [str]})
+    report, state = FOLDER.load(path, _REPORT_SHAPE, {"scores": [str]})
     points: list[Point] = []
     for name in state["scores"]:
         file = member(path / SCORES, name, ".json")

@@ -19,10 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anchorscope.analysis.engine import Cancelled, full_precision
 from anchorscope.methods.head import Chunk, Head
 from anchorscope.methods.selection import Selection
 from anchorscope.ranges import unit_scaled
+from anchorscope.runs.environment import full_precision
+from anchorscope.runs.jobs import Cancelled
 
 LAST_ROWS = 128  # queries that `recall_last` averages over
 _TINY = 1e-30  # kept shares of a row below this are renormalised around their own maximum

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from anchorscope.analysis.tables import number
+from anchorscope.runs.values import number
 
 RECALLS = (0.9, 0.95, 0.99)
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from anchorscope.analysis.tables import number
 from anchorscope.evaluation.lanes import Work, join_scores
 from anchorscope.evaluation.metrics import (
     TokenScores,
@@ -21,6 +20,7 @@ from anchorscope.evaluation.metrics import (
 from anchorscope.evaluation.parts import Part
 from anchorscope.evaluation.tasks import Sample
 from anchorscope.proof import PromptProof
+from anchorscope.runs.values import number
 
 METRICS = ("perplexity_dense", "perplexity_sparse", "perplexity_ratio", "kl_mean", "kl_p99", "top1_agreement")
 WITH_INTERVAL = ("perplexity_ratio", "kl_mean", "top1_agreement")

@@ -19,9 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from anchorscope.analysis.jobs import Progress, ProgressCallback, make_folder
-from anchorscope.analysis.run import versions
-from anchorscope.analysis.tables import jsonable
 from anchorscope.anchors import AnchorConfig, LayerAnchors
 from anchorscope.capture import (
     AttentionCall,
@@ -56,11 +53,13 @@ from anchorscope.evaluation.results import (
 )
 from anchorscope.evaluation.tasks import BY_DEPTH, PERPLEXITY, Sample, check_tasks, make_samples
 from anchorscope.evaluation.text import OWN_TEXT, Pieces, own_text
-from anchorscope.files import MAX_JSON_BYTES, again_remark, csv_text, json_bytes, read_json, write_atomic
-from anchorscope.locks import folder_lock
+from anchorscope.files import MAX_JSON_BYTES, again_remark, csv_text, read_json, write_atomic
 from anchorscope.params import AnchorParams
 from anchorscope.proof import PromptProof
-from anchorscope.runfolder import RunFolder
+from anchorscope.runs.environment import versions
+from anchorscope.runs.folder import RunFolder
+from anchorscope.runs.jobs import Progress, ProgressCallback
+from anchorscope.runs.values import jsonable
 from anchorscope.shapes import check
 
 if TYPE_CHECKING:
@@ -71,12 +70,14 @@ TABLES = ("prompts.csv", "tasks.csv", "answers.csv")
 VERSION = 1
 FOLDER = RunFolder(
     what="an evaluation",
+    command="evaluate",
     format="anchorscope-evaluation-run",
     version=VERSION,
     state=STATE,
     report=REPORT,
     tables=TABLES,
     parts=((PARTS, "*-arm*.safetensors"), (FIGURES, "*.png")),
+    kept=("finished parts (one for each prompt or sample and arm)", f"{PARTS}/*-arm*.safetensors"),
 )
 LENGTHS = (2048, 4096, 8192)
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -218,7 +219,8 @@ def evaluate(
     path = Path(out)
     _check_request(arms, prompts, tasks, lengths, depths, samples, chunk)
     inputs = unique_names([p if isinstance(p, PromptInput) else prompt_from_file(p) for p in prompts])
-    _check_folder(path, overwrite)
+    asked = {"figures": figures}
+    _check_folder(path, asked, overwrite)
     require_transformers()
     loaded = ready_model(
         model,
@@ -268,10 +270,8 @@ def evaluate(
             "device": loaded.model.device.type,
         },
     )
-    make_folder(path)
-    with folder_lock(path):
-        state = FOLDER.begin(path, _identity(request, facts), disk=_disk(request), overwrite=overwrite)
-        key = hashlib.sha256(json.dumps(state["request"]).encode()).hexdigest()
+    with FOLDER.run(path, _identity(request, facts), asked=asked, disk=_disk(request), overwrite=overwrite) as run:
+        key = hashlib.sha256(json.dumps(run.state["request"]).encode()).hexdigest()
         for sentence in _outlook(request):
             tell(sentence)
         try:
@@ -288,16 +288,15 @@ def evaluate(
         for name, _, proof in proofs:
             if (doubt := proof.warning(name)) is not None:
                 tell(f"warning: {doubt}")
-        result = _report(path, key, request, state)
+        result = _report(path, key, request, run.state)
         result["proof"] = {**known.to_json(), "prompts": [proof_result(*each) for each in proofs]}
         _write_tables(path, result)
         drawn: list[Path] = []
-        if figures:
+        if run.asked["figures"]:
             from anchorscope.evaluation.figures import draw_all
 
             drawn = draw_all(result, path / FIGURES)
-        # Last of all: a folder without its report is an unfinished run.
-        write_atomic(path / REPORT, json_bytes(result))
+        run.finish(result)
         return Evaluation(path, result, tuple(drawn))
 
 
@@ -308,6 +307,7 @@ def load_evaluation(out: Path | str) -> Evaluation:
         DumpError: the folder holds none.
     """
     path = Path(out)
+    FOLDER.check_finished(path)
     shape = {
         "format": "anchorscope-evaluation",
         "version": VERSION,
@@ -359,15 +359,16 @@ def _check_request(
         raise InputError("samples and chunk must be at least 1, and lengths and depths name at least one")
 
 
-def _check_folder(path: Path, overwrite: bool) -> None:
+def _check_folder(path: Path, asked: Mapping[str, Any], overwrite: bool) -> None:
     """Refuse a folder that cannot be used, before minutes are spent."""
     if path.is_file():
         raise InputError(f"--out {path} is a file; name a folder")
     if not path.is_dir() or all(x.name.startswith(".") for x in path.iterdir()):
         return
-    if FOLDER.read(path) is None:
+    found = FOLDER.read(path)
+    if found is None:
         raise InputError(f"--out {path} exists and is not an evaluation; name a new folder")
-    if (path / REPORT).exists() and not overwrite:
+    if (path / REPORT).exists() and not overwrite and FOLDER.covers(found, asked):
         raise InputError(
             f"--out {path} holds a finished evaluation; add --overwrite to replace it, or name a new folder"
         )

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anchorscope.analysis.engine import Cancelled, full_precision
 from anchorscope.methods import Head
 from anchorscope.methods.head import chunk_rows
+from anchorscope.runs.environment import full_precision
+from anchorscope.runs.jobs import Cancelled
 
 SINKS = (1, 4)  # first tokens whose mass is reported
 LOCAL = (128, 1024)  # last keys whose mass is reported, the query's own included

@@ -6,6 +6,8 @@ alone, so an interrupted run continues where it stopped and ends with the same b
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import threading
 from collections.abc import Callable, Sequence
@@ -16,15 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from anchorscope._version import __version__
-from anchorscope.analysis.backends import resolve_device
-from anchorscope.analysis.engine import Cancelled
-from anchorscope.analysis.jobs import Job, Progress, ProgressCallback, choose_jobs, make_folder, run_jobs
-from anchorscope.analysis.run import versions
-from anchorscope.analysis.tables import jsonable
+from anchorscope.devices import resolve_device
 from anchorscope.dumps import Dump, Entry, LayerTensors, open_dump
 from anchorscope.errors import DumpError, InputError
-from anchorscope.files import again_remark, csv_text, json_bytes, member, read_part, write_atomic, write_part
+from anchorscope.files import again_remark, csv_text, member, read_part, write_atomic, write_part
 from anchorscope.heads import diagnostics
 from anchorscope.heads.diagnostics import HeadDiagnostics, diagnose_head
 from anchorscope.heads.stripes import Stripes, head_stripes, overlap
@@ -43,7 +40,10 @@ from anchorscope.locks import folder_lock
 from anchorscope.methods import Head
 from anchorscope.methods.head import chunk_rows
 from anchorscope.params import AnchorParams
-from anchorscope.runfolder import RunFolder, load_finished
+from anchorscope.runs.environment import versions
+from anchorscope.runs.folder import RunFolder
+from anchorscope.runs.jobs import Cancelled, Job, Progress, ProgressCallback, choose_jobs, run_jobs
+from anchorscope.runs.values import jsonable
 from anchorscope.shapes import fits
 
 STATE = "run.json"
@@ -54,12 +54,14 @@ FIGURES = "figures"
 VERSION = 1
 FOLDER = RunFolder(
     what="a diagnosis of heads",
+    command="heads",
     format="anchorscope-heads-run",
     version=VERSION,
     state=STATE,
     report=REPORT,
     tables=(TABLE,),
     parts=((PARTS, "prompt*-layer*.json"), (FIGURES, "*.png")),
+    kept=("finished layers", f"{PARTS}/prompt*-layer*.json"),
 )
 BLOCK, STEP, THETA = 128, 4, 12.0  # groups of 512: short prompts then have neighbouring groups to compare
 STRIPE_TOKENS = 12
@@ -217,6 +219,7 @@ def diagnose(
     pieces: Sequence[str] | None = None,
     figures: bool = True,
     overwrite: bool = False,
+    resume: bool = False,
     progress: ProgressCallback | None = None,
     notify: Callable[[str], None] | None = None,
     plan: Plan | None = None,
@@ -234,6 +237,7 @@ def diagnose(
         pieces: text of every token id (see `anchorscope.report.tokens`), so that heads.json can show tokens as text.
         figures: draw the figures.
         overwrite: replace an earlier run in `out`.
+        resume: accept a finished run of the same request in `out` too; nothing is measured again.
         progress: called as work proceeds.
         notify: told in a sentence when saved parts cannot be used again.
         plan: a plan made from the same arguments, to save making it twice.
@@ -248,27 +252,26 @@ def diagnose(
     if plan is None:
         plan = plan_heads(dump, params=params, theta=theta, layers=layers, heads=heads, prompts=prompts, device=device)
     report = progress or (lambda _: None)
-    path = make_folder(Path(out))
-    with folder_lock(path):
-        request = {
-            "dump": plan.dump.identity,
-            "settings": plan.settings,
-            "parts": [x.name for x in plan.layers],
-        }
-        state = FOLDER.begin(path, request, disk=plan.disk, overwrite=overwrite)
+    request = {
+        "dump": plan.dump.identity,
+        "settings": plan.settings,
+        "parts": [x.name for x in plan.layers],
+    }
+    asked = {"figures": figures, "tokens": None if pieces is None else _digest(pieces)}
+    with FOLDER.run(Path(out), request, asked=asked, disk=plan.disk, overwrite=overwrite, resume=resume) as run:
+        path = run.path
         _measure(path, plan, report, notify or (lambda _: None))
         rows = tuple(row for layer in plan.layers for row in _load(path, plan, layer) or ())
         write_atomic(path / TABLE, csv_text(COLUMNS, map(table_row, rows)).encode())
-        result = _summary(plan, state, rows, pieces)
+        result = _summary(plan, run.state, rows, pieces)
         drawn: list[Path] = []
-        if figures:
+        if run.asked["figures"]:
             from anchorscope.heads.figures import draw_all
 
             report(Progress("figures", 0, 1))
             drawn = draw_all(rows, path / FIGURES)
             report(Progress("figures", 1, 1))
-        # Last of all: a folder without its report is an unfinished run.
-        write_atomic(path / REPORT, json_bytes(result))
+        run.finish(result)
         return Diagnosis(path, result, rows, tuple(drawn))
 
 
@@ -337,6 +340,11 @@ def _read_rows(file: Path, identity: str) -> list[HeadRow] | None:
     return [row_from_json(x) for x in saved["heads"]]
 
 
+def _digest(pieces: Sequence[str]) -> str:
+    """Names a vocabulary, so that a run with another one is not taken for the same."""
+    return hashlib.sha256(json.dumps(list(pieces)).encode()).hexdigest()
+
+
 def load_diagnosis(out: Path | str) -> Diagnosis:
     """A finished run, read again from its folder.
 
@@ -350,7 +358,7 @@ def load_diagnosis(out: Path | str) -> Diagnosis:
         "settings": dict,
         "versions": {"anchorscope": str},
     }
-    report, state = load_finished(path, FOLDER, shape, {"parts": [str]})
+    report, state = FOLDER.load(path, shape, {"parts": [str]})
     rows: list[HeadRow] = []
     for name in state["parts"]:
         file = member(path / PARTS, name, ".json")
@@ -359,17 +367,6 @@ def load_diagnosis(out: Path | str) -> Diagnosis:
             raise DumpError(f"{path / PARTS / name} is missing or damaged: run `anchorscope heads` again")
         rows.extend(found)
     return Diagnosis(path, report, tuple(rows), tuple(sorted((path / FIGURES).glob("*.png"))))
-
-
-def finished_diagnosis(out: Path | str, plan: Plan) -> Diagnosis | None:
-    """The finished run in a folder, if it is one of this plan by this version; None otherwise."""
-    try:
-        found = load_diagnosis(out)
-    except DumpError:
-        return None
-    report = found.report
-    same = report["dump"]["identity"] == plan.dump.identity and report["settings"] == plan.settings
-    return found if same and report["versions"]["anchorscope"] == __version__ else None
 
 
 def clear_diagnosis(out: Path | str) -> None:

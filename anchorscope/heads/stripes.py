@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from anchorscope.analysis.engine import full_precision
 from anchorscope.methods import Head
 from anchorscope.methods.margins import column_margins
 from anchorscope.params import AnchorParams, candidate_range
+from anchorscope.runs.environment import full_precision
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from anchorscope.analysis.tables import jsonable, number
 from anchorscope.heads.diagnostics import CLASSES
 from anchorscope.report.tokens import token_texts
+from anchorscope.runs.values import jsonable, number
 from anchorscope.shapes import Row
 
 CONTEXT = 24  # characters of the prompt shown on each side of a token

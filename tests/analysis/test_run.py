@@ -13,10 +13,10 @@ import pytest
 import torch
 from brute import Brute
 
-import anchorscope.runfolder as runfolder
 from anchorscope import AnchorParams, DumpError, InputError, analyze, iter_profiles, load_report, plan_analysis
 from anchorscope.analysis.tables import CURVES_COLUMNS, HEADS_COLUMNS
 from anchorscope.dumps import open_dump, write_dump
+from anchorscope.runs import folder as runfolder
 
 ROOT = Path(__file__).parents[2]
 PARAMS = AnchorParams(8, 4)

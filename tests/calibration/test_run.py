@@ -368,7 +368,7 @@ def test_folders_in_use_and_full_disks(dump, tmp_path, monkeypatch):
     for overwrite in (False, True):
         with pytest.raises(InputError, match="exists and is not a calibration"):
             calibrate(dump, tmp_path / "mine", overwrite=overwrite, **HOW)
-    monkeypatch.setattr("anchorscope.runfolder.shutil.disk_usage", lambda _: type("U", (), {"free": 10}))
+    monkeypatch.setattr("anchorscope.runs.folder.shutil.disk_usage", lambda _: type("U", (), {"free": 10}))
     with pytest.raises(RunFailure, match="free some space"):
         calibrate(dump, tmp_path / "o", **HOW)
 

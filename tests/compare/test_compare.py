@@ -15,7 +15,6 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from anchorscope import runfolder
 from anchorscope.compare import compare, load_comparison, plan_compare, score_lineup
 from anchorscope.compare import run as run_module
 from anchorscope.compare.figures import draw_all
@@ -31,6 +30,7 @@ from anchorscope.compare.tables import (
 from anchorscope.dumps import open_dump, write_dump
 from anchorscope.errors import DumpError, InputError, RunFailure
 from anchorscope.methods import METHODS, Head, find_method, known_methods, line_up
+from anchorscope.runs import folder as runfolder
 
 N, D = 150, 8
 NAMES = "anchor,streaming,oracle-row,oracle-stripe,block-topk,oracle-block"

@@ -13,7 +13,6 @@ import pytest
 import torch
 from byte_model import byte_model
 
-from anchorscope import runfolder
 from anchorscope.anchors import AnchorConfig
 from anchorscope.capture import PromptInput, model_facts
 from anchorscope.cli import main
@@ -22,6 +21,7 @@ from anchorscope.evaluation import evaluate, load_evaluation, results
 from anchorscope.evaluation import run as run_module
 from anchorscope.evaluation.text import OWN_TEXT
 from anchorscope.params import AnchorParams
+from anchorscope.runs import folder as runfolder
 
 ROOT = Path(__file__).parents[2]
 PARAMS = AnchorParams(16, 2)

@@ -10,14 +10,7 @@ from pathlib import Path
 
 from synthetic import make_profile
 
-from anchorscope.analysis.tables import (
-    CURVES_COLUMNS,
-    HEADS_COLUMNS,
-    HeadLine,
-    curves_rows,
-    heads_rows,
-    summarise,
-)
+from anchorscope.analysis.tables import CURVES_COLUMNS, HEADS_COLUMNS, HeadLine, curves_rows, heads_rows, summarise
 from anchorscope.files import csv_text
 from anchorscope.profiles import HeadProfile, profile_filename
 

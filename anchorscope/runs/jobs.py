@@ -6,7 +6,6 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -25,6 +24,10 @@ class Progress:
     work: int
     total: int
     detail: str = ""
+
+
+class Cancelled(Exception):
+    """The caller asked the engine to stop."""
 
 
 ProgressCallback = Callable[[Progress], None]
@@ -78,21 +81,6 @@ def choose_jobs(
     if not jobs:
         raise InputError("the chosen prompts, layers and heads leave nothing to analyze; widen one of them")
     return jobs
-
-
-def make_folder(path: Path) -> Path:
-    """Make the output folder.
-
-    Raises:
-        InputError: it is a file, lies below one, or cannot be made.
-    """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise InputError(f"--out {path} is a file or lies below one; name a folder") from None
-    except OSError as error:
-        raise InputError(f"--out {path} cannot be made: {error.strerror}") from None
-    return path
 
 
 def run_jobs(

@@ -1,0 +1,264 @@
+"""The output folder of a run that can be interrupted: what it holds, whether to continue, refuse or replace it.
+
+A run writes down what it is (`state`) before it starts, its parts one by one, and its report last of all, when tables,
+diagnostics and figures are there. So nothing unfinished looks finished, and the same request continues where it
+stopped. The state holds two things apart: the request (what is measured, which never changes in a folder) and what was
+asked for on top of it (figures, diagnostics), which a later command may extend.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from anchorscope._version import __version__
+from anchorscope.errors import DumpError, InputError, Interrupted, RunFailure
+from anchorscope.files import MAX_JSON_BYTES, json_bytes, read_json, write_atomic
+from anchorscope.locks import folder_lock
+from anchorscope.shapes import check, fits
+
+OWN = ("started", "asked")  # keys of a state that do not tell two requests apart
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The vocabulary of one command's folders.
+
+    Attributes:
+        what: for messages, with its article: "an analysis", "a comparison".
+        command: the subcommand that writes them: "analyze".
+        format: the state file's `format`.
+        version: of what the folder holds; a run of another version is not continued.
+        state: file that says what the run is.
+        report: file that is written last.
+        tables: other files at the top.
+        parts: (folder, pattern) of the files below it; the first folder is made when a run begins.
+        figures: the folder among them that holds pictures.
+        kept: what an interrupted run keeps, in words, and the pattern of its files.
+    """
+
+    what: str
+    command: str
+    format: str
+    version: int
+    state: str
+    report: str
+    tables: tuple[str, ...]
+    parts: tuple[tuple[str, str], ...]
+    kept: tuple[str, str]
+    figures: str = "figures"
+
+    @contextmanager
+    def run(
+        self,
+        path: Path,
+        request: Mapping[str, Any],
+        *,
+        asked: Mapping[str, Any],
+        disk: int,
+        overwrite: bool,
+        resume: bool = False,
+    ) -> Iterator[Run]:
+        """Lock the folder and start or continue a run in it.
+
+        Args:
+            path: the folder; made when missing.
+            request: everything that makes two runs measure the same, as JSON values.
+            asked: what is to be made of it (`figures`, ...), as JSON values; false and None mean "not". The last
+                command's word counts in an unfinished run. A finished run is refused unless more is asked of it.
+            disk: bytes the run may need.
+            overwrite: replace what an earlier run wrote.
+            resume: continue a finished run of the same request instead of refusing.
+
+        Raises:
+            InputError: the folder cannot be used, is in use, holds something else or a run that may not be replaced.
+            RunFailure: not enough disk, or the folder cannot be written.
+            Interrupted: Ctrl-C; says what is kept.
+        """
+        make_folder(path)
+        with folder_lock(path):
+            state = self._begin(path, request, asked, disk=disk, overwrite=overwrite, resume=resume)
+            try:
+                yield Run(self, path, state)
+            except KeyboardInterrupt:
+                raise Interrupted(self._kept(path)) from None
+
+    def _begin(
+        self,
+        path: Path,
+        request: Mapping[str, Any],
+        asked: Mapping[str, Any],
+        *,
+        disk: int,
+        overwrite: bool,
+        resume: bool,
+    ) -> dict[str, Any]:
+        """The state written down: the request, the version, what was asked for, when the (first) run started."""
+        identity = {"format": self.format, "version": self.version, "anchorscope": __version__, **request}
+        state = {**identity, "asked": dict(asked), "started": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+        free = shutil.disk_usage(path).free
+        if any(not x.name.startswith(".") for x in path.iterdir()):
+            found = self.read(path)
+            if found is None:
+                raise InputError(f"--out {path} exists and is not {self.what}; name a new folder")
+            same = {key: value for key, value in found.items() if key not in OWN} == identity
+            before, finished = found.get("asked"), (path / self.report).exists()
+            extends = finished and (resume or not self.covers(found, asked))
+            if same and (extends or not finished):
+                self._check_disk(path, free, disk)
+                state["started"] = found["started"]
+                if finished:  # nothing may look finished while more is being made
+                    state["asked"] = _both(before or {}, asked)
+                    (path / self.report).unlink()
+                elif before is not None and before != state["asked"]:
+                    self._clear(path, (x for x in self.parts if x[0] == self.figures))
+            elif overwrite:
+                self._check_disk(path, free, disk)
+                self.clear(path, state=False)
+            else:
+                raise InputError(f"--out {path} holds {self._refusal(same, finished)}")
+        else:
+            self._check_disk(path, free, disk)
+        for stray in path.rglob(".*.tmp"):  # what a killed run was writing; nobody else writes here under our lock
+            stray.unlink(missing_ok=True)
+        write_atomic(path / self.state, (json.dumps(state, indent=2, allow_nan=False) + "\n").encode())
+        (path / self.parts[0][0]).mkdir(exist_ok=True)
+        return state
+
+    def _refusal(self, same: bool, finished: bool) -> str:
+        noun = self.what.split(" ", 1)[1]
+        what = f"a finished {noun}" if finished else f"an unfinished {noun}"
+        what += "" if same else " with other settings"
+        return f"{what}; add --overwrite to replace it, or name a new folder"
+
+    def _check_disk(self, path: Path, free: int, disk: int) -> None:
+        if free < disk:
+            raise RunFailure(
+                f"{path} has {free / 1e9:.2f} GB free and {self.what} like this may need {disk / 1e9:.2f} GB;"
+                " free some space or name another --out"
+            )
+
+    def _kept(self, path: Path) -> str:
+        """What an interrupted run leaves behind."""
+        if (path / self.report).exists():
+            return f"interrupted, but {path} is complete"
+        words, pattern = self.kept
+        count = sum(1 for _ in path.glob(pattern))
+        return f"interrupted; {path} keeps {count} {words}: give the same command again to continue"
+
+    def covers(self, state: Mapping[str, Any], asked: Mapping[str, Any]) -> bool:
+        """Whether a finished run has all that is asked for. One that does not say (by an older version) does not."""
+        before = state.get("asked")
+        return isinstance(before, dict) and all(not v or before.get(k) == v for k, v in asked.items())
+
+    def read(self, path: Path) -> dict[str, Any] | None:
+        """The state of the run in a folder, or None if it holds none of this kind."""
+        try:
+            state: Any = read_json(path / self.state, MAX_JSON_BYTES, "state")
+        except InputError:
+            return None
+        return state if fits(state, {"format": self.format, "started": str}) else None
+
+    def load(self, path: Path, report: Any, state: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The report and the state of a finished run, each of the shape that the caller needs (`anchorscope.shapes`).
+
+        Raises:
+            DumpError: there is no finished run, or a file of it is damaged.
+        """
+        self.check_finished(path)
+        hint = f"it is damaged; run `anchorscope {self.command}` again"
+        found: Any = read_json(path / self.state, MAX_JSON_BYTES, "state", error=DumpError)
+        check(found, state, str(path / self.state), hint=hint, error=DumpError)
+        value = read_json(path / self.report, MAX_JSON_BYTES, "report", error=DumpError)
+        check(value, report, str(path / self.report), hint=hint, error=DumpError)
+        return value, found
+
+    def check_finished(self, path: Path) -> None:
+        """Refuse a folder whose run is not finished, or that holds none.
+
+        Raises:
+            DumpError: with what to do.
+        """
+        if (path / self.report).is_file():
+            return
+        noun = self.what.split(" ", 1)[1]
+        if self.read(path) is not None:
+            raise DumpError(
+                f"{path} holds an unfinished {noun}: give the same `anchorscope {self.command}` command again to"
+                " finish it"
+            )
+        raise DumpError(f"{path} holds no finished {noun}: run `anchorscope {self.command}` first")
+
+    def clear(self, path: Path, *, state: bool = True) -> None:
+        """Remove what a run wrote and nothing else: the report first, the state (if at all) last.
+
+        Whatever interrupts this, the folder is still known as an unfinished run.
+        """
+        for name in (self.report, *self.tables):
+            (path / name).unlink(missing_ok=True)
+        self._clear(path, self.parts)
+        if state:
+            (path / self.state).unlink(missing_ok=True)
+
+    def _clear(self, path: Path, parts: Iterable[tuple[str, str]]) -> None:
+        for folder, pattern in parts:
+            for file in (path / folder).glob(pattern):
+                file.unlink()
+
+
+def _both(before: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
+    """What was asked for before and what is now; where both say something, now counts."""
+    return {**before, **{key: value for key, value in asked.items() if value or not before.get(key)}}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run under way in its locked folder.
+
+    Attributes:
+        folder: its kind.
+        path: where it writes.
+        state: what its state file holds.
+    """
+
+    folder: RunFolder
+    path: Path
+    state: dict[str, Any]
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """What is to be made, things asked for by earlier commands included."""
+        return dict(self.state["asked"])
+
+    def finish(self, report: Mapping[str, Any]) -> None:
+        """Write the report, last of all: a folder without it is an unfinished run.
+
+        Raises:
+            RunFailure: it cannot be written.
+        """
+        write_atomic(self.path / self.folder.report, json_bytes(report))
+
+
+def make_folder(path: Path) -> Path:
+    """Make the output folder.
+
+    Raises:
+        InputError: it is a file, lies below one, or cannot be made.
+        RunFailure: the disk is full.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise InputError(f"--out {path} is a file or lies below one; name a folder") from None
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise RunFailure(f"--out {path} cannot be made: {error.strerror}; free some space") from None
+        raise InputError(f"--out {path} cannot be made: {error.strerror}") from None
+    return path
