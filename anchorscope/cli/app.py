@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from anchorscope._version import __version__
 from anchorscope.cli.analyze import analyze, figures
@@ -24,7 +29,26 @@ from anchorscope.cli.report import report
 from anchorscope.errors import AnchorScopeError
 from anchorscope.files import visible
 
+INTERRUPTED = "interrupted; nothing unfinished looks complete"
+
+
+class _Stopped(Exception):
+    """Ctrl-C or a request to end, on its way past typer, which would drop the sentence."""
+
+
+class _Program(TyperGroup):
+    """The commands; an interruption keeps its sentence."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as stop:
+            raise _Stopped(str(stop) or INTERRUPTED) from None
+
+
 app = typer.Typer(
+    cls=_Program,
     name="anchorscope",
     no_args_is_help=True,
     add_completion=False,
@@ -63,23 +87,31 @@ def _root(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program and return its exit code: 0, 2 (bad usage or input), 1 (the run failed), 130 (Ctrl-C).
+    """Run the program and return its exit code: 0, 2 (bad usage or input), 1 (the run failed), 130 (Ctrl-C), 143
+    (SIGTERM).
 
     A mistake of the user's is one sentence on stderr. A defect of ours says so; ANCHORSCOPE_DEBUG=1 shows its
     traceback.
     """
+    with _signals() as received:
+        code = _run(argv, received)
+        return 128 + received[0] if received and code else code
+
+
+def _run(argv: Sequence[str] | None, received: Sequence[int]) -> int:
     try:
         app(list(sys.argv[1:] if argv is None else argv), prog_name="anchorscope")
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
         if code == 130:
-            _complain("interrupted; nothing unfinished looks complete")
+            _complain(INTERRUPTED)
         return code
     except AnchorScopeError as error:
         return _complain(str(error), error, error.exit_code)
+    except _Stopped as stop:
+        return _complain(str(stop), code=130)
     except KeyboardInterrupt:
-        _complain("interrupted; nothing unfinished looks complete")
-        return 130
+        return _complain(INTERRUPTED, code=130)
     except MemoryError as error:
         return _complain("out of memory; use fewer tokens, layers or heads at a time", error)
     except OSError as error:
@@ -91,12 +123,34 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _complain(f"the disk is full ({error.filename or 'while writing'}); free some space", error)
         return _complain(f"{error.filename or 'the system'}: {error.strerror or error}", error)
     except Exception as error:  # the outermost frame: a defect of ours is called one, with code 1
+        if received:  # libraries turn an interruption within an import into errors of their own
+            return _complain(INTERRUPTED, error, 130)
         return _complain(
             f"internal error ({type(error).__name__}: {error}); please report it with the output of"
             " ANCHORSCOPE_DEBUG=1 anchorscope ...",
             error,
         )
     return 0
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Let SIGTERM end a command as Ctrl-C does, parts kept and temporary files removed; the signals that came."""
+    received: list[int] = []
+
+    def stop(number: int, _: FrameType | None) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _complain(sentence: str, error: BaseException | None = None, code: int = 1) -> int:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from anchorscope.cli.common import note, stderr_console, warn_of_model
+from anchorscope.cli.common import note, stderr_console, warn, warn_of_model
 from anchorscope.errors import InputError
 from anchorscope.files import human_bytes
 
@@ -42,6 +42,8 @@ def report(
     from anchorscope.report.html import open_sources, write_report
 
     sources = open_sources(outs)
+    for sentence in sources.remarks:
+        warn(sentence)
     if tokenizer is not None and not dump:
         raise InputError("--tokenizer needs the token ids: add --dump, the dump that was analyzed")
     tokens = _tokens(sources, dump or [], tokenizer)

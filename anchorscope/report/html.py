@@ -20,7 +20,7 @@ import math
 import re
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,11 @@ EXTRAS = (
     "output_close_01",
     "output_close_005",
 )
+# state files of folders beside the analyses: format, what it is, who writes it, the report that is written last
+UNFINISHED = (
+    ("anchorscope-compare-run", "comparison", "compare", "compare.json"),
+    ("anchorscope-heads-run", "diagnosis of heads", "heads", "heads.json"),
+)
 SCALARS = ("theta_needed", "density_needed", "oracle_needed", "anchor_density")
 
 Progress = Callable[[int, int], None]
@@ -83,12 +88,14 @@ class Run:
         label: how the page calls it.
         report: its report.json.
         profiles: its profile files, in the order of heads.csv.
+        remarks: what of it is missing or unfinished.
     """
 
     path: Path
     label: str
     report: dict[str, Any] = field(repr=False)
     profiles: tuple[Path, ...] = field(repr=False)
+    remarks: tuple[str, ...] = ()
 
     @property
     def identity(self) -> str:
@@ -122,6 +129,7 @@ class Sources:
     runs: tuple[Run, ...]
     methods: tuple[Table, ...] = ()
     diagnostics: tuple[Table, ...] = ()
+    remarks: tuple[str, ...] = ()
 
 
 def open_sources(folders: Sequence[Path | str]) -> Sources:
@@ -135,6 +143,7 @@ def open_sources(folders: Sequence[Path | str]) -> Sources:
     methods: list[Table] = []
     diagnostics: list[Table] = []
     own: list[Table] = []
+    remarks: list[str] = []
     for folder in dict.fromkeys(Path(f) for f in folders):
         if not folder.is_dir():
             raise DumpError(f"no folder {folder}: name folders written by `anchorscope analyze`")
@@ -144,6 +153,8 @@ def open_sources(folders: Sequence[Path | str]) -> Sources:
             known = True
             if (folder / "heads" / "heads.json").exists():  # `analyze` diagnoses into its own folder
                 own.append(_table(folder / "heads" / "diagnostics.csv", folder / "heads" / "heads.json", ()))
+            remarks += runs[-1].remarks
+        _refuse_unfinished(folder)
         if (folder / "methods.csv").exists():
             methods.append(_table(folder / "methods.csv", folder / "compare.json", ("method", "recall", "density")))
             known = True
@@ -160,7 +171,7 @@ def open_sources(folders: Sequence[Path | str]) -> Sources:
                 f"{table.path} was measured on a dump that none of the analyses used; name it with an analysis of"
                 " the same dump"
             )
-    return Sources(_labelled(runs), tuple(methods), (*diagnostics, *own))
+    return Sources(_labelled(runs), tuple(methods), (*diagnostics, *own), tuple(remarks))
 
 
 def write_report(
@@ -314,7 +325,39 @@ def _open_run(folder: Path) -> Run:
     if any(member(folder / "profile", n, ".safetensors") is None for n in names):
         raise DumpError(f"{folder / 'analysis.json'} names a file outside its folder: it was edited; run analyze again")
     check(report, _RUN, str(folder / "report.json"), hint="it is damaged; run analyze again", error=DumpError)
-    return Run(folder, folder.resolve().name, report, tuple(folder / "profile" / n for n in names))
+    remarks = _missing_diagnosis(folder, state)
+    if remarks:
+        report = {**report, "warnings": [*(report.get("warnings") or ()), *remarks]}
+    return Run(folder, folder.resolve().name, report, tuple(folder / "profile" / n for n in names), remarks)
+
+
+def _missing_diagnosis(folder: Path, state: Mapping[str, Any]) -> tuple[str, ...]:
+    """What to say of head diagnostics that were begun or asked for and are not there: the page leaves them out."""
+    heads = folder / "heads"
+    asked = state.get("asked")
+    if (heads / "heads.json").exists():
+        return ()
+    if (heads / "run.json").exists():
+        return (
+            f"the head diagnostics of {folder.name} are unfinished and left out: give the same analyze command again",
+        )
+    if isinstance(asked, dict) and asked.get("diagnose"):
+        return (
+            f"the head diagnostics of {folder.name} are gone and left out: `anchorscope analyze --resume` makes them",
+        )
+    return ()
+
+
+def _refuse_unfinished(folder: Path) -> None:
+    """Refuse a comparison or diagnosis whose report, which is written last, is not there."""
+    if not (folder / "run.json").exists():
+        return
+    kind = _read_json(folder / "run.json").get("format")
+    for name, what, command, report in UNFINISHED:
+        if kind == name and not (folder / report).exists():
+            raise DumpError(
+                f"{folder} holds an unfinished {what}: give the same `anchorscope {command}` command again to finish it"
+            )
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -354,7 +397,7 @@ def _labelled(runs: Sequence[Run]) -> tuple[Run, ...]:
             label = f"{run.path.resolve().parent.name}/{label}"
         if label in {r.label for r in out}:
             label = f"{label} ({i + 1})"
-        out.append(Run(run.path, label, run.report, run.profiles))
+        out.append(replace(run, label=label))
     return tuple(out)
 
 

@@ -191,8 +191,8 @@ class RunFolder:
         noun = self.what.split(" ", 1)[1]
         if self.read(path) is not None:
             raise DumpError(
-                f"{path} holds an unfinished {noun}: give the same `anchorscope {self.command}` command again to"
-                " finish it"
+                f"{path} holds no finished {noun} but an unfinished one: give the same `anchorscope {self.command}`"
+                " command again to finish it"
             )
         raise DumpError(f"{path} holds no finished {noun}: run `anchorscope {self.command}` first")
 
