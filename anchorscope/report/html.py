@@ -338,13 +338,9 @@ def _missing_diagnosis(folder: Path, state: Mapping[str, Any]) -> tuple[str, ...
     if (heads / "heads.json").exists():
         return ()
     if (heads / "run.json").exists():
-        return (
-            f"the head diagnostics of {folder.name} are unfinished and left out: give the same analyze command again",
-        )
+        return (f"the head diagnostics of {folder.name} are unfinished, left out here: give the same command again",)
     if isinstance(asked, dict) and asked.get("diagnose"):
-        return (
-            f"the head diagnostics of {folder.name} are gone and left out: `anchorscope analyze --resume` makes them",
-        )
+        return (f"the head diagnostics of {folder.name} are gone: `anchorscope analyze --resume` makes them again",)
     return ()
 
 
