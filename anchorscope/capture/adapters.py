@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from anchorscope.capture.weights import stored_values
 from anchorscope.errors import InputError
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def adapters_at_work(model: PreTrainedModel) -> str:
     to bf16. Adapters that are loaded but not active, or disabled, do not count; ones merged into the weights do.
     """
     digest = hashlib.sha256()
-    found = False
+    found, stored = False, stored_values(model)
     for base, owner, rest, parameter in sorted(_inside(model), key=lambda x: (x[0], x[2])):
         if owner is None:
             continue
@@ -68,8 +69,9 @@ def adapters_at_work(model: PreTrainedModel) -> str:
         scale = scaling.get(used[0]) if isinstance(scaling, dict) else None
         plain = ".".join("*" if part == used[0] else part for part in rest.split("."))  # whatever the adapter is called
         digest.update(f"{base}{type(owner).__name__}{plain}{tuple(parameter.shape)}{scale}".encode())
-        if parameter.device.type != "meta":
-            values = _first(parameter, VALUES).to("cpu", torch.bfloat16).contiguous()
+        value = stored(parameter)
+        if value.device.type != "meta":
+            values = _first(value, VALUES).to("cpu", torch.bfloat16).contiguous()
             digest.update(values.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest() if found else ""
 

@@ -25,6 +25,7 @@ from anchorscope.capture.kvcache import continuation, result_cache
 from anchorscope.capture.language import language_only
 from anchorscope.capture.models import prefill_module
 from anchorscope.capture.positions import TRIAL_TOKENS, Rotations, reset_rotations
+from anchorscope.capture.weights import model_device
 from anchorscope.errors import InputError
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def feed(model: PreTrainedModel, token_ids: Sequence[int], sizes: Sequence[int] 
     Raises:
         InputError: the model keeps no cache.
     """
-    ids = torch.tensor([list(token_ids)], dtype=torch.long, device=model.device)
+    ids = torch.tensor([list(token_ids)], dtype=torch.long, device=model_device(model))
     runner = prefill_module(model)
     options: dict[str, Any] = {"logits_to_keep": 1} if runner is model else {}
     reset_rotations(model)

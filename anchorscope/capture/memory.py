@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from anchorscope.capture.models import prefill_module
+from anchorscope.capture.weights import model_device
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -143,7 +144,7 @@ def logits_bytes(model: PreTrainedModel, token_ids: Sequence[int], rows: int) ->
         rows: positions.
     """
     ids = [token_ids[i % len(token_ids)] for i in range(ROWS)]
-    inputs = torch.tensor([ids], dtype=torch.long, device=model.device)
+    inputs = torch.tensor([ids], dtype=torch.long, device=model_device(model))
 
     def watch(keep: int) -> np.ndarray:
         with torch.inference_mode():

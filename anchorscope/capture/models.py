@@ -16,7 +16,7 @@ from anchorscope.capture.gguf_config import Gguf, agree
 from anchorscope.capture.gguf_metadata import open_gguf
 from anchorscope.capture.positions import max_positions
 from anchorscope.capture.sources import guarded, load_tokenizer, locate, no_conversion
-from anchorscope.capture.weights import check_materialised, check_report
+from anchorscope.capture.weights import check_materialised, check_report, stored_values
 from anchorscope.devices import resolve_device
 from anchorscope.dumps.writer import dtype_name, torch_dtype
 from anchorscope.errors import InputError, MissingBackendError
@@ -172,9 +172,9 @@ def model_facts(model: PreTrainedModel, name: str | None = None, revision: str |
 
     `query_heads`, `kv_heads` and `head_dim` are the configuration's, None where it gives none or one per layer.
     `fingerprint` hashes the names and shapes of all parameters, the values of those with one dimension (norms, biases),
-    rounded to bf16, and the signs of the first values of all others, so that a model loaded in another dtype keeps it
-    and another training run does not. Adapters at work change it (their names do not), and so does merging them;
-    disabled or inactive ones do not.
+    rounded to bf16, and the signs of the first values of all others, so that a model loaded in another dtype or
+    offloaded by accelerate keeps it and another training run does not. Adapters at work change it (their names do not),
+    and so does merging them; disabled or inactive ones do not.
 
     Raises:
         InputError: an adapter that is no part of the model's layers (prompt learning and the like).
@@ -187,12 +187,14 @@ def model_facts(model: PreTrainedModel, name: str | None = None, revision: str |
     split = width // heads if isinstance(width, int) and isinstance(heads, int) else None
     head_dim = _shared(config, "head_dim", split)
     digest = hashlib.sha256(adapters_at_work(model).encode())
+    values = stored_values(model)
     for key, parameter in parameters_of(model):
         digest.update(f"{key}{tuple(parameter.shape)}".encode())
-        if parameter.ndim > 1:
-            digest.update(signs_of(parameter))
-        if parameter.ndim == 1 and parameter.is_floating_point() and parameter.device.type != "meta":
-            digest.update(parameter.detach().to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+        value = values(parameter)
+        if value.ndim > 1:
+            digest.update(signs_of(value))
+        if value.ndim == 1 and value.is_floating_point() and value.device.type != "meta":
+            digest.update(value.detach().to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
     return {
         "name": name or name_of(model),
         "revision": revision,

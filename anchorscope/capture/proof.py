@@ -11,7 +11,7 @@ import torch
 
 from anchorscope.capture.models import text_config
 from anchorscope.capture.positions import reset_rotations
-from anchorscope.capture.weights import check_materialised, listed
+from anchorscope.capture.weights import check_materialised, listed, model_device
 from anchorscope.proof import CONTEXT, SCORED, ModelProof, PromptProof
 
 if TYPE_CHECKING:
@@ -189,7 +189,7 @@ def prove_prompt(model: PreTrainedModel, token_ids: Sequence[int]) -> PromptProo
     scores = NextTokens(model, ids)
     reset_rotations(model)
     with torch.inference_mode(), scores:
-        model(input_ids=torch.tensor([list(ids)], dtype=torch.long, device=model.device), use_cache=False)
+        model(input_ids=torch.tensor([list(ids)], dtype=torch.long, device=model_device(model)), use_cache=False)
     return scores.proof()
 
 

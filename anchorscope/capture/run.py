@@ -28,6 +28,7 @@ from anchorscope.capture.positions import model_positions
 from anchorscope.capture.prompts import PromptInput, TokenizedPrompt, prompt_from_file, tokenize, unique_names
 from anchorscope.capture.proof import NextTokens, keeps_few_rows, prove_model, prove_prompt, runs_to_end
 from anchorscope.capture.recorder import LayersDone, LayerShape, Recorder, ShapeProbe
+from anchorscope.capture.weights import model_device
 from anchorscope.dumps.reader import Dump
 from anchorscope.dumps.writer import (
     DumpWriter,
@@ -347,7 +348,7 @@ def _header(
             "kv_heads": None if kv_heads is None else list(kv_heads),
             "values": values,
             "chunk": chunk,
-            "device": model.device.type,
+            "device": model_device(model).type,
             "python": platform.python_version(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
@@ -402,7 +403,7 @@ class Outlook:
 def _outlook(
     model: PreTrainedModel, token_ids: Sequence[int], chunk: int | None, tell: Callable[[str], None]
 ) -> Outlook | None:
-    free = free_bytes(model.device)
+    free = free_bytes(model_device(model))
     try:
         curve = prefill_curve(model, token_ids, len(token_ids), chunk, prefill)
         if keeps_few_rows(model):

@@ -17,6 +17,7 @@ from anchorscope import runtime
 from anchorscope.anchors import AnchorConfig
 from anchorscope.capture.kvcache import continuation, result_cache
 from anchorscope.capture.positions import reset_rotations, rotation_state
+from anchorscope.capture.weights import model_device
 from anchorscope.evaluation.metrics import Reference, TokenScores
 from anchorscope.evaluation.tasks import Sample
 
@@ -199,8 +200,8 @@ class Lane:
         return result.logits[0] if every else result.logits[0, -1:]
 
     def _now(self) -> float:
-        if self._model.device.type == "cuda":
-            torch.cuda.synchronize(self._model.device)
+        if model_device(self._model).type == "cuda":
+            torch.cuda.synchronize(model_device(self._model))
         return time.perf_counter()
 
     def _add(self, use: Any) -> None:
@@ -241,7 +242,7 @@ def run_prompt(
     Returns:
         By arm, "dense" the first: the scores of the N - 1 predicted tokens, and what the prefill cost.
     """
-    ids = torch.tensor(token_ids, dtype=torch.long, device=model.device)
+    ids = torch.tensor(token_ids, dtype=torch.long, device=model_device(model))
     dense = Lane(model, Arm(DENSE, None), options, measure=False)
     lanes = {arm.name: Lane(model, arm, options, measure=measure) for arm in arms}
     scores: dict[str, list[TokenScores]] = {name: [] for name in (DENSE, *lanes)}
@@ -280,11 +281,11 @@ def run_sample(
         dense: the dense arm's answer, or None for that arm itself.
         decode: ids to text.
     """
-    ids = torch.tensor(sample.token_ids, dtype=torch.long, device=model.device)
+    ids = torch.tensor(sample.token_ids, dtype=torch.long, device=model_device(model))
     lane = Lane(model, arm, options, measure=measure)
     for start, stop in spans(len(ids), options.chunk):
         last = lane.step(ids[start:stop], every=False, cached=True)
-    answer = torch.tensor(sample.answer_ids, dtype=torch.long, device=model.device)
+    answer = torch.tensor(sample.answer_ids, dtype=torch.long, device=model_device(model))
     back = lane.bookmark()
     logits = last if len(answer) == 1 else torch.cat([last, lane.decode(answer[:-1])])
     back()

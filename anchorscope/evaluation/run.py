@@ -34,6 +34,7 @@ from anchorscope.capture.models import ready_model, require_transformers
 from anchorscope.capture.positions import Positions, model_positions
 from anchorscope.capture.prompts import tokenize, unique_names
 from anchorscope.capture.proof import prove_model, prove_prompt, summarize
+from anchorscope.capture.weights import model_device
 from anchorscope.devices import resolve_backend_name
 from anchorscope.errors import DumpError, InputError, RunFailure
 from anchorscope.evaluation.chunking import choose_chunks
@@ -255,7 +256,7 @@ def evaluate(
         loaded,
         ready,
         units,
-        Options(None, resolve_backend_name(backend, loaded.model.device), force, stepwise=chunks.stepwise),
+        Options(None, resolve_backend_name(backend, model_device(loaded.model)), force, stepwise=chunks.stepwise),
         seed,
         {
             "lengths": sorted({u.length for u in units}),
@@ -266,8 +267,8 @@ def evaluate(
             "chat": chat,
             "chunk": {"prompts": chunks.prompts, "tasks": chunks.tasks},
             "measure": {"prompts": measure is not False, "tasks": bool(measure)},
-            "backend": resolve_backend_name(backend, loaded.model.device),
-            "device": loaded.model.device.type,
+            "backend": resolve_backend_name(backend, model_device(loaded.model)),
+            "device": model_device(loaded.model).type,
         },
     )
     with FOLDER.run(path, _identity(request, facts), asked=asked, disk=_disk(request), overwrite=overwrite) as run:
@@ -483,7 +484,7 @@ def _cut(
 def _check_logits(loaded: LoadedModel, tokens: int) -> None:
     """Refuse a prompt whose logits, of two arms, do not fit at once."""
     vocabulary = int(getattr(loaded.model.config.get_text_config(decoder=True), "vocab_size", 0))
-    needed, free = 2 * tokens * vocabulary * loaded.model.dtype.itemsize, free_bytes(loaded.model.device)
+    needed, free = 2 * tokens * vocabulary * loaded.model.dtype.itemsize, free_bytes(model_device(loaded.model))
     if free is not None and needed > free:
         raise InputError(
             f"{loaded.name} cannot prefill in chunks, and its logits need {needed / 1e9:.1f} GB where"
@@ -550,7 +551,7 @@ def _run(path: Path, key: str, request: _Request, report: ProgressCallback, tell
     arms = (Arm(DENSE, None), *request.arms)
     total = sum(len(u.token_ids) for u in request.units) * len(arms)
     done = 0
-    warm = set() if request.model.device.type == "cuda" else {"prompts", "tasks"}
+    warm = set() if model_device(request.model).type == "cuda" else {"prompts", "tasks"}
     for index, unit in enumerate(request.units):
         missing = [i for i in range(len(arms)) if Part.load(_part(path, index, i), key) is None]
         if (remark := again_remark(_part(path, index, i) for i in missing)) is not None:
@@ -608,7 +609,7 @@ def _run_sample(path: Path, key: str, request: _Request, options: Options, index
 
 def _warm_up(request: _Request, unit: Unit) -> None:
     """The first two chunks once in every arm, so that compiling kernels is in nobody's time."""
-    ids = torch.tensor(unit.token_ids, dtype=torch.long, device=request.model.device)
+    ids = torch.tensor(unit.token_ids, dtype=torch.long, device=model_device(request.model))
     with torch.inference_mode():
         for arm in (Arm(DENSE, None), *request.arms):
             lane = Lane(request.model, arm, request.options_of(unit), measure=False)
@@ -674,7 +675,7 @@ def _report(path: Path, key: str, request: _Request, state: Mapping[str, Any]) -
         "started": state["started"],
         "model": state["request"]["model"],
         "settings": request.settings,
-        "environment": _environment(request.model.device),
+        "environment": _environment(model_device(request.model)),
         "arms": [{"name": arm.name, **_described(arm)} for arm in request.arms],
         "prompts": prompts,
         "tasks": tasks,
