@@ -32,21 +32,20 @@ TOKENIZERS = (  # any of them means that the folder brings a tokenizer
 )
 LARGEST_JSON = 1 << 28  # bytes; the tokenizers of the largest vocabularies take about 40 MB
 POINTER = b"version https://git-lfs"
-COUNTS = {  # settings that must be positive whole numbers
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "hidden_size",
-    "head_dim",
-    "vocab_size",
-    "max_position_embeddings",
-    "sliding_window",
-    "n_head",
-    "n_layer",
-    "n_embd",
-    "n_positions",
+COUNTS = {  # settings that must be positive whole numbers, with a bound that no model comes near
+    "num_hidden_layers": 1 << 13,
+    "num_attention_heads": 1 << 14,
+    "num_key_value_heads": 1 << 14,
+    "hidden_size": 1 << 18,
+    "head_dim": 1 << 14,
+    "vocab_size": 1 << 25,
+    "max_position_embeddings": 1 << 31,
+    "sliding_window": 1 << 31,
+    "n_head": 1 << 14,
+    "n_layer": 1 << 13,
+    "n_embd": 1 << 18,
+    "n_positions": 1 << 31,
 }
-LARGEST = 1 << 31
 
 
 def check_folder(folder: Path, source: str) -> None:
@@ -182,7 +181,7 @@ def check_settings(config: Mapping[str, Any], where: str) -> None:
         config,
         *(v for k, v in config.items() if k in ("text_config", "llm_config") and isinstance(v, dict)),
     ):
-        for key in sorted(COUNTS & settings.keys()):
+        for key in sorted(COUNTS.keys() & settings.keys()):
             _check_count(key, settings[key], where)
         heads, kv_heads = settings.get("num_attention_heads"), settings.get("num_key_value_heads")
         if isinstance(heads, int) and isinstance(kv_heads, int) and heads % kv_heads:
@@ -196,7 +195,7 @@ def _check_count(key: str, value: Any, where: str) -> None:
         return
     if isinstance(value, bool) or not isinstance(value, int):
         raise InputError(f"{where}: {key} must be a whole number, not {value!r}")
-    if not 0 < value < LARGEST:
+    if not 0 < value <= COUNTS[key]:
         raise InputError(f"{where}: {key} is {value}, which no model has")
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from anchorscope.capture.damage import check_folder, has_tokenizer
 from anchorscope.capture.gguf_metadata import open_gguf
 from anchorscope.capture.presets import PRESETS, preset_file
-from anchorscope.errors import AnchorScopeError, InputError, MissingBackendError
+from anchorscope.errors import AnchorScopeError, InputError, MissingBackendError, RunFailure
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -124,18 +124,23 @@ def guarded(place: Place, load: Callable[[], T]) -> T:
     Raises:
         InputError: as said.
         MissingBackendError: a package is missing.
+        RunFailure: out of memory.
     """
     try:
         return load()
-    except (AnchorScopeError, MemoryError):
+    except AnchorScopeError:
         raise
     except ImportError as error:
+        remedy = "" if "pip install" in str(error) else ": pip install 'anchorscope[hf]'"
         raise MissingBackendError(
-            f"model {place.source} needs a package that is missing ({first_line(error)}): pip install 'anchorscope[hf]'"
+            f"model {place.source} needs a package that is missing ({first_line(error)}){remedy}"
         ) from None
     except Exception as error:  # configs of any content reach the model's own code
         if _is_memory(error):
-            raise
+            raise RunFailure(
+                f"model {place.source} does not fit into the memory that is free: use --model-dtype bf16 or a smaller"
+                " model, and see that the sizes in its config are right"
+            ) from None
         if "trust_remote_code" in str(error):
             raise InputError(_own_code(place.source)) from None
         if not place.local:
@@ -159,9 +164,11 @@ def no_conversion() -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """An error's first line that says something."""
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return text[:300]
+    """An error's first line that says something, with the next where it ends in a colon."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    while lines[0].endswith(":") and len(lines) > 1:
+        lines[:2] = [f"{lines[0]} {lines[1]}"]
+    return lines[0][:300]
 
 
 def _hub_sentence(source: str, error: BaseException) -> str:
@@ -216,4 +223,4 @@ def _own_code(source: str) -> str:
 def _is_memory(error: BaseException) -> bool:
     import torch
 
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)

@@ -13,7 +13,7 @@ from tiny_models import saved
 
 from anchorscope.capture.models import load_model
 from anchorscope.cli.app import main
-from anchorscope.errors import InputError
+from anchorscope.errors import InputError, RunFailure
 
 
 def load(source: Path | str) -> Any:
@@ -97,6 +97,10 @@ DEEP = "[" * 100_000
         (settings(num_key_value_heads=3), "4 query heads cannot share 3 kv heads"),
         (settings(num_key_value_heads=0), "num_key_value_heads is 0"),
         (settings(hidden_size=10**12), "hidden_size is 1000000000000"),
+        (settings(hidden_size=1 << 24), "hidden_size is 16777216"),
+        (settings(num_attention_heads=5, num_key_value_heads=5), "cannot be loaded: .*64.*5"),
+        (settings(rope_parameters="x"), "cannot be loaded: .*rope_parameters"),
+        (settings(dtype="float7"), "cannot be loaded: .*float7"),
         (settings(hidden_size="64"), "hidden_size must be a whole number, not '64'"),
         (settings(num_hidden_layers=-1), "num_hidden_layers is -1"),
         (settings(vocab_size=2.5), "vocab_size must be a whole number"),
@@ -167,6 +171,49 @@ def test_a_folder_or_a_pipe_called_gguf(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not a regular file"):
         load(tmp_path / "b.gguf")
     load(saved(tmp_path / "c.gguf"))  # a folder may be called anything
+
+
+def test_a_model_that_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    def full(*_: Any, **__: Any) -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried")
+
+    saved(tmp_path / "m")
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", full)
+    with pytest.raises(RunFailure, match="does not fit into the memory that is free"):
+        load(tmp_path / "m")
+
+
+@pytest.mark.parametrize(
+    ("offered", "words"),
+    [
+        ("does not appear to have a file named model.safetensors", "never read.*safetensors|safetensors.*never read"),
+        ("You are trying to access a gated repo.", "is gated"),
+        ("We couldn't connect to 'https://huggingface.co'", "hub cannot be reached"),
+        ("a/b is not a valid model identifier", "check its name"),
+    ],
+)
+def test_models_of_the_hub(monkeypatch: pytest.MonkeyPatch, offered: str, words: str) -> None:
+    import transformers
+
+    asked: list[dict[str, Any]] = []
+
+    def say(*_: Any, **options: Any) -> None:
+        asked.append({**options, "conversion": os.environ.get("DISABLE_SAFETENSORS_CONVERSION")})
+        raise OSError(offered)
+
+    def config(*_: Any, **__: Any) -> Any:
+        return transformers.LlamaConfig()
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", config)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", say)
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", say)
+    with pytest.raises(InputError, match=words):
+        load("a/b")
+    assert asked[-1]["use_safetensors"] is True  # transformers would take pickle without
+    assert asked[-1]["conversion"] == "1"  # and would ask a service to convert it
+    assert "DISABLE_SAFETENSORS_CONVERSION" not in os.environ
 
 
 def test_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
