@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from anchorscope.capture.chunking import run
 from anchorscope.capture.models import text_config
 from anchorscope.capture.positions import reset_rotations
 from anchorscope.capture.weights import check_materialised, listed, model_device
@@ -187,9 +188,12 @@ def prove_prompt(model: PreTrainedModel, token_ids: Sequence[int]) -> PromptProo
     if model.get_output_embeddings() is None:
         return PromptProof(0, len(ids), reason=f"{type(model).__name__} has no language-model head")
     scores = NextTokens(model, ids)
-    reset_rotations(model)
     with torch.inference_mode(), scores:
-        model(input_ids=torch.tensor([list(ids)], dtype=torch.long, device=model_device(model)), use_cache=False)
+        if keeps_few_rows(model):
+            run(model, ids)
+        else:  # a prefill would leave the head out
+            reset_rotations(model)
+            model(input_ids=torch.tensor([list(ids)], dtype=torch.long, device=model_device(model)), use_cache=False)
     return scores.proof()
 
 

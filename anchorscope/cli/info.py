@@ -101,7 +101,6 @@ def describe(result: Verification) -> dict[str, Any]:
 
 def _show(result: Verification) -> None:
     from rich.box import SIMPLE_HEAD
-    from rich.markup import escape
     from rich.table import Table
 
     from anchorscope.selection import describe_indices
@@ -142,7 +141,7 @@ def _show(result: Verification) -> None:
         # the prompt's name and the layers may be long: they fold, numbers never do
         table.add_column(title, justify="left" if left else "right", overflow="fold", no_wrap=not left)
     for cells, layers in groups.items():
-        table.add_row(*map(escape, cells), describe_indices(layers))
+        table.add_row(*cells, describe_indices(layers))
     if groups:
         console.print(table)
     _show_proof(console, dump)
@@ -159,7 +158,6 @@ def _show(result: Verification) -> None:
 def _show_proof(console: Console, dump: Dump) -> None:
     """What shows that the model is what it claims to be: what its loader reported, and what it predicts."""
     from rich.box import SIMPLE_HEAD
-    from rich.markup import escape
     from rich.table import Table
 
     known = dump.manifest.get("proof")
@@ -177,7 +175,7 @@ def _show_proof(console: Console, dump: Dump) -> None:
         cells = ("-", "-", f"not scored: {visible(proof.reason or '')}")
         if proof.perplexity is not None:
             cells = f"{proof.perplexity:.5g}", f"{proof.accuracy:.1%}", "near chance" if proof.near_chance else ""
-        table.add_row(*map(escape, (name, str(proof.tokens), str(proof.context), *cells)))
+        table.add_row(name, str(proof.tokens), str(proof.context), *cells)
     console.print(table)
     if len(proofs) > SHOWN_PROOFS:
         console.print(f"... and {len(proofs) - SHOWN_PROOFS} more prompts, with --json")

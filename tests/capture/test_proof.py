@@ -13,7 +13,7 @@ import torch
 from anchorscope.capture import PromptInput, capture_model, prefill
 from anchorscope.capture import proof as capture_proof
 from anchorscope.capture.memory import LiveBytes, logits_bytes, prefill_curve
-from anchorscope.capture.proof import NextTokens, prove_model
+from anchorscope.capture.proof import NextTokens, prove_model, prove_prompt
 from anchorscope.dumps import DumpWriter, open_dump
 from anchorscope.errors import DumpError, InputError
 from anchorscope.proof import PromptProof
@@ -148,6 +148,22 @@ def test_a_capture_that_stops_early_is_proven_by_a_short_run(tmp_path: Path) -> 
     assert late is not None
     assert (late.tokens, late.context) == (256, 1500)
     assert late.nats == pytest.approx(long, rel=1e-5)
+
+
+def test_a_short_run_rotates_like_a_prompt_of_its_own(tmp_path: Path) -> None:
+    """Dynamic scaling remembers the longest prompt so far: the short run behind it must not."""
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+    model = tiny(max_position_embeddings=256, rope_parameters=rope)
+    p = prompt(900)
+    found = capture_model(model, [p], tmp_path / "d", layers=[0], notify=quiet).prompts[0].proof
+    fresh = tiny(max_position_embeddings=256, rope_parameters=rope)
+    assert found is not None
+    assert found.context == 512
+    assert found.nats == pytest.approx(expected(fresh, (p.token_ids or ())[-512:])[0], rel=1e-6)
+    with torch.no_grad():
+        fresh(torch.tensor([p.token_ids]))
+    used = expected(fresh, (p.token_ids or ())[-512:])[0]
+    assert abs(used - found.nats) > 1e-5  # the comparison can fail
 
 
 def test_random_weights_are_called_near_chance_and_right_ones_are_not(tmp_path: Path) -> None:
@@ -315,7 +331,9 @@ def test_weights_without_values_are_refused(tmp_path: Path) -> None:
 
 def test_offloaded_weights_have_values(tmp_path: Path) -> None:
     accelerate = pytest.importorskip("accelerate")
-    model = tiny()
+    model, direct = tiny(), tiny()
     accelerate.cpu_offload(model, torch.device("cpu"))
     assert any(x.device.type == "meta" for x in model.parameters())
     assert prove_model(model).warnings == ()
+    ids = prompt().token_ids or ()
+    assert prove_prompt(model, ids) == prove_prompt(direct, ids)
