@@ -58,3 +58,14 @@ def resolve_backend_name(name: str, device: torch.device) -> str:
             " very slowly, in Triton's interpreter)"
         )
     return "triton"
+
+
+# What allocators say that torch raises as plain RuntimeErrors: the CPU's (Linux and Windows), C++'s, cuBLAS's.
+_ALLOCATOR_WORDS = ("can't allocate memory", "not enough memory", "std::bad_alloc", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on whatever device: Python's, torch's and the allocators' ways of saying so."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _ALLOCATOR_WORDS)

@@ -197,19 +197,21 @@ class HeadProfile:
         raise InputError(f"kind must be 'anchor' or 'oracle', not {kind!r}")
 
     def density_at_recall(self, target: float, kind: CurveKind = "anchor") -> float | None:
-        """Smallest density of mean recall `target`, linear between curve points; None when not reached."""
+        """Least measured density whose mean recall reaches `target`; None when not reached.
+
+        Nothing is interpolated: it is the density of a selection that exists, for "anchor" the one at
+        `theta_at_recall(target)`.
+        """
         density, recall = self.curve(kind)
         reached = np.flatnonzero(recall >= target)
-        if reached.size == 0:
-            return None
-        i = int(reached[0])
-        if i == 0:
-            return float(density[0])
-        share = (target - recall[i - 1]) / (recall[i] - recall[i - 1])
-        return float(density[i - 1] + share * (density[i] - density[i - 1]))
+        return float(density[reached[0]]) if reached.size else None
 
     def theta_at_recall(self, target: float) -> float | None:
-        """Smallest theta of the curve whose mean recall reaches `target`, nats; None when not reached."""
+        """Smallest measured theta whose mean recall reaches `target`, nats; None when not reached.
+
+        Thetas are measured every 0.05 from -16 to 48 and in steps of 9% beyond (profiles of earlier versions: every
+        1/16), so it lies that much above the margin that makes the difference, at most.
+        """
         reached = np.flatnonzero(self.curve_recall >= target)
         return float(self.curve_theta[reached[0]]) if reached.size else None
 

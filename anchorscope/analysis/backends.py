@@ -11,6 +11,7 @@ from torch import Tensor
 from anchorscope.analysis.engine import HeadResult, HeadShape, profile_head, workspace_bytes
 from anchorscope.devices import resolve_backend_name, resolve_device
 from anchorscope.params import AnchorParams
+from anchorscope.runs.environment import hardware_name
 
 HeadEngine = Callable[[Tensor, Tensor, "Tensor | None", HeadShape], HeadResult]
 
@@ -39,10 +40,7 @@ class Backend:
     @property
     def hardware(self) -> str:
         """The device as people call it."""
-        if self.device.type == "cuda":
-            return torch.cuda.get_device_name(self.device)
-        count = torch.get_num_threads()
-        return f"CPU, {count} thread" + "s" * (count > 1)
+        return hardware_name(self.device)
 
 
 def resolve_backend(name: str = "auto", device: str = "auto") -> Backend:

@@ -30,9 +30,10 @@ from anchorscope.ranges import working_dtype
 from anchorscope.runs.environment import full_precision
 from anchorscope.runs.jobs import Cancelled
 
-# Curves are kept at these thetas (nats): every 1/16 where models live, geometric beyond, so that any logit scale fits.
-_FINE = np.arange(-16.0, 48.0, 1 / 16)
-_TAIL = np.geomspace(48.0, 2.0**17, 96)
+# Curves are kept at these thetas (nats): every 0.05 where models live, geometric beyond, so that any logit scale fits.
+# All have at most two decimals, so that a theta is shown in full and means, typed again, the selection measured.
+_FINE = np.arange(-1600, 4800, 5) / 100
+_TAIL = np.ceil(np.geomspace(48.0, 2.0**17, 96))
 CURVE_THETAS = np.concatenate(
     [[-np.inf], -_TAIL[::-1][:-1], -np.arange(16.25, 48.25, 0.25)[::-1], _FINE, _TAIL, [np.inf]]
 )
@@ -148,6 +149,7 @@ class HeadAccumulator:
         self.grid = torch.as_tensor(CURVE_THETAS, dtype=torch.float64, device=dev)
         self.kept_rows = torch.zeros(levels, n, dtype=torch.float32, device=dev)
         self.level_pairs = i64(levels + 1)
+        self.level_mass = f64(levels)
         self.curve_mass = f64(len(CURVE_THETAS) + 1)
         self.curve_pairs = i64(len(CURVE_THETAS) + 1)
         self.oracle_mass = f64(ORACLE_BINS)
@@ -192,6 +194,9 @@ class HeadAccumulator:
             every = column_pairs(group, s.tokens, s.params, s.window)[start - low : start - low + c]
             pairs = torch.as_tensor(every, device=self.device)
             self.level_pairs.scatter_add_(0, level, pairs)
+            # As a product, whose order of summation is fixed; it is the curve's own sum, cut at the thetas asked for.
+            ranks = torch.arange(len(self.level_mass), device=self.device)[:, None]
+            self.level_mass += (level == ranks).double() @ stripes
             at = torch.searchsorted(self.grid, margin.double())
             self.curve_pairs.scatter_add_(0, at, pairs)
             self.curve_mass.scatter_add_(0, at, stripes)
@@ -250,7 +255,6 @@ class HeadAccumulator:
             return x.cpu().numpy()
 
         rows = host(self.kept_rows).astype(np.float64).clip(0.0, 1.0)
-        stripe_pairs = host(self.level_pairs)[:-1].cumsum()[rank]
         elements = n * s.head_dim
         if self.has_values:
             norm = max(float(self.norm_sq), 1e-300)
@@ -263,6 +267,9 @@ class HeadAccumulator:
         anchor_mass = float(self.anchor_mass)
         curve_mass = host(self.curve_mass)[:-1].cumsum() + anchor_mass
         curve_pairs = host(self.curve_pairs)[:-1].cumsum() + anchors
+        kept_pairs = host(self.level_pairs)[:-1].cumsum() + anchors
+        recall = _shares(host(self.level_mass).cumsum() + anchor_mass, n, kept_pairs == total)
+        rows[kept_pairs == total] = 1.0
         used = host(self.oracle_pairs) > 0
         oracle_mass = np.concatenate([[0.0], host(self.oracle_mass)[used].cumsum()]) + anchor_mass
         oracle_pairs = np.concatenate([[0], host(self.oracle_pairs)[used].cumsum()]) + anchors
@@ -281,20 +288,20 @@ class HeadAccumulator:
             visible_pairs=total,
             anchor_pairs=anchors,
             candidate_pairs=total - anchors,
-            recall=rows.mean(1)[rank],
+            recall=recall[rank],
             recall_p05=np.percentile(rows, 5, axis=1)[rank],
             recall_min=rows.min(1)[rank],
             recall_last=rows[:, -min(s.params.block, n) :].mean(1)[rank],
-            kept_pairs=stripe_pairs + anchors,
-            stripe_pairs=stripe_pairs,
+            kept_pairs=kept_pairs[rank],
+            stripe_pairs=kept_pairs[rank] - anchors,
             output_error=error,
             output_close_01=close[0],
             output_close_005=close[1],
             curve_theta=CURVE_THETAS.copy(),
-            curve_recall=(curve_mass / n).clip(0.0, 1.0),
+            curve_recall=_shares(curve_mass, n, curve_pairs == total),
             curve_pairs=curve_pairs,
             oracle_pairs=oracle_pairs,
-            oracle_recall=(oracle_mass / n).clip(0.0, 1.0),
+            oracle_recall=_shares(oracle_mass, n, oracle_pairs == total),
             heat_rows=heat_rows,
             heat_columns=heat_columns,
             heat_mass=host(self.heat_mass) / queries,
@@ -306,6 +313,11 @@ class HeadAccumulator:
             top_columns=top.astype(np.int64),
             top_mass=(column_mass[top] / n).astype(np.float32),
         )
+
+
+def _shares(mass: np.ndarray, n: int, dense: np.ndarray) -> np.ndarray:
+    """Mean recall over n queries from summed attention mass; 1 where every pair is kept, whatever sums were rounded."""
+    return np.where(dense, 1.0, (mass / n).clip(0.0, 1.0))
 
 
 def workspace_bytes(tokens: int, head_dim: int, thetas: int, params: AnchorParams, device: str = "cpu") -> int:

@@ -36,7 +36,15 @@ from anchorscope.params import AnchorParams, anchor_pairs, recommend_groups, vis
 from anchorscope.profiles import HeadProfile
 from anchorscope.runs.environment import versions
 from anchorscope.runs.folder import RunFolder
-from anchorscope.runs.jobs import Job, Progress, ProgressCallback, choose_jobs, run_jobs
+from anchorscope.runs.jobs import (
+    Job,
+    Progress,
+    ProgressCallback,
+    check_beside_plan,
+    check_plan_source,
+    choose_jobs,
+    run_jobs,
+)
 from anchorscope.runs.values import jsonable
 from anchorscope.shapes import check
 
@@ -220,7 +228,7 @@ def analyze(
         resume: accept a finished analysis of the same request in `out` too, and leave it as it is.
         progress: called as work proceeds.
         notify: told in a sentence when saved diagnostics cannot be used again.
-        plan: a plan made from the same arguments, to save making it twice.
+        plan: a plan made beforehand; what it decides must then not be given again.
 
     Returns:
         The finished analysis. `out` then holds heads.csv, curves.csv, report.json, profile/, figures/ and heads/.
@@ -242,6 +250,19 @@ def analyze(
             device=device,
             heatmaps=heatmaps,
         )
+    else:
+        check_plan_source(plan.dump, dump)
+        given = {
+            "thetas": thetas,
+            "params": params,
+            "target_recall": target_recall,
+            "layers": layers,
+            "heads": heads,
+            "prompts": prompts,
+            "backend": backend,
+            "device": device,
+        }
+        check_beside_plan(analyze, given)
     _check_heatmaps(heatmaps, plan)
     report = progress or (lambda _: None)
     kinds = plan_diagnosis(plan) if diagnose else None

@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from anchorscope.devices import is_out_of_memory
+
 SDPA = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -110,10 +112,8 @@ def dense_backends(
                     if q.is_cuda:
                         torch.cuda.synchronize(q.device)
                     first_ms = (time.perf_counter() - start) * 1e3
-            except torch.OutOfMemoryError:
-                reason = "out of memory"
             except Exception as error:  # a back end refuses in many ways: RuntimeError, compiler errors, ...
-                reason = _reason(error, [str(w.message) for w in said])
+                reason = "out of memory" if is_out_of_memory(error) else _reason(error, [str(w.message) for w in said])
             else:
                 present.append(DenseBackend(name, repeated, first_ms, run))
                 break

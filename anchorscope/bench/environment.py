@@ -1,16 +1,13 @@
-"""What a timing depends on besides the code: versions, GPU, driver, clocks, CPU, threads."""
+"""What a timing depends on besides the code: GPU, driver, clocks, CPU, threads."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import torch
-
-from anchorscope._version import __version__
 
 _QUERY = (
     "driver_version",
@@ -20,27 +17,6 @@ _QUERY = (
     "power.limit",
     "temperature.gpu",
 )
-
-
-def versions() -> dict[str, str | None]:
-    """Versions of everything that computes; None where it is not installed."""
-    cudnn = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
-    return {
-        "anchorscope": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": _installed("triton"),
-        "numpy": _installed("numpy"),
-        "cuda": torch.version.cuda,
-        "cudnn": None if cudnn is None else str(cudnn),
-    }
-
-
-def _installed(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def hardware(device: torch.device) -> dict[str, Any]:

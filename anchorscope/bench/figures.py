@@ -24,6 +24,7 @@ from anchorscope.plots.style import (
     plain_log,
     tidy,
 )
+from anchorscope.shown import share_text, threads_text
 
 _STAGES = {"anchor": SKY, "identification": ORANGE, "sparse": GREEN}
 _STAGE_LABELS = {"anchor": "anchor", "identification": "+ identification", "sparse": "+ sparse computation"}
@@ -96,7 +97,7 @@ def _subtitle(data: dict[str, Any], row: dict[str, Any], theta: bool = True) -> 
     if theta:
         text += f", theta {_theta(row['sparse'][0]['theta'])}"
     where = machine["name"] if machine["type"] == "cuda" else f"CPU timing: {machine['name']}"
-    threads = f", {machine['threads']} threads" if machine.get("threads") else ""
+    threads = f", {threads_text(machine['threads'])}" if machine.get("threads") else ""
     return f"{text}; {where}{threads}, {settings['backend']} back end"
 
 
@@ -151,7 +152,8 @@ def _panel(axes: Axes, rows: list[dict[str, Any]]) -> None:
         sparse = row["sparse"][0]
         if sparse["speedup"] is not None:
             axes.annotate(
-                f"{sparse['speedup']:.1f}×\nrecall {sparse['recall']:.3f}\ndensity {sparse['density']:.3f}",
+                f"{sparse['speedup']:.1f}×\nrecall {share_text(sparse['recall'])}\n"
+                f"density {share_text(sparse['density'])}",
                 (row["n"], 0.02),
                 xycoords=axes.get_xaxis_transform(),  # along the bottom, clear of every line
                 ha="right" if row is rows[-1] else "left" if row is rows[0] else "center",
@@ -194,7 +196,7 @@ def _time_bars(data: dict[str, Any], rows: list[dict[str, Any]]) -> Figure:
         axes.vlines(whole, i - 0.37, i - 0.01, color=INK, lw=2.5, label="" if i else "whole pipeline")
         left = max(left, whole)
         words = "" if sparse["speedup"] is None else f"{sparse['speedup']:.1f}×, "
-        words += f"recall {sparse['recall']:.3f}, density {sparse['density']:.3f}"
+        words += f"recall {share_text(sparse['recall'])}, density {share_text(sparse['density'])}"
         axes.text(left, i - 0.18, "  " + words, va="center", fontsize=SMALL, color=INK)
         best = next((d for d in row["dense"] if d["name"] == row["baseline"]), None)
         if best is not None:

@@ -21,14 +21,15 @@ from torch import Tensor
 from anchorscope.bench import measures, timing
 from anchorscope.bench.backends import SparseBackend, resolve_backend
 from anchorscope.bench.dense import NAMES, Absent, default_names, dense_backends
-from anchorscope.bench.environment import hardware, versions
+from anchorscope.bench.environment import hardware
 from anchorscope.bench.timing import Timing
-from anchorscope.devices import BACKENDS, resolve_device
+from anchorscope.devices import BACKENDS, is_out_of_memory, resolve_device
 from anchorscope.dumps import Dump, Entry, open_dump
 from anchorscope.errors import InputError, RunFailure
 from anchorscope.params import AnchorParams
 from anchorscope.planted import planted
 from anchorscope.ranges import check_float32_sums
+from anchorscope.runs.environment import versions
 
 FORMAT = "anchorscope-bench"
 FORMAT_VERSION = 1
@@ -264,8 +265,8 @@ def run_bench(
         try:
             with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
                 rows.append(_time_case(case, config, tuple(thetas), backend, device, report))
-        except RuntimeError as error:
-            if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        except (MemoryError, RuntimeError) as error:
+            if is_out_of_memory(error):
                 finished = max((row.n for row in rows), default=None)
                 fits = f"; N = {finished:,} fitted, use --lengths up to that" if finished else ""
                 raise RunFailure(

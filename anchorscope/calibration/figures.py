@@ -36,6 +36,7 @@ from anchorscope.plots.style import (
     new_figure,
     tidy,
 )
+from anchorscope.shown import share_text, theta_text
 
 DENSE, ALONE = "#bdbdbd", "#d6e6f4"
 NUMBERS = (16, 32)  # most heads and layers with a number in each cell
@@ -75,7 +76,7 @@ def theta_map(report: Report) -> Figure:
     low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 1.0)
     norm = Normalize(low, high if high > low else low + 1)
     cell = place.row_height(0.17, 5.6)
-    span = f"{low:.3g} to {high:.3g} nats" if known.size else "none sparse"
+    span = f"{theta_text(low)} to {theta_text(high)} nats" if known.size else "none sparse"
     figure = new_figure(
         max(0.5 * min(len(heads), 24) + 3.4, 8.2),
         cell * len(layers) + 2.0,
@@ -224,7 +225,7 @@ def length_matrix(report: Report) -> Figure:
         image = axes.imshow(grid, cmap=cmap, norm=norm, aspect="auto")
         for c in cells:
             row, column = fits.index(c["fit_tokens"]), at.index(c["tokens"])
-            text = (f"{c[key]:.0%}" if key == "heads_missed_share" else f"{c[key]:.3f}") + (
+            text = (f"{c[key]:.0%}" if key == "heads_missed_share" else share_text(c[key])) + (
                 "" if c["held_out"] else "*"
             )
             axes.text(column, row, text, size=SMALL, ha="center", va="center", color=ink_on(image.cmap(norm(c[key]))))
@@ -240,7 +241,7 @@ def length_matrix(report: Report) -> Figure:
 
 
 def _nats(value: float) -> str:
-    return "" if math.isnan(value) else f"{value:.2f}" if math.isfinite(value) else "-inf"
+    return "" if math.isnan(value) else theta_text(float(value))
 
 
 def _name_worst(axes: Axes, rows: Sequence[Report], key: str, most: int = 4) -> None:

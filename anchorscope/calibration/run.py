@@ -39,7 +39,7 @@ from anchorscope.files import csv_text, write_atomic
 from anchorscope.params import AnchorParams
 from anchorscope.runs.environment import versions
 from anchorscope.runs.folder import RunFolder
-from anchorscope.runs.jobs import Progress, ProgressCallback
+from anchorscope.runs.jobs import Progress, ProgressCallback, check_beside_plan
 from anchorscope.runs.values import jsonable
 from anchorscope.selection import describe_indices, parse_thetas
 
@@ -234,7 +234,7 @@ def calibrate(
         figures: draw the figures.
         overwrite: replace an earlier calibration in `out`; its analyses are used again where they fit.
         progress: called as work proceeds.
-        plan: a plan made from the same arguments, to save making it twice.
+        plan: a plan made beforehand; what it decides must then not be given again.
 
     Returns:
         The calibration. `out` then holds anchors.json, calibration.json, calibration.csv, figures/ and analysis/.
@@ -264,6 +264,24 @@ def calibrate(
             backend=backend,
             device=device,
         )
+    else:
+        given = {
+            "target_recall": target_recall,
+            "budget_density": budget_density,
+            "by": by,
+            "statistic": statistic,
+            "minimise": minimise,
+            "costs": costs,
+            "dense_above": dense_above,
+            "groups": groups,
+            "layers": layers,
+            "thetas": thetas,
+            "holdout": holdout,
+            "seed": seed,
+            "backend": backend,
+            "device": device,
+        }
+        check_beside_plan(calibrate, given)
     report = progress or (lambda _: None)
     request = {"sources": list(plan.sources.identity), "settings": plan.settings}
     with FOLDER.run(Path(out), request, asked={"figures": figures}, disk=plan.disk, overwrite=overwrite) as run:

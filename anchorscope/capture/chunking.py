@@ -26,6 +26,7 @@ from anchorscope.capture.language import language_only
 from anchorscope.capture.models import prefill_module
 from anchorscope.capture.positions import TRIAL_TOKENS, Rotations, reset_rotations
 from anchorscope.capture.weights import model_device
+from anchorscope.devices import is_out_of_memory
 from anchorscope.errors import InputError
 
 if TYPE_CHECKING:
@@ -155,7 +156,7 @@ def explained(model: PreTrainedModel, advice: str) -> Iterator[None]:
     except InputError as error:
         raise InputError(f"{error}{advice}") from None
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        if is_out_of_memory(error):
             raise
         what = next(iter(str(error).splitlines()), "")[:200]
         raise InputError(

@@ -29,6 +29,7 @@ from anchorscope.capture.prompts import PromptInput, TokenizedPrompt, prompt_fro
 from anchorscope.capture.proof import NextTokens, keeps_few_rows, prove_model, prove_prompt, runs_to_end
 from anchorscope.capture.recorder import LayersDone, LayerShape, Recorder, ShapeProbe
 from anchorscope.capture.weights import model_device
+from anchorscope.devices import is_out_of_memory
 from anchorscope.dumps.reader import Dump
 from anchorscope.dumps.writer import (
     DumpWriter,
@@ -231,7 +232,7 @@ def capture_model(
     except AnchorScopeError:
         raise
     except Exception as error:  # the model's own code ran; what is ours is raised again below
-        if _out_of_memory(error):
+        if is_out_of_memory(error):
             raise RunFailure(_memory_advice(error, outlook)) from None
         if _is_foreign(error):
             what = next(iter(str(error).splitlines()), "")
@@ -357,10 +358,6 @@ def _header(
     }
 
 
-def _out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
-
-
 def _is_foreign(error: BaseException) -> bool:
     """Whether an error was raised outside AnchorScope's own code (by the model, transformers or torch)."""
     frames = traceback.extract_tb(error.__traceback__)
@@ -410,7 +407,7 @@ def _outlook(
             rows = min(SCORED + 1, len(token_ids), chunk or len(token_ids))
             curve = replace(curve, tail=logits_bytes(model, token_ids, rows))
     except Exception as error:  # tensors of any kind pass by; an estimate must not stop a capture, and that is said
-        if isinstance(error, AnchorScopeError) or _out_of_memory(error):
+        if isinstance(error, AnchorScopeError) or is_out_of_memory(error):
             raise
         tell(f"memory: unknown, the model's operations could not be watched ({type(error).__name__})")
         return None

@@ -221,6 +221,6 @@ def _own_code(source: str) -> str:
 
 
 def _is_memory(error: BaseException) -> bool:
-    import torch
+    from anchorscope.devices import is_out_of_memory
 
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    return is_out_of_memory(error)

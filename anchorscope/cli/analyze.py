@@ -11,6 +11,7 @@ import typer
 from anchorscope.cli.common import chosen, note, progress_bar, stdout_console, warn, warn_of_model
 from anchorscope.errors import InputError
 from anchorscope.files import human_bytes
+from anchorscope.shown import share_text, theta_text
 
 if TYPE_CHECKING:
     from anchorscope.analysis.run import Analysis
@@ -166,12 +167,12 @@ def print_summary(result: Analysis) -> None:
         more = f"; the worst {SHORT_ROWS}:" if len(short) > SHORT_ROWS else ":"
         heads = report["target"]["heads"]
         console.print(f"{len(short)} of {heads} heads fall short of recall {target:g} at theta {theta}{more}")
-        console.print(_short_table(short[:SHORT_ROWS]))
+        console.print(_short_table(short[:SHORT_ROWS], target))
     need, oracle = report["target"]["density_needed_mean"], report["target"]["oracle_density_needed_mean"]
     if need is not None and oracle is not None:
         console.print(
-            f"Recall {target:g} in every head, each at its own theta: density {need:.3f} on average"
-            f" (stripe oracle {oracle:.3f})."
+            f"Recall {target:g} in every head, each at its own theta: density {share_text(need)} on average"
+            f" (stripe oracle {share_text(oracle)})."
         )
     if result.diagnosis is not None:
         counts = result.diagnosis.report["summary"]["all"]["classes"]
@@ -184,22 +185,18 @@ def print_summary(result: Analysis) -> None:
 
 def _theta(value: float | str | None) -> str:
     """A theta of the report: a number, "inf", "-inf" or null."""
-    return "-" if value is None else value if isinstance(value, str) else f"{value:g}"
-
-
-def _cell(value: float | None, digits: int = 3) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
+    return "-" if value is None else value if isinstance(value, str) else f"{value:.10g}"
 
 
 def _layer_cells(row: dict[str, Any]) -> list[str]:
     worst = row["worst"]
     return [
-        _cell(row["recall_mean"]),
-        _cell(worst["recall"]),
+        share_text(row["recall_mean"]),
+        share_text(worst["recall"]),
         f"{worst['layer']}:{worst['head']}",
-        _cell(row["sparsity_mean"]),
-        _cell(row["stripe_density_mean"]),
-        _cell(row["output_error_mean"]),
+        share_text(row["sparsity_mean"]),
+        share_text(row["stripe_density_mean"]),
+        share_text(row["output_error_mean"]),
     ]
 
 
@@ -212,17 +209,17 @@ def _theta_table(report: dict[str, Any]) -> Any:
     for row in report["overall"]:
         table.add_row(
             _theta(row["theta"]),
-            _cell(row["recall_mean"]),
-            _cell(row["recall_p05_mean"]),
-            _cell(row["recall_last_mean"]),
-            _cell(row["worst"]["recall"]),
-            _cell(row["density_mean"]),
-            _cell(row["output_error_mean"]),
+            share_text(row["recall_mean"]),
+            share_text(row["recall_p05_mean"]),
+            share_text(row["recall_last_mean"]),
+            share_text(row["worst"]["recall"]),
+            share_text(row["density_mean"]),
+            share_text(row["output_error_mean"]),
         )
     return table
 
 
-def _short_table(rows: list[dict[str, Any]]) -> Any:
+def _short_table(rows: list[dict[str, Any]], target: float) -> Any:
     from rich.table import Table
 
     table = Table()
@@ -230,14 +227,13 @@ def _short_table(rows: list[dict[str, Any]]) -> Any:
     for name in ("layer", "head", "recall", "density", "theta needed", "density then"):
         table.add_column(name, justify="right")
     for row in rows:
-        needed = row["theta_needed"]
         table.add_row(
             row["prompt"],
             str(row["layer"]),
             str(row["head"]),
-            _cell(row["recall"]),
-            _cell(row["density"]),
-            needed if isinstance(needed, str) else _cell(needed, 2),
-            _cell(row["density_needed"]),
+            share_text(row["recall"], below=target),
+            share_text(row["density"]),
+            theta_text(row["theta_needed"]),
+            share_text(row["density_needed"]),
         )
     return table

@@ -14,6 +14,7 @@ import typer
 from anchorscope.cli.common import note, progress_bar, stdout_console, warn
 from anchorscope.errors import InputError, RunFailure
 from anchorscope.files import human_bytes
+from anchorscope.shown import share_text, threads_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -176,7 +177,7 @@ def print_result(data: dict[str, Any], ratios: list[Ratio] | None = None) -> Non
     shape = data["rows"][0]
     console.print(
         f"{'CPU TIMING: ' if cpu else ''}{machine['name']}"
-        f"{', ' + str(machine['threads']) + ' threads' if cpu else ''}; torch {data['versions']['torch']},"
+        f"{', ' + threads_text(machine['threads']) if cpu else ''}; torch {data['versions']['torch']},"
         f" {settings['backend']} back end"
     )
     console.print(
@@ -248,7 +249,7 @@ def _spread(time: dict[str, float]) -> str:
 
 
 def _theta(value: float | str) -> str:
-    return value if isinstance(value, str) else f"{value:g}"
+    return value if isinstance(value, str) else f"{value:.10g}"
 
 
 def _optional(value: float | None, pattern: str) -> str:
@@ -316,9 +317,9 @@ def _quality_table(data: dict[str, Any]) -> Table:
             table.add_row(
                 label,
                 _theta(sparse["theta"]),
-                f"{sparse['recall']:.4f}",
-                f"{sparse['density']:.4f}",
-                _optional(sparse["stripe_density"], ".4f"),
+                share_text(sparse["recall"], 4),
+                share_text(sparse["density"], 4),
+                share_text(sparse["stripe_density"], 4),
                 f"{sparse['output_error']:.1e}",
                 _optional(sparse["efficiency"], ".2f"),
                 f"{sparse['tflops']:.3g}",

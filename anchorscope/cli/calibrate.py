@@ -10,6 +10,7 @@ import typer
 
 from anchorscope.cli.common import note, progress_bar, stdout_console, warn, warn_of_model
 from anchorscope.files import human_bytes
+from anchorscope.shown import share_text, theta_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -196,7 +197,8 @@ def _print_promise(console: Console, report: dict[str, Any]) -> None:
             console.print("Nothing was held out: the promise is not checked.\n")
         return
     console.print(
-        f"Held out, {p['statistic']} recall is {p['pooled']:.3f} over all heads, for {p['target']:g} promised."
+        f"Held out, {p['statistic']} recall is {share_text(p['pooled'], below=p['target'])} over all heads, for"
+        f" {p['target']:g} promised."
     )
     if p["to"] != "model":
         console.print(f"{p['broken']} of {p['units']} {p['to']}s miss it, {p['broken_clearly']} by more than 0.01.")
@@ -204,7 +206,10 @@ def _print_promise(console: Console, report: dict[str, Any]) -> None:
         console.print(f"{p['heads_missed']} of {len(report['heads'])} single heads lie below it.")
     if p["shortfalls"] and p["to"] == "head":
         shown = p["shortfalls"][:SHORT_ROWS]
-        lines = ["  ".join(f"{x['layer']}:{x['head']} {x['value']:.3f}" for x in shown[i : i + 4]) for i in (0, 4)]
+        lines = [
+            "  ".join(f"{x['layer']}:{x['head']} {share_text(x['value'], below=p['target'])}" for x in shown[i : i + 4])
+            for i in (0, 4)
+        ]
         console.print("Furthest below (layer:head): " + "\n".join(line for line in lines if line))
     console.print()
 
@@ -256,8 +261,8 @@ def _length_table(report: dict[str, Any]) -> Table:
 
 
 def _nats(value: float | str | None) -> str:
-    return "-" if value is None else value if isinstance(value, str) else f"{value:.4g}"
+    return theta_text(value)
 
 
 def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+    return share_text(value)

@@ -11,6 +11,7 @@ import typer
 from anchorscope.cli.common import chosen, note, progress_bar, stdout_console, warn, warn_of_model
 from anchorscope.errors import InputError
 from anchorscope.files import human_bytes
+from anchorscope.shown import share_text
 
 if TYPE_CHECKING:
     from anchorscope.compare import Comparison
@@ -107,7 +108,7 @@ def print_summary(result: Comparison) -> None:
     if target not in shown:
         shown = sorted([target, *(r for r in shown if r != 0.95)])
     table = Table(
-        title=f"density needed, {report['heads']} heads",
+        title=f"density needed (interpolated between settings), {report['heads']} heads",
         title_justify="left",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
@@ -128,7 +129,7 @@ def print_summary(result: Comparison) -> None:
             table.add_section()
         cells = [_density(_at(rows[label], r)["density"]) for rows in (shared, own) for r in shown]
         cost = _at(own[label], target)["identify_cost"]
-        table.add_row(label, *cells, "-" if cost is None else f"{cost:.3f}")
+        table.add_row(label, *cells, share_text(cost))
     console.print(table)
     console.print(
         "shared: one setting for all heads, recall their mean; own: each head reaches\n"
@@ -145,7 +146,7 @@ def _at(cells: list[dict[str, Any]], recall: float) -> dict[str, Any]:
 
 
 def _density(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+    return share_text(value)
 
 
 def print_methods() -> None:

@@ -11,6 +11,7 @@ import typer
 
 from anchorscope.cli.common import note, progress_bar, stdout_console
 from anchorscope.errors import InputError
+from anchorscope.shown import share_text
 
 if TYPE_CHECKING:
     from anchorscope.anchors import AnchorConfig
@@ -269,7 +270,7 @@ def _signed(percent: float) -> str:
 
 
 def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+    return share_text(value)
 
 
 def _short(name: str, most: int) -> str:

@@ -11,6 +11,7 @@ import typer
 from anchorscope.cli.common import chosen, note, progress_bar, stdout_console, warn, warn_of_model
 from anchorscope.errors import InputError
 from anchorscope.files import human_bytes, visible
+from anchorscope.shown import share_text
 
 if TYPE_CHECKING:
     from anchorscope.heads import Diagnosis
@@ -127,13 +128,14 @@ def print_summary(result: Diagnosis) -> None:
             key = [str(first["layer"])]
             key += [str(first["head"]), first["class"] or "-"] if single else [kinds]
             shares = [_mean(group, m) for m in ("sink_4", "hidden_sink_mass", "local_128", "window_recall")]
-            overlaps = [_mean(group, m) for m in ("overlap_groups", "overlap_heads", "overlap_layer")]
+            overlaps = [_mean(group, m) for m in ("overlap_groups", "overlap_heads")]
             table.add_row(
                 *key,
                 *map(_share, shares),
                 _whole(_mean(group, "effective_keys_median")),
                 *([] if single else [_whole(_mean(group, "distance"))]),
                 *map(_share, overlaps),
+                _layer_overlap(group),
             )
         console.print(table)
         _print_tokens(rows)
@@ -141,7 +143,9 @@ def print_summary(result: Diagnosis) -> None:
         "sink: mass on the first 4 tokens; hidden: on sinks further in; last 128: on the\n"
         "last 128 keys; window: recall of the first 64 and last 256 keys; keys: effective\n"
         "number, median. next group, same kv, prev. layer: Jaccard overlap of stripes\n"
-        "with the next group, the kv head's other heads, the previous captured layer.",
+        "with the next group, the kv head's other heads, the same head one layer before;\n"
+        "0.40 <5: no such layer is in the dump, it is with layer 5, which says little\n"
+        "about consecutive layers.",
         soft_wrap=True,
     )
     console.print(f"Tables: {result.path}", soft_wrap=True, highlight=False)
@@ -191,7 +195,13 @@ def _mean(rows: list[dict[str, Any]], metric: str) -> float | None:
 
 
 def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
+    return share_text(value, 2)
+
+
+def _layer_overlap(rows: list[dict[str, Any]]) -> str:
+    """Overlap with the layer before; "0.40 <5" where the nearest one captured is layer 5 and not the one before."""
+    text, before = _share(_mean(rows, "overlap_layer")), rows[0]["previous_layer"]
+    return text if text == "-" or before is None or before == rows[0]["layer"] - 1 else f"{text} <{before}"
 
 
 def _whole(value: float | None) -> str:

@@ -177,7 +177,7 @@ def density_needed(points: Sequence[Point], style: Mapping[str, Look], *, target
         max(0.28 * len(layers) + 3.4 if wide else 0.62 * len(layers) + 4.2, 7.4),
         0.3 * len(names) + 2.0,
         f"Density needed for recall {target:g}: method x layer",
-        f"mean over {_count(points)}, each head at its own setting; best first, oracles last; grey: not reached",
+        f"mean over {_count(points)}, each head at its own, interpolated between settings; grey: not reached",
     )
     axes = figure.subplots()
     known = values[np.isfinite(values)]

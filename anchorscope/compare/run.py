@@ -25,9 +25,18 @@ from anchorscope.files import again_remark, csv_text, member, read_part, write_a
 from anchorscope.methods import Contender, Head, Selection, line_up
 from anchorscope.methods.head import chunk_rows
 from anchorscope.ranges import working_dtype
-from anchorscope.runs.environment import full_precision, versions
+from anchorscope.runs.environment import full_precision, hardware_name, versions
 from anchorscope.runs.folder import RunFolder
-from anchorscope.runs.jobs import Cancelled, Job, Progress, ProgressCallback, choose_jobs, run_jobs
+from anchorscope.runs.jobs import (
+    Cancelled,
+    Job,
+    Progress,
+    ProgressCallback,
+    check_beside_plan,
+    check_plan_source,
+    choose_jobs,
+    run_jobs,
+)
 from anchorscope.runs.values import jsonable
 from anchorscope.shapes import NUMBER, fits
 
@@ -201,7 +210,7 @@ def compare(
         overwrite: replace an earlier comparison in `out`.
         progress: called as work proceeds.
         notify: told in a sentence when saved parts cannot be used again.
-        plan: a plan made from the same arguments, to save making it twice.
+        plan: a plan made beforehand; what it decides must then not be given again.
 
     Returns:
         The finished comparison. `out` then holds methods.csv, compare.json, scores/ and figures/.
@@ -220,6 +229,17 @@ def compare(
             prompts=prompts,
             device=device,
         )
+    else:
+        check_plan_source(plan.dump, dump)
+        given = {
+            "lineup": lineup,
+            "target_recall": target_recall,
+            "layers": layers,
+            "heads": heads,
+            "prompts": prompts,
+            "device": device,
+        }
+        check_beside_plan(compare, given)
     report = progress or (lambda _: None)
     request = {
         "dump": plan.dump.identity,
@@ -427,7 +447,6 @@ def _summary(plan: Plan, state: dict[str, Any], points: Sequence[Point]) -> dict
     runnable = [c.label for c in plan.lineup if not c.method.oracle]
     recalls = sorted({*RECALLS, plan.target_recall})
     best = winners(points, runnable, plan.target_recall)
-    device = torch.cuda.get_device_name(plan.device) if plan.device.type == "cuda" else None
     return {
         "format": "anchorscope-compare",
         "version": VERSION,
@@ -438,7 +457,7 @@ def _summary(plan: Plan, state: dict[str, Any], points: Sequence[Point]) -> dict
         ],
         "settings": plan.settings,
         "versions": versions(),
-        "hardware": device or f"CPU, {torch.get_num_threads()} threads",
+        "hardware": hardware_name(plan.device),
         "warnings": list(plan.warnings),
         "heads": len(plan.jobs),
         "needed": needed_table(points, labels, recalls),

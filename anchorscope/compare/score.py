@@ -21,11 +21,12 @@ from torch import Tensor
 
 from anchorscope.methods.head import Chunk, Head
 from anchorscope.methods.selection import Selection
+from anchorscope.params import AnchorParams
 from anchorscope.ranges import unit_scaled
 from anchorscope.runs.environment import full_precision
 from anchorscope.runs.jobs import Cancelled
 
-LAST_ROWS = 128  # queries that `recall_last` averages over
+LAST_ROWS = AnchorParams().block  # `recall_last` averages over the last block, of the default size for all methods
 _TINY = 1e-30  # kept shares of a row below this are renormalised around their own maximum
 
 
@@ -36,7 +37,7 @@ class Score:
     Attributes:
         recall: attention mass kept, mean over queries.
         recall_p05: its 5th percentile over queries, by linear interpolation.
-        recall_last: its mean over the last 128 queries.
+        recall_last: its mean over the last `LAST_ROWS` queries.
         pairs: kept (query, key) pairs.
         density: pairs / visible causal pairs.
         output_error: ||O_sparse - O_dense||_F / ||O_dense||_F; NaN without values. Queries that keep nothing output

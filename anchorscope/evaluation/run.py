@@ -13,7 +13,6 @@ import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +34,7 @@ from anchorscope.capture.positions import Positions, model_positions
 from anchorscope.capture.prompts import tokenize, unique_names
 from anchorscope.capture.proof import prove_model, prove_prompt, summarize
 from anchorscope.capture.weights import model_device
-from anchorscope.devices import resolve_backend_name
+from anchorscope.devices import is_out_of_memory, resolve_backend_name
 from anchorscope.errors import DumpError, InputError, RunFailure
 from anchorscope.evaluation.chunking import choose_chunks
 from anchorscope.evaluation.lanes import DENSE, Arm, Lane, Options, run_prompt, run_sample, spans
@@ -57,7 +56,7 @@ from anchorscope.evaluation.text import OWN_TEXT, Pieces, own_text
 from anchorscope.files import MAX_JSON_BYTES, again_remark, csv_text, read_json, write_atomic
 from anchorscope.params import AnchorParams
 from anchorscope.proof import PromptProof
-from anchorscope.runs.environment import versions
+from anchorscope.runs.environment import installed, versions
 from anchorscope.runs.folder import RunFolder
 from anchorscope.runs.jobs import Progress, ProgressCallback
 from anchorscope.runs.values import jsonable
@@ -278,9 +277,7 @@ def evaluate(
         try:
             _run(path, key, request, report, tell)
         except (MemoryError, RuntimeError) as error:
-            if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(
-                error
-            ):
+            if not is_out_of_memory(error):
                 raise
             raise RunFailure(
                 "out of memory: use a smaller --chunk, shorter --lengths or fewer arms at a time"
@@ -703,10 +700,7 @@ def _described(arm: Arm) -> dict[str, Any]:
 def _environment(device: torch.device) -> dict[str, Any]:
     """What times depend on."""
     found: dict[str, Any] = {**versions(), "cpus": os.cpu_count(), "threads": torch.get_num_threads()}
-    try:
-        found["transformers"] = version("transformers")
-    except PackageNotFoundError:  # from a source tree
-        found["transformers"] = None
+    found["transformers"] = installed("transformers")
     found["machine"] = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return found
 

@@ -166,8 +166,17 @@ def _figures(rows: Sequence[HeadRow]) -> Iterator[tuple[str, Figure]]:
             f"{name}-shapes",
             metric_maps(mine, SHAPES, "Columns, diagonals or blocks", "equal numbers of lines, exact masses"),
         )
-        subtitle = f"Jaccard overlap, 1 = the same stripes; {stripes}"
+        subtitle = f"Jaccard overlap, 1 = the same stripes; {stripes}{_gaps(mine)}"
         yield f"{name}-persistence", metric_maps(mine, PERSISTENCE, "Do stripes persist", subtitle)
+
+
+def _gaps(rows: Sequence[HeadRow]) -> str:
+    """Which layers are compared across a gap: the layer just before them is not in the dump."""
+    pairs = sorted({(r.previous_layer, r.layer) for r in rows if r.previous_layer not in (None, r.layer - 1)})
+    if not pairs:
+        return ""
+    shown = ", ".join(f"{layer} with {before}" for before, layer in pairs[:4])
+    return f"; layers not consecutive: {shown}" + (", ..." if len(pairs) > 4 else "")
 
 
 def _grid_of(rows: Sequence[HeadRow]) -> LayerHead:

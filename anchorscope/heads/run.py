@@ -40,9 +40,18 @@ from anchorscope.locks import folder_lock
 from anchorscope.methods import Head
 from anchorscope.methods.head import chunk_rows
 from anchorscope.params import AnchorParams
-from anchorscope.runs.environment import versions
+from anchorscope.runs.environment import hardware_name, versions
 from anchorscope.runs.folder import RunFolder
-from anchorscope.runs.jobs import Cancelled, Job, Progress, ProgressCallback, choose_jobs, run_jobs
+from anchorscope.runs.jobs import (
+    Cancelled,
+    Job,
+    Progress,
+    ProgressCallback,
+    check_beside_plan,
+    check_plan_source,
+    choose_jobs,
+    run_jobs,
+)
 from anchorscope.runs.values import jsonable
 from anchorscope.shapes import fits
 
@@ -240,7 +249,7 @@ def diagnose(
         resume: accept a finished run of the same request in `out` too; nothing is measured again.
         progress: called as work proceeds.
         notify: told in a sentence when saved parts cannot be used again.
-        plan: a plan made from the same arguments, to save making it twice.
+        plan: a plan made beforehand; what it decides must then not be given again.
 
     Returns:
         The finished run. `out` then holds diagnostics.csv, heads.json, parts/ and figures/.
@@ -251,6 +260,17 @@ def diagnose(
     """
     if plan is None:
         plan = plan_heads(dump, params=params, theta=theta, layers=layers, heads=heads, prompts=prompts, device=device)
+    else:
+        check_plan_source(plan.dump, dump)
+        given = {
+            "params": params,
+            "theta": theta,
+            "layers": layers,
+            "heads": heads,
+            "prompts": prompts,
+            "device": device,
+        }
+        check_beside_plan(diagnose, given)
     report = progress or (lambda _: None)
     request = {
         "dump": plan.dump.identity,
@@ -548,7 +568,6 @@ def _summary(
     """What heads.json holds."""
     prompts = [p for p in plan.dump.prompts if p.name in plan.settings["prompts"]]
     texts = {p.name: TokenText(p.token_ids, pieces) for p in prompts}
-    device = torch.cuda.get_device_name(plan.device) if plan.device.type == "cuda" else None
     return {
         "format": "anchorscope-heads",
         "version": VERSION,
@@ -558,7 +577,7 @@ def _summary(
         "settings": plan.settings,
         "definitions": DEFINITIONS,
         "versions": versions(),
-        "hardware": device or f"CPU, {torch.get_num_threads()} threads",
+        "hardware": hardware_name(plan.device),
         "warnings": list(plan.warnings),
         "summary": {
             "all": summarise(rows),

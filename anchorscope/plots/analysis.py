@@ -295,12 +295,9 @@ def _or_none(value: float | None) -> str:
 
 
 def _crossing(density: np.ndarray, recall: np.ndarray, target: float) -> float | None:
-    """Density at which a rising curve first has this recall, linear between points."""
+    """Density of the first point of a rising curve that reaches this recall: measured, not interpolated."""
     reached = np.flatnonzero(recall >= target)
-    if reached.size == 0:
-        return None
-    i = int(reached[0])
-    return float(density[0]) if i == 0 else float(np.interp(target, recall[i - 1 : i + 1], density[i - 1 : i + 1]))
+    return float(density[reached[0]]) if reached.size else None
 
 
 def _grid(

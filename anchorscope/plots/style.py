@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from anchorscope.profiles import HeadProfile
+from anchorscope.shown import share_text
 
 DPI = 110
 POSITIONS = 64  # bins of query positions drawn: more lines could not be told apart
@@ -92,13 +93,15 @@ def plain_log(axis: Axis, locator: LogLocator | None = None) -> None:
 
 def nats(theta: float) -> str:
     """Theta as a user types it: `8`, `7.25`, `inf`, `-inf`."""
-    return f"{theta:g}" if math.isfinite(theta) else ("inf" if theta > 0 else "-inf")
+    return f"{theta:.10g}" if math.isfinite(theta) else ("inf" if theta > 0 else "-inf")
 
 
 def share(value: float) -> str:
     """A share with the digits that matter: 0.943, 0.0312, 0.00637, 4.2e-05, 0.000."""
-    if value >= 0.0995 or value < 1e-9:
+    if value < 1e-9:  # rounding of sums
         return f"{value:.3f}"
+    if value >= 0.0995:
+        return share_text(value)
     if value < 1e-4:
         return f"{value:.1e}"
     return f"{value:.{2 - math.floor(math.log10(value))}f}"

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
+from anchorscope.devices import is_out_of_memory
 from anchorscope.dumps import Dump, Entry, LayerTensors
 from anchorscope.errors import InputError, RunFailure
 from anchorscope.params import visible_pairs
 from anchorscope.profiles import profile_filename
+from anchorscope.runs.environment import full_precision
 from anchorscope.selection import describe_indices
 
 
@@ -83,6 +87,34 @@ def choose_jobs(
     return jobs
 
 
+def check_beside_plan(function: Callable[..., object], given: Mapping[str, object]) -> None:
+    """Refuse arguments that a plan has decided already, instead of ignoring them.
+
+    Args:
+        function: the public function; its signature holds the defaults.
+        given: what it was called with, of the arguments that a plan covers.
+
+    Raises:
+        InputError: an argument differs from its default.
+    """
+    parameters = inspect.signature(function).parameters
+    for name, value in given.items():
+        default = parameters[name].default
+        if value is not default and value != default:
+            raise InputError(f"{name} is decided by the plan: give it when the plan is made, or leave out plan")
+
+
+def check_plan_source(plan: Dump, dump: Dump | Path | str) -> None:
+    """Refuse a plan that was made of another dump.
+
+    Raises:
+        InputError: the folders differ.
+    """
+    path = dump.path if isinstance(dump, Dump) else Path(dump)
+    if path.resolve() != plan.path.resolve():
+        raise InputError(f"the plan was made of {plan.path}, not of {path}: make one of this dump, or leave out plan")
+
+
 def run_jobs(
     dump: Dump,
     jobs: Sequence[Job],
@@ -127,21 +159,24 @@ def run_jobs(
         return work
 
     pool = ThreadPoolExecutor(workers, initializer=prepare)
-    try:
-        pending: dict[Future[None], Job] = {}
-        loaded: tuple[Entry, LayerTensors] | None = None
-        for job in jobs:
-            if loaded is None or loaded[0] is not job.entry:
-                wanted = [j.head for j in jobs if j.entry is job.entry]
-                loaded = (job.entry, dump.load(job.entry, wanted))
-            pending[pool.submit(measure, job, loaded[1], stop)] = job
-            while len(pending) >= workers:
+    with full_precision():  # of the process: set around all workers, so that none's end changes it under another
+        try:
+            pending: dict[Future[None], Job] = {}
+            loaded: tuple[Entry, LayerTensors] | None = None
+            for job in jobs:
+                if loaded is None or loaded[0] is not job.entry:
+                    wanted = [j.head for j in jobs if j.entry is job.entry]
+                    loaded = (job.entry, dump.load(job.entry, wanted))
+                pending[pool.submit(measure, job, loaded[1], stop)] = job
+                while len(pending) >= workers:
+                    done += collect(pending)
+            while pending:
                 done += collect(pending)
-        while pending:
-            done += collect(pending)
-    except (torch.OutOfMemoryError, MemoryError):
-        raise RunFailure(memory_advice()) from None
-    finally:
-        stop.set()
-        pool.shutdown(wait=True, cancel_futures=True)
-        torch.set_num_threads(threads)
+        except (MemoryError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise RunFailure(memory_advice()) from None
+            raise
+        finally:
+            stop.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+            torch.set_num_threads(threads)

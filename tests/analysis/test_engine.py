@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from anchorscope.analysis.engine import HeadShape, profile_head
 from anchorscope.params import AnchorParams
+from anchorscope.shown import theta_text
 
 
 def check(
@@ -87,7 +88,7 @@ def test_extremes():
 def test_curve_holds_every_theta():
     """The all-theta curve, evaluated at its own thetas, is what asking for that theta gives."""
     got, brute = check(251, 16, AnchorParams(B, S))
-    for theta in (-2.0, 0.0, 0.0625, 1.0, 2.5, 10.0, -math.inf, math.inf):
+    for theta in (-2.0, 0.0, 0.05, 1.0, 2.5, 10.0, -math.inf, math.inf):
         at = int(np.flatnonzero(got.curve_theta == theta)[0])
         keep = brute.keep(theta)
         assert got.curve_pairs[at] == int(keep.sum())
@@ -95,6 +96,38 @@ def test_curve_holds_every_theta():
     assert (np.diff(got.curve_theta) > 0).all()
     assert (np.diff(got.curve_pairs) >= 0).all()
     assert (np.diff(got.curve_recall) >= 0).all()
+
+
+@pytest.mark.parametrize("target", [0.5, 0.9, 0.95, 0.99, 1.0])
+def test_the_theta_needed_typed_again_reaches_its_target(target):
+    """Exactly: the recall of an asked theta and the curve's are one sum, and a theta is shown in full."""
+    params, hit = AnchorParams(B, S), 0
+    for seed in range(6):
+        q, k, v = make(420, 16, seed=seed)
+        first = profile_head(q, k, v, HeadShape(420, 16, params, (0.0,), 0.3))
+        at = int(np.flatnonzero(first.curve_recall >= target)[0])
+        theta = float(theta_text(float(first.curve_theta[at])))
+        assert theta == first.curve_theta[at]
+        again = profile_head(q, k, v, HeadShape(420, 16, params, (theta, theta - 0.05), 0.3))
+        assert again.recall[0] >= target
+        assert again.kept_pairs[0] == first.curve_pairs[at]
+        if math.isfinite(theta) and at > 1:
+            hit += 1
+            assert again.recall[1] < target
+    assert hit or target == 1.0
+
+
+def test_everything_kept_is_recall_one():
+    """Whatever sums were rounded: 1 exactly, also at the finite theta that keeps all pairs."""
+    q, k, v = make(300, 16, seed=3)
+    shape = HeadShape(300, 16, AnchorParams(B, S), (1000.0, math.inf, 0.0), 0.3)
+    got = profile_head(q, k, v, shape)
+    assert got.kept_pairs[0] == got.visible_pairs
+    for name in ("recall", "recall_p05", "recall_min", "recall_last"):
+        assert getattr(got, name)[:2].tolist() == [1.0, 1.0]
+        assert getattr(got, name)[2] < 1
+    assert got.curve_recall[-1] == got.oracle_recall[-1] == 1.0
+    assert got.curve_recall[int(np.argmax(got.curve_pairs == got.visible_pairs))] == 1.0
 
 
 @pytest.mark.parametrize("window", [None, 70])

@@ -272,10 +272,10 @@ def test_lengths_of_one_text(tmp_path):
 def test_captured_heads_only(tmp_path):
     """A dump of half the heads: the model's others run dense, and are said to."""
     part = write(tmp_path / "part", ("a", "b"), heads=2)
-    plan = plan_calibration(part, groups=GROUPS, thetas=THETAS)
+    plan = plan_calibration(part, target_recall=0.8, groups=GROUPS, thetas=THETAS)
     assert "2 of the model's 9 layers are calibrated (2,7); the others will run dense" in plan.warnings
     assert "layer 2 holds 2 of 4 query heads; the others will run dense" in plan.warnings
-    done = calibrate(part, tmp_path / "o", target_recall=0.8, plan=plan, figures=False)
+    done = calibrate(part, tmp_path / "o", plan=plan, figures=False)
     assert all(len(x.thetas) == 4 and x.dense[2:] == (True, True) for x in done.config.layers)
 
 

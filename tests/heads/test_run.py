@@ -475,3 +475,20 @@ def test_bad_options(dump, tmp_path, options, message):
     assert message in str(result.exception)
     assert "\n" not in str(result.exception)
     assert not (tmp_path / "o").exists()
+
+
+def test_overlap_across_a_gap_of_layers_says_so(dump, finished, capsys):
+    """Layers 2, 7 and 9: nothing is consecutive, so the table and the figure name the layer compared with."""
+    from anchorscope.cli.heads import print_summary
+    from anchorscope.heads.figures import _gaps
+
+    print_summary(finished)
+    out = capsys.readouterr().out
+    assert re.search(r"\d <2\b", out)
+    assert re.search(r"\d <7\b", out)
+    assert "says little" in out
+    assert max(map(len, out.splitlines()[:20])) <= 80
+    rows = [r for r in finished.rows if r.prompt == "story"]
+    assert _gaps(rows) == "; layers not consecutive: 7 with 2, 9 with 7"
+    assert _gaps([dataclasses.replace(r, previous_layer=r.layer - 1) for r in rows]) == ""
+    assert _gaps([dataclasses.replace(r, previous_layer=None) for r in rows]) == ""

@@ -109,15 +109,15 @@ def test_densities_follow_from_the_pairs() -> None:
     [
         (0.4, 0.2, 0.2, -math.inf),
         (0.5, 0.2, 0.2, -math.inf),
-        (0.65, 0.25, 0.275, 2.0),
-        (0.8, 0.3, 0.35, 2.0),
-        (0.85, 0.45, 0.375, 5.0),
-        (0.95, 0.8, 0.7, math.inf),
+        (0.65, 0.3, 0.4, 2.0),
+        (0.8, 0.3, 0.4, 2.0),
+        (0.85, 0.6, 0.4, 5.0),
+        (0.95, 1.0, 1.0, math.inf),
         (1.0, 1.0, 1.0, math.inf),
         (1.0001, None, None, None),
     ],
 )
-def test_interpolation_by_hand(target: float, anchor: float | None, oracle: float | None, theta: float | None) -> None:
+def test_needed_by_hand(target: float, anchor: float | None, oracle: float | None, theta: float | None) -> None:
     p = small()
     assert p.theta_at_recall(target) == theta
     for kind, want in (("anchor", anchor), ("oracle", oracle)):

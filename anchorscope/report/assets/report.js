@@ -27,7 +27,17 @@
   const fill = (id, ...children) => byId(id).replaceChildren(...children);
   const nats = (x) => (x === Infinity ? "inf" : x === -Infinity ? "-inf" : String(Math.round(x * 1e4) / 1e4));
   const fixed = (x, digits = 4) =>
-    x === null || x === undefined || Number.isNaN(x) ? "-" : Number.isFinite(x) ? x.toFixed(digits).replace(/^-(0\.0+)$/, "$1") : nats(x);
+    x === null || x === undefined || Number.isNaN(x) ? "-" : Number.isFinite(x) ? decimals(x, digits).replace(/^-(0\.0+)$/, "$1") : nats(x);
+  /** More digits where rounding would make a share 0 or 1 that is not: 0.99996 is not "1.0000". */
+  const decimals = (x, digits) => {
+    for (let more = digits; more <= 6; more++) {
+      const text = x.toFixed(more);
+      if ((Math.abs(x) >= 1 || Math.abs(+text) < 1) && (x === 0 || +text !== 0)) return text;
+    }
+    return x.toFixed(digits);
+  };
+  /** A theta to be typed again: two decimals, rounded up, so that it selects no less than what was measured. */
+  const upward = (x) => (Number.isFinite(x) ? (Math.ceil(x * 100 - 0.005) / 100).toFixed(2) : fixed(x));
   const whole = (x) => x.toLocaleString("en-US");
   /** Plotly reads its texts as markup. */
   const plain = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
@@ -156,7 +166,7 @@
       recall: { name: "recall", value: (s, r, t) => at(s, r, "recall", t), scale: [0.5, 1], map: "cividis" },
       sparsity: { name: "sparsity", value: (s, r, t) => 1 - at(s, r, "density", t), scale: [0, 1], map: "viridis" },
       density: { name: "density", value: (s, r, t) => at(s, r, "density", t), scale: [0, 1], map: "viridis" },
-      theta_needed: { name: "theta needed", value: (s, r) => r.theta_needed, scale: [low, high], map: "viridis", digits: 2 },
+      theta_needed: { name: "theta needed", value: (s, r) => r.theta_needed, scale: [low, high], map: "viridis", digits: 2, write: upward },
       density_needed: { name: "density needed", value: (s, r) => r.density_needed, scale: [0, 1], map: "viridis" },
       oracle_needed: { name: "density the stripe oracle needs", value: (s, r) => r.oracle_needed, scale: [0, 1], map: "viridis" },
     };
@@ -272,14 +282,14 @@
         text = String(value);
         rgb = difference ? (value === "same" ? [128, 128, 128] : [213, 94, 0]) : wordColour(q, value);
       } else {
-        text = fixed(value, q.digits ?? (difference || short ? 2 : 3));
+        text = q.write && !difference ? q.write(value) : fixed(value, q.digits ?? (difference || short ? 2 : 3));
         rgb = colour(map, (value - low) / (high - low));
       }
       const chosen = key === state.key;
       cell.style.background = rgb ? `rgb(${rgb})` : "var(--empty)";
       cell.style.color = rgb ? inkOn(rgb) : "var(--muted)";
       cell.textContent = short ? "" : q.words ? text.slice(0, roomy ? 16 : 7) : text;
-      const words = value === null ? (q.only ?? "no value") : q.words ? text : fixed(value, q.digits ?? 4);
+      const words = value === null ? (q.only ?? "no value") : q.words || (q.write && !difference) ? text : fixed(value, q.digits ?? 4);
       cell.setAttribute("aria-label", `layer ${layer}, head ${head}: ${q.name} ${words}`);
       cell.title = `layer ${layer}, head ${head}: ${q.name} ${words}`;
       cell.setAttribute("aria-selected", String(chosen));
@@ -517,7 +527,7 @@
     const cards = [
       card("recall", fixed(at(set, record, "recall", state.theta)), `at theta ${nats(state.theta)}` + (other ? `; second: ${fixed(at(second(), other, "recall", thetaOf(second())))}` : "")),
       card("density", fixed(at(set, record, "density", state.theta)), other ? `second: ${fixed(at(second(), other, "density", thetaOf(second())))}` : `anchor region alone: ${fixed(record.anchor_density)}`),
-      card("theta needed", fixed(record.theta_needed), beside("theta_needed") ?? `for recall ${run.target}`),
+      card("theta needed", upward(record.theta_needed), (other ? `second: ${upward(other.theta_needed)}` : null) ?? `for recall ${run.target}`),
       card("density needed", fixed(record.density_needed), beside("density_needed") ?? `for recall ${run.target}`),
       card("stripe oracle", fixed(record.oracle_needed), beside("oracle_needed") ?? `density for recall ${run.target}`),
     ];

@@ -1,0 +1,40 @@
+"""Numbers as people are shown them: rounding must not turn what was measured into something it is not."""
+
+from __future__ import annotations
+
+import math
+
+MOST_DIGITS = 7
+
+
+def share_text(value: float | None, digits: int = 3, *, below: float = 1.0) -> str:
+    """A share with `digits` decimals, and more where rounding would make it 0, or `below` or more, and it is not.
+
+    0.9996 is not "1.000", 0.0002 not "0.000", and 0.94997 that falls short of `below` 0.95 not "0.950"; "-" for None
+    and NaN.
+    """
+    if value is None or math.isnan(value):
+        return "-"
+    for more in range(digits, MOST_DIGITS + 1):
+        text = f"{value:.{more}f}"
+        if (value >= below or float(text) < below) and (value <= 0 or float(text) > 0):
+            return text
+    return f"{value:.1e}" if 0 < value < 0.1 else f"{value:.{digits}f}"
+
+
+def theta_text(value: float | str | None) -> str:
+    """A theta to be typed again: two decimals at least, rounded up, so that it selects no less than what was measured.
+
+    "inf", "-inf" and texts as they are; "-" for None.
+    """
+    if value is None or isinstance(value, str):
+        return "-" if value is None else value
+    if not math.isfinite(value):
+        return "inf" if value > 0 else "-inf"
+    up = math.ceil(value * 100 - 1e-6) / 100
+    return f"{up:.2f}" if up >= value else f"{up + 0.01:.2f}"
+
+
+def threads_text(count: int) -> str:
+    """Processor threads in words: "1 thread", "2 threads"."""
+    return f"{count} thread" if count == 1 else f"{count} threads"
