@@ -18,7 +18,7 @@ import torch
 
 from anchorscope.analysis.backends import Backend, resolve_backend
 from anchorscope.analysis.diagnosis import Diagnosis, diagnose_analysis, plan_diagnosis
-from anchorscope.analysis.engine import HEAT_COLUMNS, HEAT_ROWS, POSITION_BINS, HeadShape
+from anchorscope.analysis.engine import CURVE_THETAS, HEAT_COLUMNS, HEAT_ROWS, POSITION_BINS, HeadShape
 from anchorscope.analysis.tables import (
     CURVES_COLUMNS,
     HEADS_COLUMNS,
@@ -30,7 +30,7 @@ from anchorscope.analysis.tables import (
 )
 from anchorscope.dumps import Dump, LayerTensors, open_dump
 from anchorscope.errors import DumpError, InputError
-from anchorscope.files import MAX_JSON_BYTES, csv_text, member, read_json, write_atomic
+from anchorscope.files import MAX_JSON_BYTES, csv_text, human_bytes, member, read_json, write_atomic
 from anchorscope.locks import folder_lock
 from anchorscope.params import AnchorParams, anchor_pairs, recommend_groups, visible_pairs
 from anchorscope.profiles import HeadProfile
@@ -82,7 +82,8 @@ class Plan:
         workers: heads measured at the same time.
         memory: bytes of working memory besides the libraries themselves; on a GPU its own memory, and the host then
             holds one layer's tensors.
-        disk: bytes the output folder will need, about.
+        disk: bytes that tables and profiles will need, about.
+        pictures: bytes that the figures will need besides, about.
         warnings: sentences for the user.
     """
 
@@ -96,6 +97,7 @@ class Plan:
     workers: int
     memory: int
     disk: int
+    pictures: int
     warnings: tuple[str, ...]
 
 
@@ -183,7 +185,8 @@ def plan_analysis(
         jobs=jobs,
         workers=workers,
         memory=workers * each + (layer_bytes if engine.device.type == "cpu" else 0),
-        disk=_disk_bytes(jobs, params, len(thetas), heatmaps),
+        disk=_disk_bytes(jobs, params, len(thetas)),
+        pictures=_picture_bytes(jobs, heatmaps),
         warnings=tuple(_anchor_warnings(source, jobs, params)),
     )
 
@@ -273,6 +276,8 @@ def analyze(
     }
     asked = {"figures": figures, "heatmaps": _heatmaps_asked(heatmaps) if figures else None, "diagnose": diagnose}
     disk = plan.disk + (kinds.disk if kinds else 0)
+    if figures:
+        disk += plan.pictures + (kinds.pictures if kinds else 0)
     with FOLDER.run(Path(out), request, asked=asked, disk=disk, overwrite=overwrite, resume=resume) as run:
         _measure(run.path, plan, report)
         result = _finish(run.path, plan, run.state)
@@ -332,25 +337,29 @@ def load_report(out: Path | str) -> dict[str, Any]:
 # planning
 
 
-def _disk_bytes(
-    jobs: Sequence[Job], params: AnchorParams, thetas: int, heatmaps: Sequence[tuple[int, int]] | str | None
-) -> int:
-    """What the output folder will hold, about: profiles are mostly their heat maps, pictures are counted."""
-    profiles = 0
+def _disk_bytes(jobs: Sequence[Job], params: AnchorParams, thetas: int) -> int:
+    """What tables and profiles will take; profiles are mostly their heat maps, the rest is as measured."""
+    total = 4_000
     for job in jobs:
         n = job.entry.tokens
         groups, positions = params.groups(n), -(-n // -(-n // POSITION_BINS))
         rows, columns = (-(-count // -(-count // limit)) for count, limit in ((groups, HEAT_ROWS), (n, HEAT_COLUMNS)))
-        profiles += 8 * rows * columns + 4 * thetas * positions + 60_000 + 9_500 + 140 * thetas
+        total += 8 * rows * columns + 8 * (rows + columns) + (4 * thetas + 8) * positions
+        total += 24 * len(CURVE_THETAS) + 8_500 + 80 * thetas  # curves; the oracle, the header; numbers per theta
+        total += 6_000 + 200 * thetas  # rows of curves.csv and heads.csv
+    return total
+
+
+def _picture_bytes(jobs: Sequence[Job], heatmaps: Sequence[tuple[int, int]] | str | None) -> int:
+    """What the figures will take, as measured of their kinds."""
     layers = len({(j.prompt_index, j.entry.layer) for j in jobs})
     prompts = len({j.prompt_index for j in jobs})
-    pictures = 100_000 * (prompts + 2 * layers) + 190_000 * _heat_maps(heatmaps, len(jobs), prompts)
-    return profiles + pictures + 40_000
+    return 55_000 * prompts + 135_000 * layers + 150_000 * _heat_maps(heatmaps, len(jobs), prompts)
 
 
 def _heat_maps(heatmaps: Sequence[tuple[int, int]] | str | None, heads: int, prompts: int) -> int:
     """How many heat maps a request draws."""
-    return heads if heatmaps == "all" else prompts * (3 if heatmaps is None else len(heatmaps))
+    return heads if heatmaps == "all" else min(heads, prompts * (3 if heatmaps is None else len(heatmaps)))
 
 
 def _anchor_warnings(dump: Dump, jobs: Sequence[Job], params: AnchorParams) -> Iterator[str]:
@@ -437,7 +446,7 @@ def _memory_advice(plan: Plan) -> str:
     longest = max(j.entry.tokens for j in plan.jobs)
     return (
         f"out of memory on {plan.backend.device}: one head of {longest:,} tokens needs about "
-        f"{plan.memory / plan.workers / 2**30:.1f} GiB; use --device cpu, fewer thetas or a shorter capture"
+        f"{human_bytes(plan.memory / plan.workers)}; use --device cpu, fewer thetas or a shorter capture"
     )
 
 

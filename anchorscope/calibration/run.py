@@ -52,6 +52,7 @@ VERSION = 1
 THETAS = "-inf,0:16:0.25,inf"  # where the row statistics are measured; the mean has its own, finer curve
 TARGET = 0.95
 DENSE_ABOVE = 0.9
+PICTURE_BYTES = 400_000  # of all figures together, as measured
 FEW = 8  # finite thetas below which p05 and last are chosen coarsely
 
 FOLDER = RunFolder(
@@ -78,7 +79,8 @@ class Plan:
         analyses: the analyses to make, with their plans.
         settings: the request as JSON.
         costs: measured times, if given.
-        memory, disk: bytes needed, about.
+        memory, disk: bytes needed, about; disk without figures.
+        pictures: bytes that the figures will need besides, about.
         seconds: time the analyses take, about, if none of their heads is measured yet; from timing one head.
         warnings: sentences for the user.
     """
@@ -90,6 +92,7 @@ class Plan:
     costs: Costs | None
     memory: int
     disk: int
+    pictures: int
     seconds: float
     warnings: tuple[str, ...]
 
@@ -184,7 +187,8 @@ def plan_calibration(
         settings=settings,
         costs=times,
         memory=max([curves, *(plan.memory for _, plan in analyses)]),
-        disk=sum(plan.disk for _, plan in analyses) + 3000 * len(found.heads) + 2_000_000,
+        disk=sum(plan.disk for _, plan in analyses) + 1_500 * len(found.heads) + 100_000,
+        pictures=PICTURE_BYTES,
         seconds=_seconds([plan for _, plan in analyses]),
         warnings=tuple(_warnings(found, held, analyses)),
     )
@@ -284,7 +288,8 @@ def calibrate(
         check_beside_plan(calibrate, given)
     report = progress or (lambda _: None)
     request = {"sources": list(plan.sources.identity), "settings": plan.settings}
-    with FOLDER.run(Path(out), request, asked={"figures": figures}, disk=plan.disk, overwrite=overwrite) as run:
+    disk = plan.disk + (plan.pictures if figures else 0)
+    with FOLDER.run(Path(out), request, asked={"figures": figures}, disk=disk, overwrite=overwrite) as run:
         path = run.path
         curves = _gather(plan.sources, _measure(path, plan, overwrite, report))
         report(Progress("choosing", 0, 1))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from anchorscope.cli.common import chosen, note, progress_bar, stdout_console, warn, warn_of_model
+from anchorscope.cli.common import chosen, disk_text, note, progress_bar, stdout_console, warn, warn_of_model
 from anchorscope.errors import InputError
 from anchorscope.files import human_bytes
 from anchorscope.shown import share_text, theta_text
@@ -82,9 +82,10 @@ def analyze(
     kinds = None if no_diagnose else plan_diagnosis(plan)
     kind = "memory" if plan.backend.device.type == "cpu" else "GPU memory"
     memory = max(plan.memory, kinds.memory if kinds else 0)
+    plans = [plan, kinds] if kinds else [plan]
     note(
         f"{len(plan.jobs)} heads, back end {plan.backend.name} on {plan.backend.hardware}; needs about "
-        f"{human_bytes(memory)} of {kind} and {human_bytes(plan.disk + (kinds.disk if kinds else 0))} of disk"
+        f"{human_bytes(memory)} of {kind} and {disk_text(*plans, figures=not no_figures)} of disk"
     )
     for sentence in plan.warnings:
         warn(sentence)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from anchorscope.cli.common import note, progress_bar, stdout_console, warn, warn_of_model
+from anchorscope.cli.common import disk_text, note, progress_bar, stdout_console, warn, warn_of_model
 from anchorscope.files import human_bytes
 from anchorscope.shown import share_text, theta_text
 
@@ -103,8 +103,8 @@ def calibrate(
         engine = plan.analyses[0][1].backend
         note(
             f"{plan.heads} heads to measure, back end {engine.name} on {engine.hardware}; needs about"
-            f" {human_bytes(plan.memory)} of memory, {human_bytes(plan.disk)} of disk and {_duration(plan.seconds)}"
-            " (less what is measured already)"
+            f" {human_bytes(plan.memory)} of memory, {disk_text(plan, figures=not no_figures)} of disk and"
+            f" {_duration(plan.seconds)} (less what is measured already)"
         )
     for sentence in plan.warnings:
         warn(sentence)

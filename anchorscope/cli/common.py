@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from anchorscope.files import visible
+from anchorscope.files import human_bytes, visible
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -109,3 +109,8 @@ def progress_bar() -> Iterator[Callable[[Event], None]]:
 
     with bar:
         yield update
+
+
+def disk_text(*plans: Any, figures: bool) -> str:
+    """The disk that planned runs need together, in words."""
+    return human_bytes(sum(plan.disk + (plan.pictures if figures else 0) for plan in plans))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from anchorscope.cli.common import chosen, note, progress_bar, stdout_console, warn, warn_of_model
+from anchorscope.cli.common import chosen, disk_text, note, progress_bar, stdout_console, warn, warn_of_model
 from anchorscope.errors import InputError
 from anchorscope.files import human_bytes, visible
 from anchorscope.shown import share_text
@@ -71,8 +71,8 @@ def heads(
         device=device,
     )
     note(
-        f"{plan.heads} heads; needs about {human_bytes(plan.memory)} of memory and at most {human_bytes(plan.disk)}"
-        " of disk"
+        f"{plan.heads} heads; needs about {human_bytes(plan.memory)} of memory and"
+        f" {disk_text(plan, figures=not no_figures)} of disk"
     )
     for sentence in plan.warnings:
         warn(sentence)

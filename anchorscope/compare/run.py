@@ -21,7 +21,7 @@ from anchorscope.compare.tables import COLUMNS, RECALLS, Point, methods_rows, ne
 from anchorscope.devices import resolve_device
 from anchorscope.dumps import Dump, LayerTensors, open_dump
 from anchorscope.errors import DumpError, InputError
-from anchorscope.files import again_remark, csv_text, member, read_part, write_atomic, write_part
+from anchorscope.files import again_remark, csv_text, human_bytes, member, read_part, write_atomic, write_part
 from anchorscope.methods import Contender, Head, Selection, line_up
 from anchorscope.methods.head import chunk_rows
 from anchorscope.ranges import working_dtype
@@ -74,7 +74,8 @@ class Plan:
         jobs: heads to score, entry by entry.
         workers: heads scored at the same time.
         memory: bytes of working memory, besides the libraries themselves.
-        disk: bytes the output folder will need at most.
+        disk: bytes that tables and scores will need, about.
+        pictures: bytes that the figures will need besides, about.
         warnings: sentences for the user.
     """
 
@@ -87,6 +88,7 @@ class Plan:
     workers: int
     memory: int
     disk: int
+    pictures: int
     warnings: tuple[str, ...]
 
 
@@ -175,7 +177,8 @@ def plan_compare(
         jobs=jobs,
         workers=workers,
         memory=workers * each + max(j.entry.bytes for j in jobs),
-        disk=len(jobs) * selections * 400 + 20_000_000,
+        disk=len(jobs) * (selections * 250 + 200) + 20_000,  # scores and rows of methods.csv, as measured
+        pictures=_picture_bytes(jobs),
         warnings=tuple(_warnings(jobs)),
     )
 
@@ -246,7 +249,8 @@ def compare(
         "settings": plan.settings,
         "scores": [_score_name(j) for j in plan.jobs],
     }
-    with FOLDER.run(Path(out), request, asked={"figures": figures}, disk=plan.disk, overwrite=overwrite) as run:
+    disk = plan.disk + (plan.pictures if figures else 0)
+    with FOLDER.run(Path(out), request, asked={"figures": figures}, disk=disk, overwrite=overwrite) as run:
         path = run.path
         _measure(path, plan, report, notify or (lambda _: None))
         points = tuple(p for job in plan.jobs for p in _load(path, plan, job) or ())
@@ -291,7 +295,18 @@ def _workspace_bytes(tokens: int, head_dim: int, selections: int, run: int) -> i
     chunk = 6 * run * tokens * 4
     rows = 3 * selections * tokens * 4
     margins = 4 * math.ceil(tokens / 256) * tokens * 4
-    return tensors + chunk + rows + margins + 2 * BATCH_BYTES
+    # About what the sweeps of all methods hold, in two batches at most.
+    held = min(2 * BATCH_BYTES, selections * tokens * (tokens // 400 + 2))
+    return tensors + chunk + rows + margins + held
+
+
+def _picture_bytes(jobs: Sequence[Job]) -> int:
+    """What the figures take, as measured: four of all heads, and one per prompt and layer with a panel per head."""
+    heads: dict[tuple[int, int], int] = {}
+    for job in jobs:
+        key = job.prompt_index, job.entry.layer
+        heads[key] = heads.get(key, 0) + 1
+    return 230_000 + sum(40_000 + 17_000 * min(n, 12) for n in heads.values())
 
 
 def _warnings(jobs: Sequence[Job]) -> list[str]:
@@ -433,7 +448,7 @@ def _memory_advice(plan: Plan) -> str:
     longest = max(j.entry.tokens for j in plan.jobs)
     return (
         f"out of memory on {plan.device}: one head of {longest:,} tokens needs about"
-        f" {plan.memory / plan.workers / 2**30:.1f} GiB; use --device cpu, fewer methods or a shorter capture"
+        f" {human_bytes(plan.memory / plan.workers)}; use --device cpu, fewer methods or a shorter capture"
     )
 
 

@@ -53,7 +53,7 @@ from anchorscope.evaluation.results import (
 )
 from anchorscope.evaluation.tasks import BY_DEPTH, PERPLEXITY, Sample, check_tasks, make_samples
 from anchorscope.evaluation.text import OWN_TEXT, Pieces, own_text
-from anchorscope.files import MAX_JSON_BYTES, again_remark, csv_text, read_json, write_atomic
+from anchorscope.files import MAX_JSON_BYTES, again_remark, csv_text, human_bytes, read_json, write_atomic
 from anchorscope.params import AnchorParams
 from anchorscope.proof import PromptProof
 from anchorscope.runs.environment import installed, versions
@@ -484,8 +484,8 @@ def _check_logits(loaded: LoadedModel, tokens: int) -> None:
     needed, free = 2 * tokens * vocabulary * loaded.model.dtype.itemsize, free_bytes(model_device(loaded.model))
     if free is not None and needed > free:
         raise InputError(
-            f"{loaded.name} cannot prefill in chunks, and its logits need {needed / 1e9:.1f} GB where"
-            f" {free / 1e9:.1f} GB are free: lower --lengths"
+            f"{loaded.name} cannot prefill in chunks, and its logits need {human_bytes(needed)} where"
+            f" {human_bytes(free)} are free: lower --lengths"
         )
 
 
@@ -502,10 +502,10 @@ def _outlook(request: _Request) -> Iterator[str]:
     )
     facts = model_facts(model)
     logits = 2 * rows * int(getattr(config, "vocab_size", 0)) * model.dtype.itemsize
-    sentence = f"{prefills} prefills, {tokens:,} tokens in all; logits take {logits / 1e9:.2f} GB"
+    sentence = f"{prefills} prefills, {tokens:,} tokens in all; logits take {human_bytes(logits)}"
     if None not in (facts["layers"], facts["kv_heads"], facts["head_dim"]):
         cache = 2 * facts["layers"] * facts["kv_heads"] * facts["head_dim"] * longest * model.dtype.itemsize
-        sentence += f", KV caches up to {cache * max(2, 1 + len(request.arms)) / 1e9:.2f} GB"
+        sentence += f", KV caches up to {human_bytes(cache * max(2, 1 + len(request.arms)))}"
     yield sentence + " beside the model"
 
 
@@ -529,9 +529,10 @@ def _identity(request: _Request, facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _disk(request: _Request) -> int:
-    """Bytes a run may write: parts hold three numbers a token, in text and figures there is little more."""
+    """Bytes a run may write, about: parts hold three float64 a token; tables and figures there is little of."""
     tokens = sum(len(u.token_ids) for u in request.units)
-    return 32 * tokens * len(request.arms) + 20_000_000
+    arms = 1 + len(request.arms)
+    return 24 * tokens * arms + 6_000 * len(request.units) * arms + 600_000
 
 
 def _part(path: Path, index: int, arm: int) -> Path:

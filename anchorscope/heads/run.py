@@ -21,7 +21,7 @@ import torch
 from anchorscope.devices import resolve_device
 from anchorscope.dumps import Dump, Entry, LayerTensors, open_dump
 from anchorscope.errors import DumpError, InputError
-from anchorscope.files import again_remark, csv_text, member, read_part, write_atomic, write_part
+from anchorscope.files import again_remark, csv_text, human_bytes, member, read_part, write_atomic, write_part
 from anchorscope.heads import diagnostics
 from anchorscope.heads.diagnostics import HeadDiagnostics, diagnose_head
 from anchorscope.heads.stripes import Stripes, head_stripes, overlap
@@ -74,6 +74,7 @@ FOLDER = RunFolder(
 )
 BLOCK, STEP, THETA = 128, 4, 12.0  # groups of 512: short prompts then have neighbouring groups to compare
 STRIPE_TOKENS = 12
+NUMBERED_HEADS = 12  # maps with more heads are drawn without numbers
 
 # Everything a reader needs to know about the definitions, as heads.json states it.
 DEFINITIONS: dict[str, Any] = {
@@ -121,7 +122,8 @@ class Plan:
         layers: layers to diagnose, in order.
         workers: heads measured at the same time.
         memory: bytes of working memory, besides the libraries themselves.
-        disk: bytes the output folder will need at most.
+        disk: bytes that table, report and parts will need, about.
+        pictures: bytes that the figures will need besides, about.
         warnings: sentences for the user.
     """
 
@@ -134,6 +136,7 @@ class Plan:
     workers: int
     memory: int
     disk: int
+    pictures: int
     warnings: tuple[str, ...]
 
     @property
@@ -210,7 +213,9 @@ def plan_heads(
         layers=chosen,
         workers=workers,
         memory=workers * each + kept + 2 * max(x.entry.bytes for x in chosen),
-        disk=len(jobs) * 20_000 + 10_000_000,
+        # heads.json, parts and rows of the table, as measured; stripe tokens where there can be stripes
+        disk=sum(2_900 + 2_400 * (params.groups(j.entry.tokens) > 1) for j in jobs) + 3_000,
+        pictures=_picture_bytes(chosen),
         warnings=tuple(_warnings(chosen, params)),
     )
 
@@ -278,7 +283,8 @@ def diagnose(
         "parts": [x.name for x in plan.layers],
     }
     asked = {"figures": figures, "tokens": None if pieces is None else _digest(pieces)}
-    with FOLDER.run(Path(out), request, asked=asked, disk=plan.disk, overwrite=overwrite, resume=resume) as run:
+    disk = plan.disk + (plan.pictures if figures else 0)
+    with FOLDER.run(Path(out), request, asked=asked, disk=disk, overwrite=overwrite, resume=resume) as run:
         path = run.path
         _measure(path, plan, report, notify or (lambda _: None))
         rows = tuple(row for layer in plan.layers for row in _load(path, plan, layer) or ())
@@ -325,6 +331,16 @@ def _workspace_bytes(tokens: int, head_dim: int, params: AnchorParams, run: int)
     tiles = 3 * (tokens // diagnostics.TILE + 1) ** 2 * 4
     margins = params.groups(tokens) * tokens * 7
     return tensors + chunk + tiles + margins
+
+
+def _picture_bytes(layers: Sequence[Layer]) -> int:
+    """What four maps per prompt take, as measured: more where every cell holds a number."""
+    total = 0
+    for prompt in {x.prompt_index for x in layers}:
+        mine = [x for x in layers if x.prompt_index == prompt]
+        cells, widest = sum(len(x.heads) for x in mine), max(len(x.heads) for x in mine)
+        total += 170_000 + (4_000 * cells if widest <= NUMBERED_HEADS else 180 * cells)
+    return total
 
 
 def _warnings(layers: Sequence[Layer], params: AnchorParams) -> list[str]:
@@ -554,7 +570,7 @@ def _memory_advice(plan: Plan) -> str:
     longest = max(x.entry.tokens for x in plan.layers)
     return (
         f"out of memory on {plan.device}: a head of {longest:,} tokens needs about"
-        f" {plan.memory / plan.workers / 2**30:.1f} GiB; use --device cpu, a larger --step or a shorter capture"
+        f" {human_bytes(plan.memory / plan.workers)}; use --device cpu, a larger --step or a shorter capture"
     )
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from anchorscope._version import __version__
 from anchorscope.errors import DumpError, InputError, Interrupted, RunFailure
-from anchorscope.files import MAX_JSON_BYTES, json_bytes, read_json, write_atomic
+from anchorscope.files import MAX_JSON_BYTES, human_bytes, json_bytes, read_json, write_atomic
 from anchorscope.locks import folder_lock
 from anchorscope.shapes import check, fits
 
@@ -141,7 +141,7 @@ class RunFolder:
     def _check_disk(self, path: Path, free: int, disk: int) -> None:
         if free < disk:
             raise RunFailure(
-                f"{path} has {free / 1e9:.2f} GB free and {self.what} like this may need {disk / 1e9:.2f} GB;"
+                f"{path} has {human_bytes(free)} free and {self.what} like this may need {human_bytes(disk)};"
                 " free some space or name another --out"
             )
 

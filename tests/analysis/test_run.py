@@ -94,7 +94,7 @@ def test_disk_is_stated_beforehand(tmp_path):
     plan = plan_analysis(sample, **settings)
     analyze(sample, tmp_path, plan=plan)
     used = sum(p.stat().st_size for p in tmp_path.rglob("*") if p.is_file())
-    assert 0.8 * used <= plan.disk <= 1.2 * used
+    assert 0.8 * used <= plan.disk + plan.pictures <= 1.2 * used
 
 
 def test_report_follows_its_schema(dump, tmp_path):

@@ -234,7 +234,10 @@ def test_full_disk_is_exit_1(capsys, dump, tmp_path, monkeypatch):
 def test_little_disk_is_said_before_starting(capsys, dump, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    refused(capsys, "free some space", "analyze", dump, "--out", tmp_path / "o", code=1)
+    err = refused(capsys, "free some space", "analyze", dump, "--out", tmp_path / "o", code=1)
+    assert "1.0 kB free" in err
+    assert "may need" in err
+    assert "0.0 GB" not in err
 
 
 def test_out_of_memory_is_exit_1(capsys, dump, tmp_path, monkeypatch):
@@ -245,7 +248,8 @@ def test_out_of_memory_is_exit_1(capsys, dump, tmp_path, monkeypatch):
 
     monkeypatch.setattr(backends, "profile_head", greedy)
     err = refused(capsys, "out of memory", "analyze", dump, "--out", tmp_path / "o", code=1)
-    assert "GiB" in err
+    assert "needs about" in err
+    assert "0.0 G" not in err
 
 
 def test_defect_of_ours_is_no_traceback(capsys, dump, tmp_path, monkeypatch):
