@@ -1,6 +1,7 @@
 # Habits of this repository. `make demo` and `make test` set up everything they need in .venv.
 #
 #   TORCH=torch==2.13.0   install this torch first (a CPU build, a given CUDA build ...); by default pip chooses
+#                         (`make test-oldest` needs a CPU build: a CUDA build brings its own triton)
 #   PYTHON=python3.12     the Python that makes the environment
 #   OUT=demo              where `make demo` writes
 #   STUDY=study           where `make study` writes (5 GB)
@@ -14,8 +15,10 @@ TOKENS ?= 4096
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+OLDEST := $(VENV)-oldest
+TEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not gpu and not slow and not network and not browser"
 
-.PHONY: help demo study families test test-slow test-browser test-gpu compile-ahead lint format types package clean
+.PHONY: help demo study families test test-oldest test-slow test-browser test-gpu compile-ahead lint format types package clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -26,6 +29,14 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(if $(TORCH),$(BIN)/python -m pip install --quiet "$(TORCH)")
 	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	@touch $@
+
+$(OLDEST)/.installed: pyproject.toml tests/helpers/oldest.py
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --upgrade pip
+	$(if $(TORCH),$(OLDEST)/bin/python -m pip install --quiet "$(TORCH)")
+	$(OLDEST)/bin/python tests/helpers/oldest.py > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --quiet -e ".[hf,report,test]" --constraint $(OLDEST)/constraints.txt
 	@touch $@
 
 demo: $(STAMP)  ## capture a small real model, analyze, bench and calibrate it, draw the pictures (into OUT=demo)
@@ -43,7 +54,11 @@ study: $(STAMP)  ## calibrate and evaluate the small real model, and rewrite the
 	$(BIN)/python samples/study.py $(STUDY)
 
 test: $(STAMP)  ## run the tests that need no GPU and no network
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not gpu and not slow and not network and not browser"
+	$(TEST)
+
+test-oldest: BIN := $(OLDEST)/bin
+test-oldest: $(OLDEST)/.installed  ## run the same tests with the oldest packages that pyproject.toml admits
+	$(TEST)
 
 test-slow: $(STAMP)  ## run the long tests, which fetch the small real model
 	$(BIN)/python -m pytest -m "(slow or network) and not gpu"
@@ -75,4 +90,4 @@ package: $(STAMP)  ## build the wheel and the sdist and check them
 	$(BIN)/twine check --strict dist/*
 
 clean:  ## remove the environment and what was built
-	rm -rf $(VENV) dist build *.egg-info
+	rm -rf $(VENV) $(OLDEST) dist build *.egg-info

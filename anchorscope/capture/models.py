@@ -42,19 +42,24 @@ class LoadedModel:
     loading: Mapping[str, Any] = field(default_factory=dict)
 
 
+OLDEST_TRANSFORMERS = (5, 22)  # as pyproject.toml says
+
+
 def require_transformers() -> None:
     """Make sure the extra `hf` is installed.
 
     Raises:
-        MissingBackendError: it is not, or transformers is older than 5.
+        MissingBackendError: it is not, or transformers is older than the tests know.
     """
     try:
         import transformers
     except ImportError as error:
         raise MissingBackendError(f"capture needs transformers ({error}): pip install 'anchorscope[hf]'") from None
-    if int(transformers.__version__.split(".")[0]) < 5:
+    if tuple(int(x) for x in transformers.__version__.split(".")[:2] if x.isdigit()) < OLDEST_TRANSFORMERS:
+        oldest = ".".join(map(str, OLDEST_TRANSFORMERS))
         raise MissingBackendError(
-            f"capture needs transformers 5 or newer, not {transformers.__version__}: pip install -U 'anchorscope[hf]'"
+            f"capture needs transformers {oldest} or newer, not {transformers.__version__}:"
+            " pip install -U 'anchorscope[hf]'"
         )
 
 
