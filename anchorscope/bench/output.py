@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from anchorscope.errors import InputError, RunFailure
 from anchorscope.files import json_bytes, write_atomic
-
-if TYPE_CHECKING:
-    pass
+from anchorscope.locks import folder_lock
+from anchorscope.runs.folder import make_folder, remove_strays
 
 RESULT = "bench.json"
 DPI = 150
@@ -57,12 +56,15 @@ def save(data: dict[str, Any], out: str | Path, *, overwrite: bool = False) -> l
 
     folder = check_out(out, overwrite)
     figures = {"time": figure_time(data), "density": figure_density(data)}
-    try:
-        (folder / RESULT).unlink(missing_ok=True)  # written last: without it nothing looks finished
-        for name in figures:
-            (folder / f"{name}.png").unlink(missing_ok=True)  # of an earlier result
-        written = save_all(((name, figure) for name, figure in figures.items() if figure is not None), folder)
-    except OSError as error:
-        raise RunFailure(f"the result could not be written to {folder}: {error.strerror}") from None
-    write_atomic(folder / RESULT, json_bytes(data))
+    make_folder(folder)
+    with folder_lock(folder):
+        try:
+            (folder / RESULT).unlink(missing_ok=True)  # written last: without it nothing looks finished
+            for name in figures:
+                (folder / f"{name}.png").unlink(missing_ok=True)  # of an earlier result
+            remove_strays(folder)
+            written = save_all(((name, figure) for name, figure in figures.items() if figure is not None), folder)
+        except OSError as error:
+            raise RunFailure(f"the result could not be written to {folder}: {error.strerror}") from None
+        write_atomic(folder / RESULT, json_bytes(data))
     return [folder / RESULT, *written]

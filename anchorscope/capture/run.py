@@ -30,6 +30,7 @@ from anchorscope.capture.proof import NextTokens, keeps_few_rows, prove_model, p
 from anchorscope.capture.recorder import LayersDone, LayerShape, Recorder, ShapeProbe
 from anchorscope.capture.weights import model_device
 from anchorscope.devices import is_out_of_memory
+from anchorscope.dumps.format import read_manifest
 from anchorscope.dumps.reader import Dump
 from anchorscope.dumps.writer import (
     DumpWriter,
@@ -38,7 +39,7 @@ from anchorscope.dumps.writer import (
     prompt_record,
     torch_dtype,
 )
-from anchorscope.errors import AnchorScopeError, InputError, RunFailure
+from anchorscope.errors import AnchorScopeError, InputError, Interrupted, RunFailure
 from anchorscope.files import human_bytes
 from anchorscope.proof import SCORED
 
@@ -179,7 +180,7 @@ def capture_model(
         header["capture"].update(chat=chat, special_tokens=special_tokens)
         header["proof"] = known.to_json()
         total = len(ready) * len(wanted)
-        with DumpWriter(folder, header, overwrite=overwrite, resume=resume) as writer:
+        with DumpWriter(folder, header, overwrite=overwrite, resume=resume, continues=True) as writer:
             for prompt in ready:
                 left = [layer for layer in wanted if (prompt.name, layer) not in writer.done]
                 if not left and prompt.name in writer.proven:
@@ -229,6 +230,11 @@ def capture_model(
                 if (doubt := found.warning(prompt.name)) is not None:
                     tell(f"warning: {doubt}")
             return writer.finish()
+    except KeyboardInterrupt:
+        raise Interrupted(f"interrupted; {_kept(folder) or 'nothing was written'}") from None
+    except RunFailure as error:
+        kept = _kept(folder)
+        raise RunFailure(f"{error}; {kept}" if kept else str(error)) from None
     except AnchorScopeError:
         raise
     except Exception as error:  # the model's own code ran; what is ours is raised again below
@@ -238,6 +244,18 @@ def capture_model(
             what = next(iter(str(error).splitlines()), "")
             raise RunFailure(f"the model failed in its own code: {type(error).__name__}: {what}"[:400]) from error
         raise
+
+
+def _kept(folder: Path) -> str | None:
+    """What an unfinished capture leaves behind, in words."""
+    try:
+        manifest = read_manifest(folder)
+    except InputError:
+        return None
+    count = len(manifest["entries"])
+    if manifest.get("complete", True) or not count:
+        return None
+    return f"{folder} keeps {count} finished layers: give the same command again with --resume to continue"
 
 
 def prefill(model: PreTrainedModel, token_ids: Sequence[int], *, chunk: int | None = None) -> torch.Tensor | None:

@@ -195,8 +195,8 @@ class LayerWriter:
 class DumpWriter:
     """Writes a dump folder entry by entry; use it as a context manager and call `finish` at the end.
 
-    On an exception the folder is emptied again, unless the run was interrupted (KeyboardInterrupt): then the finished
-    layers stay, marked incomplete, for `resume`.
+    On an exception the folder is emptied again, unless the run was interrupted (KeyboardInterrupt) or, where the caller
+    `continues`, the disk failed: then the finished layers stay, marked incomplete, for `resume`.
 
     Args:
         path: the folder; created with its parents. It must be absent or empty, unless `overwrite` or `resume`.
@@ -204,6 +204,7 @@ class DumpWriter:
             `model`, `tokenizer`, and any settings. Resuming demands an equal header.
         overwrite: replace the dump that is there (never a folder that is not a dump).
         resume: continue an unfinished dump with the same header; whole layers are kept, everything else is redone.
+        continues: the caller offers `resume`, so a full disk is no reason to lose what is finished.
 
     Raises:
         InputError: the folder cannot be used, or another process is writing to it.
@@ -216,8 +217,10 @@ class DumpWriter:
         *,
         overwrite: bool = False,
         resume: bool = False,
+        continues: bool = False,
     ) -> None:
         self.path = Path(path)
+        self._continues = continues
         self._order = {prompt["name"]: index for index, prompt in enumerate(header["prompts"])}
         check_output(self.path, overwrite=overwrite, resume=resume)
         self._resumed = resume and (self.path / MANIFEST).exists()
@@ -238,9 +241,10 @@ class DumpWriter:
         try:
             if self._resumed:
                 self._take_over()
-            elif overwrite:
-                remove_dump_files(self.path)
+            old = _listed_files(self.path) if overwrite and not self._resumed else None
             self._flush()
+            if old is not None:  # behind the new manifest: whenever this stops, the folder is an unfinished dump
+                _remove_tensor_files(self.path, old)
         except BaseException:
             self._release()
             raise
@@ -339,11 +343,13 @@ class DumpWriter:
             return
         for stray in self.path.glob(f"*{PARTIAL}"):
             stray.unlink(missing_ok=True)
-        keep = bool(self._manifest["entries"]) and (self._resumed or not issubclass(kind or Exception, Exception))
-        if kind is not None and not keep:
+        stopped = kind is not None and not issubclass(kind, Exception)  # Ctrl-C
+        full = kind is not None and self._continues and issubclass(kind, RunFailure)
+        keep = kind is None or (bool(self._manifest["entries"]) and (self._resumed or stopped or full))
+        if not keep:
             remove_dump_files(self.path)
         self._release()
-        if kind is not None and not keep:
+        if not keep:
             for folder in self._made:  # the innermost first; stops at one that holds something else
                 with contextlib.suppress(OSError):
                     folder.rmdir()
@@ -569,18 +575,32 @@ def check_disk(path: Path, needed: int) -> None:
 
 
 def remove_dump_files(path: Path) -> None:
-    """Delete a dump's files, the manifest first, and nothing else in its folder."""
-    listed: list[Any] = []
-    with contextlib.suppress(DumpError):
-        listed = [e.get("file") for e in read_manifest(path)["entries"] if isinstance(e, dict)]
+    """Delete a dump's files, its manifest last, and nothing else in its folder.
+
+    Whenever this stops, the folder can be overwritten; the manifest should say before that the dump is unfinished.
+    """
+    _remove_tensor_files(path, _listed_files(path))
     (path / MANIFEST).unlink(missing_ok=True)
-    for name in listed:
-        with contextlib.suppress(DumpError):
-            if (file := plain_file(path, name)) is not None:
-                file.unlink()
-    for pattern in ("prompt*-layer*.safetensors", f"*{PARTIAL}"):
-        for file in path.glob(pattern):
-            file.unlink(missing_ok=True)
+
+
+def _listed_files(path: Path) -> list[Path]:
+    """The tensor files that a manifest, if there is a good one, lists."""
+    with contextlib.suppress(DumpError):
+        names = [e.get("file") for e in read_manifest(path)["entries"] if isinstance(e, dict)]
+        return [file for name in names if (file := _plain_or_none(path, name)) is not None]
+    return []
+
+
+def _plain_or_none(path: Path, name: object) -> Path | None:
+    with contextlib.suppress(DumpError):
+        return plain_file(path, name)
+    return None
+
+
+def _remove_tensor_files(path: Path, listed: Iterable[Path]) -> None:
+    found = [file for pattern in ("prompt*-layer*.safetensors", f"*{PARTIAL}") for file in path.glob(pattern)]
+    for file in (*listed, *found):
+        file.unlink(missing_ok=True)
 
 
 def _header(shapes: Mapping[str, tuple[int, int, int]], dtype: str, size: int) -> tuple[bytes, dict[str, int]]:

@@ -84,8 +84,8 @@ class RunFolder:
         """
         make_folder(path)
         with folder_lock(path):
-            state = self._begin(path, request, asked, disk=disk, overwrite=overwrite, resume=resume)
             try:
+                state = self._begin(path, request, asked, disk=disk, overwrite=overwrite, resume=resume)
                 yield Run(self, path, state)
             except KeyboardInterrupt:
                 raise Interrupted(self._kept(path)) from None
@@ -126,8 +126,7 @@ class RunFolder:
                 raise InputError(f"--out {path} holds {self._refusal(same, finished)}")
         else:
             self._check_disk(path, free, disk)
-        for stray in path.rglob(".*.tmp"):  # what a killed run was writing; nobody else writes here under our lock
-            stray.unlink(missing_ok=True)
+        remove_strays(path)
         write_atomic(path / self.state, (json.dumps(state, indent=2, allow_nan=False) + "\n").encode())
         (path / self.parts[0][0]).mkdir(exist_ok=True)
         return state
@@ -147,6 +146,8 @@ class RunFolder:
 
     def _kept(self, path: Path) -> str:
         """What an interrupted run leaves behind."""
+        if self.read(path) is None:
+            return "interrupted; nothing was written"
         if (path / self.report).exists():
             return f"interrupted, but {path} is complete"
         words, pattern = self.kept
@@ -244,6 +245,12 @@ class Run:
             RunFailure: it cannot be written.
         """
         write_atomic(self.path / self.folder.report, json_bytes(report))
+
+
+def remove_strays(path: Path) -> None:
+    """Remove what a killed run was writing, from a folder that is locked, so that nobody else is writing there."""
+    for stray in path.rglob(".*.tmp"):
+        stray.unlink(missing_ok=True)
 
 
 def make_folder(path: Path) -> Path:

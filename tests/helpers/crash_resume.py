@@ -124,8 +124,9 @@ def main() -> None:
         for what, count in struck.most_common():
             print(f"{count:5} {options.signal} struck {what}")
         kills = sum(count for what, count in struck.items() if not what.startswith("nothing"))
+        what = "kills" if options.signal == "KILL" else "interruptions"
         print(
-            f"{options.trials} trials of {command.name}, {kills} {options.signal} in time, all byte-identical,"
+            f"{options.trials} trials of {command.name}, {kills} {what} in time, all byte-identical,"
             f" {time.perf_counter() - begun:.0f} s",
             flush=True,
         )

@@ -1,0 +1,261 @@
+"""Every resumable command meets every accident, from one list: it goes on to the same bytes, or refuses."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from accidents import Killed, full_disk_at, killed_at
+from matplotlib.figure import Figure
+from resumable import COMMANDS, Command, Inputs, contents, still_clock
+
+from anchorscope.errors import DumpError, InputError, Interrupted, RunFailure
+from anchorscope.locks import LOCK, folder_lock
+
+FOLDERS = COMMANDS[1:]  # all but capture: their figures and diagnostics are asked for on top of what is measured
+DRAWING = ("plots.draw", "heads.figures", "compare.figures", "calibration.figures", "evaluation.figures")
+every = pytest.mark.parametrize("command", COMMANDS, ids=lambda c: c.name)
+every_folder = pytest.mark.parametrize("command", FOLDERS, ids=lambda c: c.name)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick() -> Iterator[None]:
+    """One thread, a still clock, and empty pictures, since drawing takes longest; `crash_resume.py` draws them."""
+
+    def savefig(figure: Figure, file: object, **_: object) -> None:
+        file.write(f"PNG of {figure.get_size_inches().tolist()}".encode())  # type: ignore[attr-defined]
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch, still_clock():
+        patch.setattr(Figure, "savefig", savefig)
+        for home in DRAWING:
+            module = importlib.import_module(f"anchorscope.{home}")
+            for name, function in list(vars(module).items()):
+                if getattr(function, "__annotations__", {}).get("return") == "Figure":
+                    patch.setattr(module, name, lambda *_, **__: Figure())
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    return Inputs.make(tmp_path_factory.mktemp("inputs"), 96)
+
+
+@pytest.fixture(scope="module")
+def whole(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory):
+    """What an uninterrupted run leaves, by command."""
+    made: dict[str, dict[str, bytes]] = {}
+
+    def find(command: Command) -> dict[str, bytes]:
+        if command.name not in made:
+            folder = tmp_path_factory.mktemp(command.name) / "o"
+            command.run(inputs, folder)
+            assert command.finished(folder)
+            made[command.name] = contents(folder)
+        return made[command.name]
+
+    return find
+
+
+@every
+def test_killed_before_every_change(command, inputs, whole, tmp_path):
+    want, step = whole(command), 0
+    while True:
+        step += 1
+        folder = tmp_path / str(step)
+        with contextlib.suppress(Killed), killed_at(step) as steps:
+            command.run(inputs, folder)
+        if steps.count < step:
+            break  # it lived
+        if command.finished(folder):
+            assert contents(folder) == want, f"killed at change {step}, it looks finished and is not"
+        else:
+            command.run(inputs, folder)
+        assert contents(folder) == want, f"killed at change {step}, it continues to something else"
+    assert step > 8
+
+
+@every
+def test_killed_while_it_replaces_another_run(command, inputs, whole, tmp_path):
+    command.run(inputs, tmp_path / "other", other=True)
+    want, other, step = whole(command), contents(tmp_path / "other"), 0
+    while True:
+        step += 3  # changes are many, and the first third of them are removals
+        folder = tmp_path / str(step)
+        folder.mkdir()
+        for name, data in other.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(data)
+        with contextlib.suppress(Killed), killed_at(step) as steps:
+            command.run(inputs, folder, overwrite=True)
+        if steps.count < step:
+            break
+        if command.finished(folder):
+            assert contents(folder) in (other, want), f"killed at change {step}, it looks finished and is not"
+        command.run(inputs, folder, overwrite=True)
+        assert contents(folder).keys() - want.keys() <= {n for n in other if n.startswith("analysis/")}
+        assert {n: x for n, x in contents(folder).items() if n in want} == want
+    assert step > 8
+
+
+@every
+def test_the_disk_is_full_at_every_write(command, inputs, whole, tmp_path):
+    want, write = whole(command), 0
+    with full_disk_at(3), pytest.raises(RunFailure, match=r"^[^\n]*([Nn]o space left|disk is full)[^\n]*$"):
+        command.run(inputs, tmp_path / "said")
+    while True:
+        write += 1
+        folder = tmp_path / str(write)
+        with full_disk_at(write) as count, contextlib.suppress(RunFailure):
+            command.run(inputs, folder)
+        if count[0] < write:
+            break
+        if command.finished(folder):
+            assert contents(folder) == want, f"full at write {write}, it looks finished and is not"
+        else:
+            command.run(inputs, folder)
+        assert contents(folder) == want, f"full at write {write}, it continues to something else"
+    assert write > 8
+
+
+@every
+def test_a_damaged_part_is_made_again(command, inputs, whole, tmp_path):
+    want = whole(command)
+    with killed_at(None) as steps:
+        command.run(inputs, tmp_path / "count")
+    with pytest.raises(Killed), killed_at(steps.count - 2):
+        command.run(inputs, tmp_path / "o")
+    parts = sorted((tmp_path / "o").glob(command.parts))
+    assert len(parts) > 1
+    parts[0].write_bytes(parts[0].read_bytes()[:-20])
+    kept = parts[1].stat().st_mtime_ns
+    command.run(inputs, tmp_path / "o")
+    assert contents(tmp_path / "o") == want
+    assert parts[1].stat().st_mtime_ns == kept, "a whole part was made again"
+
+
+@every
+def test_one_run_at_a_time(command, inputs, whole, tmp_path):
+    (tmp_path / "o").mkdir()
+    with folder_lock(tmp_path / "o"), pytest.raises(InputError, match="another run is writing"):
+        command.run(inputs, tmp_path / "o")
+    (tmp_path / "o" / LOCK).touch()  # what a killed process leaves behind is no lock
+    command.run(inputs, tmp_path / "o")
+    assert contents(tmp_path / "o") == whole(command)
+    with pytest.raises(InputError, match=r"finished|complete"):
+        command.run(inputs, tmp_path / "o")
+    assert contents(tmp_path / "o") == whole(command)
+
+
+@every
+def test_another_request_does_not_continue_it(command, inputs, whole, tmp_path):
+    with pytest.raises(Killed), killed_at(len(whole(command))):
+        command.run(inputs, tmp_path / "o")
+    before = contents(tmp_path / "o")
+    with pytest.raises(InputError, match=r"other settings.*--overwrite"):
+        command.run(inputs, tmp_path / "o", other=True)
+    assert contents(tmp_path / "o") == before
+    with pytest.raises(DumpError if command.name != "calibrate" else ValueError, match=r"unfinished"):
+        command.load(tmp_path / "o")
+
+
+@every
+def test_ctrl_c_says_what_is_kept(command, inputs, whole, tmp_path, monkeypatch):
+    real, parts = os.replace, []
+
+    def replace(source, target):
+        real(source, target)
+        parts.extend([target] if target in (tmp_path / "o").glob(command.parts) else [])
+        if len(parts) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace)
+        with pytest.raises(Interrupted, match=r"keeps \d+ .*give the same command again") as caught:
+            command.run(inputs, tmp_path / "o")
+    assert str(tmp_path / "o") in str(caught.value)
+    assert not list((tmp_path / "o").rglob("*.tmp"))
+    command.run(inputs, tmp_path / "o")
+    assert contents(tmp_path / "o") == whole(command)
+
+
+@every
+@pytest.mark.parametrize("error", [13, 30])
+def test_a_folder_that_must_not_be_written(command, inputs, tmp_path, monkeypatch, error):
+    (tmp_path / "o").mkdir()
+    real = os.open
+
+    def refuse(path, flags, *rest, **options):
+        if str(path).endswith(LOCK):
+            raise OSError(error, os.strerror(error))
+        return real(path, flags, *rest, **options)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(InputError, match="cannot write into"):
+        command.run(inputs, tmp_path / "o")
+    (tmp_path / "file").write_text("mine")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(InputError, match=r"is a file|cannot be created"):
+            command.run(inputs, path)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@every_folder
+def test_inside_its_own_dump_it_changes_nothing_of_it(command, inputs, whole):
+    before = {p.name: p.read_bytes() for p in inputs.dump.iterdir() if p.is_file()}
+    command.run(inputs, inputs.dump / command.name)
+    assert contents(inputs.dump / command.name) == whole(command)
+    assert {p.name: p.read_bytes() for p in inputs.dump.iterdir() if p.is_file()} == before
+    if command.name != "evaluate":  # which reads no dump
+        with pytest.raises(InputError, match="exists and is not"):
+            command.run(inputs, inputs.dump)
+    assert {p.name: p.read_bytes() for p in inputs.dump.iterdir() if p.is_file()} == before
+
+
+@every_folder
+def test_more_can_be_asked_of_a_finished_run(command, inputs, whole, tmp_path):
+    command.run(inputs, tmp_path / "o", figures=False)
+    assert not list((tmp_path / "o").rglob("*.png"))
+    kept = {p: p.stat().st_mtime_ns for p in (tmp_path / "o").glob(command.parts)}
+    with pytest.raises(InputError, match="finished"):
+        command.run(inputs, tmp_path / "o", figures=False)
+    command.run(inputs, tmp_path / "o")
+    assert contents(tmp_path / "o") == whole(command)
+    assert {p: p.stat().st_mtime_ns for p in kept} == kept, "something was measured again"
+    with pytest.raises(InputError, match="finished"):  # less is asked of it: it has all of that
+        command.run(inputs, tmp_path / "o", figures=False)
+
+
+@every_folder
+def test_the_last_command_says_what_is_made_of_an_unfinished_run(command, inputs, tmp_path):
+    with killed_at(None) as steps:
+        command.run(inputs, tmp_path / "bare", figures=False)
+    assert steps.count
+    with killed_at(None) as steps:
+        command.run(inputs, tmp_path / "count")
+    with pytest.raises(Killed), killed_at(steps.count - 3):
+        command.run(inputs, tmp_path / "o")
+    assert list((tmp_path / "o").rglob("*.png"))
+    command.run(inputs, tmp_path / "o", figures=False)
+    assert contents(tmp_path / "o") == contents(tmp_path / "bare")
+
+
+@every_folder
+def test_folders_of_the_version_before_are_read_and_completed(command, inputs, whole, tmp_path):
+    """Their state does not say what was asked for."""
+    command.run(inputs, tmp_path / "o")
+    for state in (tmp_path / "o" / "run.json", tmp_path / "o" / "analysis.json"):
+        if state.exists():
+            old = json.loads(state.read_text())
+            del old["asked"]
+            state.write_text(json.dumps(old))
+    command.load(tmp_path / "o")
+    command.run(inputs, tmp_path / "o")
+    assert contents(tmp_path / "o") == whole(command)
