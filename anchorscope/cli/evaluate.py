@@ -208,7 +208,7 @@ def _print_prompts(console: Any, prompts: list[dict[str, Any]], chunk: int | Non
     for r in prompts:
         low, high = (_signed(100 * (x - 1)) for x in r["intervals"]["perplexity_ratio"])
         table.add_row(
-            _short(r["prompt"], 10),
+            _short(r["prompt"], 6),
             _short(r["arm"], 10),
             str(r["length"]),
             _share(r["density"]),
