@@ -6,7 +6,9 @@ import contextlib
 import importlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -64,6 +66,11 @@ def whole(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory):
     return find
 
 
+def settled(folder: Path) -> dict[str, bytes]:
+    """Files but what was being written, which no reader looks at."""
+    return {name: data for name, data in contents(folder).items() if not name.endswith((".tmp", ".partial"))}
+
+
 @every
 def test_killed_before_every_change(command, inputs, whole, tmp_path):
     want, step = whole(command), 0
@@ -87,7 +94,7 @@ def test_killed_while_it_replaces_another_run(command, inputs, whole, tmp_path):
     command.run(inputs, tmp_path / "other", other=True)
     want, other, step = whole(command), contents(tmp_path / "other"), 0
     while True:
-        step += 3  # changes are many, and the first third of them are removals
+        step += 1
         folder = tmp_path / str(step)
         folder.mkdir()
         for name, data in other.items():
@@ -98,7 +105,7 @@ def test_killed_while_it_replaces_another_run(command, inputs, whole, tmp_path):
         if steps.count < step:
             break
         if command.finished(folder):
-            assert contents(folder) in (other, want), f"killed at change {step}, it looks finished and is not"
+            assert settled(folder) in (other, want), f"killed at change {step}, it looks finished and is not"
         command.run(inputs, folder, overwrite=True)
         assert contents(folder).keys() - want.keys() <= {n for n in other if n.startswith("analysis/")}
         assert {n: x for n, x in contents(folder).items() if n in want} == want
@@ -231,6 +238,25 @@ def test_more_can_be_asked_of_a_finished_run(command, inputs, whole, tmp_path):
     assert {p: p.stat().st_mtime_ns for p in kept} == kept, "something was measured again"
     with pytest.raises(InputError, match="finished"):  # less is asked of it: it has all of that
         command.run(inputs, tmp_path / "o", figures=False)
+
+
+@every_folder
+def test_killed_while_more_is_made(command, inputs, whole, tmp_path):
+    command.run(inputs, tmp_path / "bare", figures=False)
+    bare, want, step = contents(tmp_path / "bare"), whole(command), 0
+    while True:
+        step += 1
+        folder = shutil.copytree(tmp_path / "bare", tmp_path / str(step))
+        with contextlib.suppress(Killed), killed_at(step) as steps:
+            command.run(inputs, folder)
+        if steps.count < step:
+            break
+        if command.finished(folder):
+            assert settled(folder) in (bare, want), f"killed at change {step}, it looks finished and is not"
+        if contents(folder) != want:
+            command.run(inputs, folder)
+        assert contents(folder) == want, f"killed at change {step}, it continues to something else"
+    assert step > 4
 
 
 @every_folder
