@@ -29,6 +29,7 @@ from anchorscope.cli.report import report
 from anchorscope.errors import AnchorScopeError
 from anchorscope.files import visible
 
+AGAIN = 0.05  # seconds until an interruption that Python dropped is raised again
 INTERRUPTED = "interrupted; nothing unfinished looks complete"
 
 
@@ -135,20 +136,38 @@ def _run(argv: Sequence[str] | None, received: Sequence[int]) -> int:
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Let SIGTERM end a command as Ctrl-C does, parts kept and temporary files removed; the signals that came."""
+    """Let SIGTERM end a command as Ctrl-C does, parts kept and temporary files removed; the signals that came.
+
+    Python drops an exception that a signal raises within a finalizer, and goes on. Then it is raised again a moment
+    later, by an alarm.
+    """
     received: list[int] = []
-
-    def stop(number: int, _: FrameType | None) -> None:
-        received.append(number)
-        raise KeyboardInterrupt
-
     if threading.current_thread() is not threading.main_thread():
         yield received
         return
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    alarm = getattr(signal, "SIGALRM", None)  # not on Windows
+    hook = sys.unraisablehook
+
+    def stop(number: int, _: FrameType | None) -> None:
+        if number != alarm:
+            received.append(number)
+        raise KeyboardInterrupt
+
+    def dropped(event: Any) -> None:
+        if alarm is not None and received and issubclass(event.exc_type, KeyboardInterrupt):
+            signal.setitimer(signal.ITIMER_REAL, AGAIN)
+        else:
+            hook(event)
+
+    numbers = [signal.SIGINT, signal.SIGTERM] + ([] if alarm is None else [alarm])
+    before = {number: signal.signal(number, stop) for number in numbers}
+    sys.unraisablehook = dropped
     try:
         yield received
     finally:
+        if alarm is not None:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, handler)
 

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -169,6 +170,35 @@ def test_signals_end_a_command_with_what_is_kept(dump, tmp_path, monkeypatch, ca
     assert threading.active_count() == threads
     assert not (tmp_path / "o" / "report.json").exists()
     assert main(["analyze", str(dump), "--out", str(tmp_path / "o"), *COMMAND]) == 0
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_an_interruption_within_a_finalizer_is_not_lost(dump, tmp_path, monkeypatch, capsys):
+    """Python drops what is raised there; matplotlib's figures leave through many finalizers."""
+    import anchorscope.analysis.run as run_module
+
+    class Leaving:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+
+    went_on = []
+
+    def finish(*_):
+        Leaving()
+        went_on.append(True)
+        for _ in range(1000):  # until the second time; it takes a twentieth of a second
+            time.sleep(0.01)
+        raise AssertionError("the interruption was lost")
+
+    hook = sys.unraisablehook
+    monkeypatch.setattr(run_module, "_finish", finish)
+    assert main(["analyze", str(dump), "--out", str(tmp_path / "o"), *COMMAND]) == 130
+    assert went_on
+    err = capsys.readouterr().err
+    assert "keeps 2 measured heads" in err
+    assert "Traceback" not in err
+    assert sys.unraisablehook is hook
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
