@@ -21,6 +21,8 @@ from pathlib import Path
 import torch
 from resumable import COMMANDS, Command, Inputs, contents, still_clock
 
+from anchorscope.cli.app import _signals
+
 KILLS = 3  # at most, before the last process of a trial is left alone
 INTERRUPTED = 130
 
@@ -30,14 +32,16 @@ def start(command: Command, inputs: Inputs, folder: Path) -> int:
     pid = os.fork()
     if pid:
         return pid
-    code = 1
+    code, received = 1, []
     try:
-        command.run(inputs, folder)
+        with _signals() as received:  # as the program does, since libraries drop interruptions or choke on them
+            command.run(inputs, folder)
         code = 0
-    except KeyboardInterrupt:
-        code = INTERRUPTED
     except BaseException as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        if received:
+            code = INTERRUPTED
+        else:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
     finally:
         sys.stderr.flush()
         os._exit(code)
