@@ -12,14 +12,16 @@ def moved(module: str, homes: Mapping[str, str]) -> Callable[[str], object]:
 
     Args:
         module: its `__name__`.
-        homes: name -> the module that has it now.
+        homes: name -> the module that has it now, or `module:name` if the name changed too.
     """
 
     def find(name: str) -> object:
         if name not in homes:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
-        text = f"{module}.{name} moved to {homes[name]}; the old place goes with the next release"
+        home, _, new_name = homes[name].partition(":")
+        place = f"{home}.{new_name}" if new_name else home
+        text = f"{module}.{name} moved to {place}; the old place goes with the next release"
         warnings.warn(text, DeprecationWarning, stacklevel=2)
-        return getattr(importlib.import_module(homes[name]), name)
+        return getattr(importlib.import_module(home), new_name or name)
 
     return find

@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple, get_args
 import numpy as np
 
 from anchorscope.calibration.costs import Price
-from anchorscope.calibration.curves import Head, HeadCurves, Statistic
+from anchorscope.calibration.curves import HeadCurves, HeadIndex, Statistic
 from anchorscope.errors import InputError
 from anchorscope.params import AnchorParams
 
@@ -36,7 +36,7 @@ class Setting(NamedTuple):
     theta: float | None
 
 
-Choice = dict[Head, Setting]
+Choice = dict[HeadIndex, Setting]
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +75,7 @@ class Menu:
     """
 
     params: AnchorParams
-    heads: tuple[Head, ...]
+    heads: tuple[HeadIndex, ...]
     value: np.ndarray
     cost: np.ndarray
     picks: Callable[[int], np.ndarray]
@@ -119,7 +119,7 @@ class Problem:
         dense_above: density from which on a head runs dense.
     """
 
-    curves: Mapping[AnchorParams, Mapping[Head, HeadCurves]]
+    curves: Mapping[AnchorParams, Mapping[HeadIndex, HeadCurves]]
     rows: Sequence[int]
     statistic: Statistic
     price: Price
@@ -127,17 +127,17 @@ class Problem:
     _ladders: dict[By, list[Ladder]] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
-    def heads(self) -> tuple[Head, ...]:
+    def heads(self) -> tuple[HeadIndex, ...]:
         """All heads, by layer."""
         return tuple(sorted(next(iter(self.curves.values()))))
 
     @cached_property
-    def layers(self) -> dict[int, tuple[Head, ...]]:
+    def layers(self) -> dict[int, tuple[HeadIndex, ...]]:
         """The heads of each layer."""
         return {layer: tuple(h for h in self.heads if h[0] == layer) for layer in sorted({h[0] for h in self.heads})}
 
     @cached_property
-    def points(self) -> dict[AnchorParams, dict[Head, Points]]:
+    def points(self) -> dict[AnchorParams, dict[HeadIndex, Points]]:
         """The points of every head with every kind of group."""
         return {params: {head: self._points(c) for head, c in heads.items()} for params, heads in self.curves.items()}
 
@@ -169,7 +169,7 @@ class Problem:
         """The settings behind one entry of a menu."""
         return self.settings(dict.fromkeys(menu.heads, menu.params), menu, index)
 
-    def settings(self, groups: Mapping[Head, AnchorParams], menu: Menu, index: int) -> Choice:
+    def settings(self, groups: Mapping[HeadIndex, AnchorParams], menu: Menu, index: int) -> Choice:
         """The settings behind one entry of a menu whose heads have the kinds of groups given."""
         found: Choice = {}
         for (head, params), pick in zip(groups.items(), menu.picks(index).tolist(), strict=True):
@@ -270,7 +270,7 @@ def hull(cost: np.ndarray, value: np.ndarray) -> np.ndarray:
     return np.array(corners)
 
 
-def shared_menu(params: AnchorParams, points: Mapping[Head, Points]) -> Menu:
+def shared_menu(params: AnchorParams, points: Mapping[HeadIndex, Points]) -> Menu:
     """One theta for all heads: an entry per theta at which any of them changes. Heads may differ in kind of group."""
     heads = tuple(points)
     # Curves of one grid start at the same theta, so every head has a point at or below each of these.
@@ -281,7 +281,7 @@ def shared_menu(params: AnchorParams, points: Mapping[Head, Points]) -> Menu:
     return Menu(params, heads, value, cost, lambda k: at[:, k], thetas)
 
 
-def equal_slope_menu(params: AnchorParams, points: Mapping[Head, Points]) -> Menu:
+def equal_slope_menu(params: AnchorParams, points: Mapping[HeadIndex, Points]) -> Menu:
     """Each head its own theta: the best value for each cost, where all heads stand at the same slope."""
     heads = tuple(points)
     corners = [p.corners for p in points.values()]
@@ -307,7 +307,7 @@ def equal_slope_menu(params: AnchorParams, points: Mapping[Head, Points]) -> Men
     return Menu(params, heads, total("value", gain), total("cost", extra), picks, own)
 
 
-def one_theta(problem: Problem, groups: Mapping[Head, AnchorParams], budget: float) -> tuple[float, Choice] | None:
+def one_theta(problem: Problem, groups: Mapping[HeadIndex, AnchorParams], budget: float) -> tuple[float, Choice] | None:
     """One theta for all heads, the largest whose mean cost stays within the budget; None if none does.
 
     The same kinds of groups per head as given; no head falls back to dense unless its `Problem` says so.
@@ -324,12 +324,14 @@ def one_theta(problem: Problem, groups: Mapping[Head, AnchorParams], budget: flo
 # ----------------------------------------------------------------------------------------------------------------
 
 
-def _units(problem: Problem, by: By) -> list[tuple[Head, ...]]:
+def _units(problem: Problem, by: By) -> list[tuple[HeadIndex, ...]]:
     """Heads that share a kind of group, and with "layer" and "model" a theta."""
     return [problem.heads] if by == "model" else list(problem.layers.values())
 
 
-def _least(problem: Problem, params: AnchorParams, heads: tuple[Head, ...], target: float, by: By) -> tuple[Menu, int]:
+def _least(
+    problem: Problem, params: AnchorParams, heads: tuple[HeadIndex, ...], target: float, by: By
+) -> tuple[Menu, int]:
     """The cheapest entry of one kind of group that reaches the target."""
     points = {h: problem.points[params][h] for h in heads}
     if by == "head":
@@ -342,7 +344,7 @@ def _least(problem: Problem, params: AnchorParams, heads: tuple[Head, ...], targ
     return menu, int(reached[0]) if reached.size else len(menu.value) - 1
 
 
-def _ladder_of_one(problem: Problem, params: AnchorParams, head: Head) -> Ladder:
+def _ladder_of_one(problem: Problem, params: AnchorParams, head: HeadIndex) -> Ladder:
     points = problem.points[params][head]
     at = points.corners
     menu = Menu(

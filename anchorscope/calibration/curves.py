@@ -16,12 +16,14 @@ from typing import Literal, get_args
 import numpy as np
 
 from anchorscope.errors import InputError
+from anchorscope.moved import moved
 from anchorscope.params import AnchorParams
 from anchorscope.profiles import HeadProfile
 
 Statistic = Literal["mean", "p05", "last"]
 STATISTICS: tuple[str, ...] = get_args(Statistic)
-Head = tuple[int, int]  # layer, query head
+HeadIndex = tuple[int, int]  # layer, query head
+__getattr__ = moved(__name__, {"Head": "anchorscope.calibration.curves:HeadIndex"})
 
 
 @dataclass(frozen=True, eq=False)

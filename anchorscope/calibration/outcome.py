@@ -11,7 +11,7 @@ import numpy as np
 
 from anchorscope.calibration.choose import By, Choice, Problem, one_theta, reach, spend
 from anchorscope.calibration.costs import Price, by_density
-from anchorscope.calibration.curves import Head, HeadCurves, Statistic
+from anchorscope.calibration.curves import HeadCurves, HeadIndex, Statistic
 from anchorscope.calibration.sources import group_name
 from anchorscope.errors import InputError
 from anchorscope.params import AnchorParams
@@ -22,7 +22,7 @@ BUDGETS = 24  # points of the curves over total density
 TARGETS = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.875, 0.9, 0.925, 0.94, 0.95, 0.96, 0.97, 0.98, 0.985, 0.99, 0.995, 0.999)
 _EXACT = 1e-9  # rounding of a mean over prompts
 
-Curves = Mapping[AnchorParams, Mapping[Head, HeadCurves]]
+Curves = Mapping[AnchorParams, Mapping[HeadIndex, HeadCurves]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +34,7 @@ class Outcome:
         recall, density, p05, last: (H, P) float64 on each prompt.
     """
 
-    heads: tuple[Head, ...]
+    heads: tuple[HeadIndex, ...]
     recall: np.ndarray
     density: np.ndarray
     p05: np.ndarray

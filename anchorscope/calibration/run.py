@@ -21,7 +21,7 @@ from anchorscope.analysis.run import analyze, plan_analysis
 from anchorscope.anchors import AnchorConfig, LayerAnchors
 from anchorscope.calibration.choose import BY, By, Choice, Problem, reach, spend
 from anchorscope.calibration.costs import Costs, by_density, costs_json
-from anchorscope.calibration.curves import STATISTICS, Head, HeadCurves, PromptCurve, Statistic, common_grid
+from anchorscope.calibration.curves import STATISTICS, HeadCurves, HeadIndex, PromptCurve, Statistic, common_grid
 from anchorscope.calibration.outcome import Outcome, against_one_theta, gain, lengths, promise, relative_time
 from anchorscope.calibration.sources import (
     Measured,
@@ -37,11 +37,11 @@ from anchorscope.calibration.tables import COLUMNS, head_rows, layer_rows, table
 from anchorscope.errors import InputError
 from anchorscope.files import csv_text, write_atomic
 from anchorscope.params import AnchorParams
+from anchorscope.parse import describe_indices, parse_thetas
 from anchorscope.runs.environment import versions
 from anchorscope.runs.folder import RunFolder
 from anchorscope.runs.jobs import Progress, ProgressCallback, check_beside_plan
 from anchorscope.runs.values import jsonable
-from anchorscope.selection import describe_indices, parse_thetas
 
 ANCHORS = "anchors.json"
 REPORT = "calibration.json"
@@ -418,9 +418,9 @@ def _measure(path: Path, plan: Plan, overwrite: bool, report: ProgressCallback) 
     return measured
 
 
-def _gather(sources: Sources, measured: Measured) -> dict[AnchorParams, dict[Head, HeadCurves]]:
+def _gather(sources: Sources, measured: Measured) -> dict[AnchorParams, dict[HeadIndex, HeadCurves]]:
     """Curves per kind of group and head, on the thetas common to all."""
-    wanted: dict[tuple[AnchorParams, Head], list[PromptCurve]] = {
+    wanted: dict[tuple[AnchorParams, HeadIndex], list[PromptCurve]] = {
         (params, head): [measured[p, params, head] for p in sources.prompts]
         for params in sources.groups
         for head in sources.heads
@@ -437,7 +437,7 @@ def _gather(sources: Sources, measured: Measured) -> dict[AnchorParams, dict[Hea
 
 
 def _calibrate(
-    plan: Plan, curves: dict[AnchorParams, dict[Head, HeadCurves]], started: str
+    plan: Plan, curves: dict[AnchorParams, dict[HeadIndex, HeadCurves]], started: str
 ) -> tuple[AnchorConfig, dict[str, Any], list[dict[str, Any]]]:
     """Choose, evaluate, and write it all down as JSON values."""
     s, sources = plan.settings, plan.sources
@@ -491,7 +491,7 @@ def _calibrate(
     return _config(sources, choice, report), report, rows
 
 
-def _grid_warnings(statistic: Statistic, curves: dict[AnchorParams, dict[Head, HeadCurves]]) -> list[str]:
+def _grid_warnings(statistic: Statistic, curves: dict[AnchorParams, dict[HeadIndex, HeadCurves]]) -> list[str]:
     finest = max(int(np.isfinite(c.theta).sum()) for heads in curves.values() for c in heads.values())
     if statistic == "mean" or finest >= FEW:
         return []

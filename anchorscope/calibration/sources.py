@@ -12,11 +12,11 @@ from typing import Any
 from anchorscope.analysis.run import STATE as ANALYSIS_STATE
 from anchorscope.analysis.run import iter_profiles, load_report
 from anchorscope.anchors import IDENTITY, SHAPE
-from anchorscope.calibration.curves import Head, PromptCurve, Statistic
+from anchorscope.calibration.curves import HeadIndex, PromptCurve, Statistic
 from anchorscope.dumps import MANIFEST, Dump, open_dump
 from anchorscope.errors import DumpError, InputError
 from anchorscope.params import AnchorParams
-from anchorscope.selection import describe_indices, parse_indices
+from anchorscope.parse import describe_indices, parse_indices
 
 DEFAULT_GROUPS = (AnchorParams(64, 8), AnchorParams(128, 4), AnchorParams(128, 16))
 
@@ -40,7 +40,7 @@ class Prompt:
     token_ids: tuple[int, ...] | None = field(default=None, repr=False, compare=False)
 
 
-Measured = dict[tuple[Prompt, AnchorParams, Head], PromptCurve]
+Measured = dict[tuple[Prompt, AnchorParams, HeadIndex], PromptCurve]
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Sources:
     identity: tuple[str, ...]
     model: Mapping[str, Any] | None
     prompts: tuple[Prompt, ...]
-    heads: tuple[Head, ...]
+    heads: tuple[HeadIndex, ...]
     windowed: tuple[int, ...]
     groups: tuple[AnchorParams, ...]
     measured: Measured = field(repr=False)
@@ -160,7 +160,7 @@ def open_sources(
 
     own = {(d.identity, e.prompt): d for _, d in dumps for e in d.entries}
     windowed |= {e.layer for _, d in dumps for e in d.entries if e.window is not None}
-    covered: dict[Prompt, set[Head]] = {p: set() for p in prompts.values()}
+    covered: dict[Prompt, set[HeadIndex]] = {p: set() for p in prompts.values()}
     for prompt, _, head in measured:
         covered[prompt].add(head)
     for _, dump in dumps:
@@ -184,7 +184,7 @@ def open_sources(
 
 def read_curves(
     folder: Path, prompts: Mapping[tuple[str, str], Prompt], statistic: Statistic
-) -> Iterator[tuple[tuple[Prompt, AnchorParams, Head], PromptCurve, int | None]]:
+) -> Iterator[tuple[tuple[Prompt, AnchorParams, HeadIndex], PromptCurve, int | None]]:
     """Every profile of an analysis: its key, its curve, its sliding window.
 
     Raises:
@@ -315,8 +315,8 @@ def _one_model(facts: Sequence[tuple[Path, Any]]) -> Mapping[str, Any] | None:
 
 
 def _heads(
-    covered: Mapping[Prompt, set[Head]], layers: Sequence[int] | str | None, windowed: Iterable[int]
-) -> tuple[Head, ...]:
+    covered: Mapping[Prompt, set[HeadIndex]], layers: Sequence[int] | str | None, windowed: Iterable[int]
+) -> tuple[HeadIndex, ...]:
     """The heads to calibrate, which every prompt must have."""
     every = sorted(set().union(*covered.values()))
     known = sorted({layer for layer, _ in every})
@@ -363,7 +363,7 @@ def _groups(
 
 
 def _check_measured(
-    measured: Measured, alone: Sequence[Prompt], groups: Sequence[AnchorParams], heads: Sequence[Head]
+    measured: Measured, alone: Sequence[Prompt], groups: Sequence[AnchorParams], heads: Sequence[HeadIndex]
 ) -> None:
     for prompt in alone:
         for params in groups:
@@ -381,7 +381,7 @@ def _runs(
     prompts: Mapping[tuple[str, str], Prompt],
     groups: Sequence[AnchorParams],
     measured: Measured,
-    heads: Sequence[Head],
+    heads: Sequence[HeadIndex],
 ) -> tuple[Run, ...]:
     runs = []
     taken: set[str] = set()

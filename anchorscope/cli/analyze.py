@@ -53,7 +53,7 @@ def analyze(
     Writes heads.csv, curves.csv, report.json, profile/, figures/ and heads/ into OUT. Interrupted runs continue when
     the same command is given again.
     """
-    from anchorscope.selection import parse_thetas
+    from anchorscope.parse import parse_thetas
 
     if overwrite and resume:
         raise InputError("--overwrite and --resume contradict each other: give one of them")

@@ -69,7 +69,7 @@ def bench(
 
     No speed-up is printed unless the pipeline equals dense attention at theta = inf.
     """
-    from anchorscope.selection import parse_indices, parse_thetas
+    from anchorscope.parse import parse_indices, parse_thetas
 
     sizes = None if lengths is None else parse_lengths(lengths)
     thetas = None if theta is None else parse_thetas(theta)

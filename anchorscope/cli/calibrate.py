@@ -74,7 +74,7 @@ def calibrate(
     """
     # Before anything heavy or slow: a misspelt option should not wait for it.
     from anchorscope.calibration.sources import parse_groups
-    from anchorscope.selection import parse_thetas
+    from anchorscope.parse import parse_thetas
 
     kinds = None if groups is None else parse_groups(groups)
     thetas = None if theta is None else parse_thetas(theta)

@@ -176,7 +176,7 @@ def _indices(text: str, option: str) -> tuple[int, ...] | None:
     """Indices as the user wrote them, None for all; the model is not loaded yet, so only the form is checked."""
     if text.strip() == "all":
         return None
-    from anchorscope.selection import parse_indices
+    from anchorscope.parse import parse_indices
 
     largest = max((int(digits) for digits in re.findall(r"\d{1,6}", text)), default=0)
     return parse_indices(text, option, range(largest + 1))

@@ -72,7 +72,7 @@ def chosen(source: Dump, layers: str, heads: str, prompts: str) -> dict[str, Any
     Raises:
         InputError: malformed lists, or indices that the dump lacks.
     """
-    from anchorscope.selection import parse_indices
+    from anchorscope.parse import parse_indices
 
     every_layer = [e.layer for e in source.entries]
     every_head = [h for e in source.entries for h in e.query_heads]

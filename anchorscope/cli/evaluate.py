@@ -150,7 +150,7 @@ def evaluate(
 def _arms(configs: list[Path], names: list[str], theta: str | None) -> dict[str, AnchorConfig | float]:
     """The sparse arms by name."""
     from anchorscope.anchors import AnchorConfig
-    from anchorscope.selection import parse_thetas
+    from anchorscope.parse import parse_thetas
 
     if bool(configs) == (theta is not None):
         raise InputError("give either --config anchors.json or --theta T" + (", not both" if configs else ""))

@@ -46,7 +46,7 @@ def heads(
     """
     # Before anything heavy or slow: a misspelt option should not wait for it.
     from anchorscope.params import AnchorParams
-    from anchorscope.selection import parse_thetas
+    from anchorscope.parse import parse_thetas
 
     thetas = parse_thetas(theta)
     if len(thetas) != 1:

@@ -103,7 +103,7 @@ def _show(result: Verification) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    from anchorscope.selection import describe_indices
+    from anchorscope.parse import describe_indices
 
     dump, console = result.dump, stdout_console()
     model = dump.model or {}

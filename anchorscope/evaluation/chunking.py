@@ -11,7 +11,7 @@ from anchorscope.capture.chunking import SHORT, Prefill, check_chunks, check_siz
 from anchorscope.errors import InputError
 from anchorscope.evaluation.lanes import Arm, group_multiple, spans
 from anchorscope.evaluation.tasks import Sample
-from anchorscope.selection import describe_indices
+from anchorscope.parse import describe_indices
 
 CHUNK = 2048
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from anchorscope.heads.diagnostics import HeadDiagnostics, classify, diagnose_head
 from anchorscope.heads.run import Diagnosis, diagnose, load_diagnosis, plan_heads
-from anchorscope.heads.stripes import Stripes, head_stripes, overlap
+from anchorscope.heads.stripes import HeadStripes, head_stripes, overlap
 from anchorscope.heads.tables import HeadRow
+from anchorscope.moved import moved
 
 __all__ = [
     "Diagnosis",
     "HeadDiagnostics",
     "HeadRow",
-    "Stripes",
+    "HeadStripes",
     "classify",
     "diagnose",
     "diagnose_head",
@@ -20,3 +21,5 @@ __all__ = [
     "overlap",
     "plan_heads",
 ]
+
+__getattr__ = moved(__name__, {"Stripes": "anchorscope.heads.stripes:HeadStripes"})

@@ -24,7 +24,7 @@ from anchorscope.errors import DumpError, InputError
 from anchorscope.files import again_remark, csv_text, human_bytes, member, read_part, write_atomic, write_part
 from anchorscope.heads import diagnostics
 from anchorscope.heads.diagnostics import HeadDiagnostics, diagnose_head
-from anchorscope.heads.stripes import Stripes, head_stripes, overlap
+from anchorscope.heads.stripes import HeadStripes, head_stripes, overlap
 from anchorscope.heads.tables import (
     COLUMNS,
     ROW_SHAPE,
@@ -463,7 +463,7 @@ def _measure(path: Path, plan: Plan, report: ProgressCallback, notify: Callable[
     total = sum(j.work for before, task, _ in steps for j in (before.jobs if before else []) + task.jobs)
     done = 0
     report(Progress("heads", 0, total))
-    selections: dict[int, Stripes] = {}
+    selections: dict[int, HeadStripes] = {}
     at_hand: Entry | None = None
     for before, task, layer in steps:
         if before is not None:
@@ -486,10 +486,10 @@ def _measure(path: Path, plan: Plan, report: ProgressCallback, notify: Callable[
 
 def _run(
     plan: Plan, task: _Task, report: ProgressCallback, done: int, total: int
-) -> tuple[dict[int, HeadDiagnostics], dict[int, Stripes]]:
+) -> tuple[dict[int, HeadDiagnostics], dict[int, HeadStripes]]:
     """Diagnostics and stripes by head."""
     found: dict[int, HeadDiagnostics] = {}
-    selections: dict[int, Stripes] = {}
+    selections: dict[int, HeadStripes] = {}
 
     def measure(job: Job, tensors: LayerTensors, stop: threading.Event) -> None:
         if stop.is_set():
@@ -519,8 +519,8 @@ def _row(
     layer: Layer,
     head: int,
     found: HeadDiagnostics,
-    selections: dict[int, Stripes],
-    previous: dict[int, Stripes],
+    selections: dict[int, HeadStripes],
+    previous: dict[int, HeadStripes],
 ) -> HeadRow:
     entry, mine = layer.entry, selections[head]
     owner = _kv_head(entry, head)
@@ -558,7 +558,7 @@ def _row(
     )
 
 
-def _stripe_tokens(stripes: Stripes, far_mass: np.ndarray) -> tuple[tuple[int, float, int, int], ...]:
+def _stripe_tokens(stripes: HeadStripes, far_mass: np.ndarray) -> tuple[tuple[int, float, int, int], ...]:
     """The stripes that later queries attend to most, see `HeadRow.stripe_tokens`."""
     selected, candidate = stripes.chosen()
     columns = np.flatnonzero((selected > 0) & (far_mass > 0))

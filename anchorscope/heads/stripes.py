@@ -9,12 +9,15 @@ import torch
 
 from anchorscope.methods import Head
 from anchorscope.methods.margins import column_margins
+from anchorscope.moved import moved
 from anchorscope.params import AnchorParams, candidate_range
 from anchorscope.runs.environment import full_precision
 
+__getattr__ = moved(__name__, {"Stripes": "anchorscope.heads.stripes:HeadStripes"})
+
 
 @dataclass(frozen=True)
-class Stripes:
+class HeadStripes:
     """The stripes of one head at one theta.
 
     Attributes:
@@ -47,7 +50,7 @@ class Stripes:
         return float(selected.sum() / candidate.sum()) if candidate.any() else float("nan")
 
 
-def head_stripes(head: Head, params: AnchorParams, theta: float) -> Stripes:
+def head_stripes(head: Head, params: AnchorParams, theta: float) -> HeadStripes:
     """The stripes of one head: columns whose margin is at most theta (nats), per group (docs/method.md)."""
     with torch.inference_mode(), full_precision():
         margins = column_margins(
@@ -63,10 +66,10 @@ def head_stripes(head: Head, params: AnchorParams, theta: float) -> Stripes:
     ranges = [candidate_range(g, params) for g in groups]
     start = np.array([max(a, head.low(g * params.group)) for g, (a, _) in zip(groups, ranges, strict=True)])
     stop = np.maximum([b for _, b in ranges], start)
-    return Stripes(np.packbits(selected, axis=1), start, stop, head.n)
+    return HeadStripes(np.packbits(selected, axis=1), start, stop, head.n)
 
 
-def overlap(a: Stripes, b: Stripes, *, shift: int = 0) -> float:
+def overlap(a: HeadStripes, b: HeadStripes, *, shift: int = 0) -> float:
     """Jaccard overlap of two selections, pooled over groups: |both| / |either|, NaN where neither selects anything.
 
     Only columns that are visible candidates on both sides count, so that a column cannot be missing for being local, or

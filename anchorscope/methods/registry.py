@@ -213,7 +213,7 @@ def _parse(text: str, known: dict[str, type[Method]]) -> dict[str, dict[str, lis
 
 
 def _values(text: str, label: str) -> list[float]:
-    from anchorscope.selection import parse_thetas
+    from anchorscope.parse import parse_thetas
 
     values: list[float] = []
     for item in text.split("/"):

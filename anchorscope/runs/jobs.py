@@ -15,9 +15,9 @@ from anchorscope.devices import is_out_of_memory
 from anchorscope.dumps import Dump, Entry, LayerTensors
 from anchorscope.errors import InputError, RunFailure
 from anchorscope.params import visible_pairs
+from anchorscope.parse import describe_indices
 from anchorscope.profiles import profile_filename
 from anchorscope.runs.environment import full_precision
-from anchorscope.selection import describe_indices
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,7 @@ def test_who_knows_transformers_and_who_no_torch():
             "report",
             "profiles.py",
             "params.py",
-            "selection.py",
+            "parse.py",
             "errors.py",
             "anchors.py",
             "proof.py",
@@ -152,13 +152,18 @@ def test_lazy_names_resolve():
 @pytest.mark.parametrize(
     ("module", "name", "home"),
     [
-        ("anchorscope.report", "draw_all", "anchorscope.plots.draw"),
-        ("anchorscope.kernels.profile", "dense_lse", "anchorscope.kernels.dense_lse"),
+        ("anchorscope.report", "draw_all", "anchorscope.plots.draw.draw_all"),
+        ("anchorscope.kernels.profile", "dense_lse", "anchorscope.kernels.dense_lse.dense_lse"),
+        ("anchorscope.selection", "parse_thetas", "anchorscope.parse.parse_thetas"),
+        ("anchorscope.heads", "Stripes", "anchorscope.heads.stripes.HeadStripes"),
+        ("anchorscope.heads.stripes", "Stripes", "anchorscope.heads.stripes.HeadStripes"),
+        ("anchorscope.calibration.curves", "Head", "anchorscope.calibration.curves.HeadIndex"),
     ],
 )
 def test_names_that_moved_still_work(module, name, home):
     old = importlib.import_module(module)
+    home, new_name = home.rsplit(".", 1)
     with pytest.warns(DeprecationWarning, match=home):
-        assert getattr(old, name) is getattr(importlib.import_module(home), name)
+        assert getattr(old, name) is getattr(importlib.import_module(home), new_name)
     with pytest.raises(AttributeError, match="nonsense"):
         _ = old.nonsense

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from anchorscope.errors import InputError
-from anchorscope.selection import describe_indices, parse_indices, parse_thetas
+from anchorscope.parse import describe_indices, parse_indices, parse_thetas
 
 
 @pytest.mark.parametrize(
