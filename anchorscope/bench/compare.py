@@ -102,13 +102,12 @@ def compare(new: dict[str, Any], old: dict[str, Any]) -> tuple[list[Ratio], list
     machine = [", ".join(str(x["hardware"].get(key)) for key in _MACHINE) for x in (old, new)]
     if machine[0] != machine[1]:
         notes.append(f"different hardware: {machine[0]} before, {machine[1]} now")
+    facts = [{**x.get("versions", {}), "back end": x["settings"].get("backend")} for x in (old, new)]  # both optional
     notes += [
-        f"different {name}: {old['versions'].get(name)} before, {new['versions'].get(name)} now"
-        for name in ("anchorscope", "torch", "triton")
-        if old.get("versions", {}).get(name) != new.get("versions", {}).get(name)
+        f"different {name}: {facts[0].get(name)} before, {facts[1].get(name)} now"
+        for name in ("anchorscope", "torch", "triton", "back end")
+        if facts[0].get(name) != facts[1].get(name)
     ]
-    if old["settings"].get("backend") != new["settings"].get("backend"):
-        notes.append(f"different back end: {old['settings'].get('backend')} before, {new['settings']['backend']} now")
     if unmatched:
         notes.append(f"{unmatched} of {unmatched + len(ratios)} times have no counterpart in the old result")
     return ratios, notes

@@ -323,6 +323,20 @@ def test_compare_ratios(small: dict[str, Any]) -> None:
     assert any("no counterpart" in x for x in notes)
 
 
+@pytest.mark.parametrize("missing", [["versions"], ["settings", "backend"]])
+def test_compare_with_a_result_that_leaves_optional_facts_out(small: dict[str, Any], missing: list[str]) -> None:
+    older = json.loads(json.dumps(small))
+    inner = older
+    for key in missing[:-1]:
+        inner = inner[key]
+    del inner[missing[-1]]
+    words = "torch" if missing == ["versions"] else "back end"
+    for new, old in ((small, older), (older, small)):
+        ratios, notes = compare(new, old)
+        assert ratios
+        assert any(f"different {words}: " in note and "None" in note for note in notes)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
