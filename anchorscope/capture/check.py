@@ -192,6 +192,12 @@ def check_output(call: AttentionCall, start: int, window: int | None, softcap: f
         error = float((expected - actual).abs().max())
         if not error <= tolerance and bool(torch.isfinite(actual).all()):
             head = row * group
+            if error != error:
+                raise refuse(
+                    call,
+                    f"queries, keys or values of heads {head} to {head + group - 1} hold NaN or infinity:"
+                    " its weights are damaged, or it overflows its dtype",
+                )
             raise refuse(
                 call,
                 f"its output differs from softmax(scale * Q K) V by {error:.3g}"

@@ -187,10 +187,10 @@ def require_layer(call: AttentionCall) -> int:
     """The call's layer index.
 
     Raises:
-        InputError: the module has none.
+        InputError: the module has none, or a negative one, as modules that several layers share have.
     """
-    if not isinstance(call.layer, int):
-        raise InputError(f"{type(call.module).__name__} has no layer_idx: its layers cannot be told apart")
+    if not isinstance(call.layer, int) or call.layer < 0:
+        raise InputError(f"{type(call.module).__name__} has no layer_idx of its own: its layers cannot be told apart")
     return call.layer
 
 

@@ -20,6 +20,8 @@ PREFIXES = {  # what other programs put before a tensor's name
     "_fsdp_wrapped_module.": "it was saved from a parallel wrapper",
 }
 
+SCALES = (".weight_scale", ".weight_scale_inv", ".weight_zero_point", ".SCB", ".scales", ".qzeros")  # of quantization
+
 
 def check_report(report: Mapping[str, Any], source: str, notify: Callable[[str], None]) -> list[str]:
     """Refuse a checkpoint that left parts of the model untouched, since the loader fills those with random numbers.
@@ -35,7 +37,8 @@ def check_report(report: Mapping[str, Any], source: str, notify: Callable[[str],
         The checkpoint's tensors that the model does not use, sorted.
 
     Raises:
-        InputError: tensors are missing, or have another shape than the model's.
+        InputError: tensors are missing, have another shape than the model's, or are quantized without the config's
+            knowledge, so that their scales would be dropped.
     """
     missing = sorted(report.get("missing_keys", ()))
     unexpected = sorted(report.get("unexpected_keys", ()))
@@ -53,6 +56,12 @@ def check_report(report: Mapping[str, Any], source: str, notify: Callable[[str],
         raise InputError(
             f"the weights of model {source} are not whole: {' and '.join(wrong)}{hint};"
             " random numbers would stand in their place, so give a checkpoint that matches its config"
+        )
+    scales = [name for name in unexpected if name.endswith(SCALES)]
+    if scales:
+        raise InputError(
+            f"the weights of model {source} are quantized and their scales would be left out ({listed(scales)}), since"
+            " its config names no matching quantization_config: give the config.json that was saved with these weights"
         )
     if unexpected:
         notify(

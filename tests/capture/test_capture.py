@@ -194,6 +194,22 @@ def test_unknown_attention_is_caught_by_its_output(tmp_path: Path) -> None:
     assert not (tmp_path / "d").exists()
 
 
+def test_damaged_weights_are_not_called_another_attention(tmp_path: Path) -> None:
+    model = tiny()
+    with torch.no_grad():
+        model.model.layers[1].self_attn.q_proj.weight[3, 5] = torch.nan
+    with pytest.raises(InputError, match=r"of layer 1 .* heads 0 to 2 hold NaN or infinity: its weights are damaged"):
+        capture_model(model, [prompt()], tmp_path / "d", notify=quiet)
+
+
+def test_a_layer_without_a_number_of_its_own_is_refused(tmp_path: Path) -> None:
+    """As zamba2's, which several layers share."""
+    model = tiny()
+    model.model.layers[1].self_attn.layer_idx = -1
+    with pytest.raises(InputError, match="LlamaAttention has no layer_idx of its own"):
+        capture_model(model, [prompt()], tmp_path / "d", notify=quiet)
+
+
 def test_bidirectional_attention_is_refused(tmp_path: Path) -> None:
     model = tiny("gemma3_text", use_bidirectional_attention=True)
     with pytest.raises(InputError, match=r"mask|bidirectional"):

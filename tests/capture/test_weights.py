@@ -59,6 +59,19 @@ def test_what_is_missing_is_refused_by_name(tmp_path: Path, change: Any, words: 
         assert word in str(caught.value)
 
 
+@pytest.mark.parametrize("scale", ["weight_scale", "weight_scale_inv", "SCB"])
+def test_quantized_weights_without_their_settings_are_refused(tmp_path: Path, scale: str) -> None:
+    """Their integers would be taken for weights, and the scales dropped."""
+    name = Q.removesuffix("weight") + scale
+
+    def quantized(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        step = tensors[Q].abs().max() / 127
+        return {**tensors, Q: (tensors[Q] / step).round().to(torch.int8), name: step[None]}
+
+    with pytest.raises(InputError, match=f"quantized and their scales would be left out .{name}"):
+        load(rewrite(saved(tmp_path / "m"), quantized))
+
+
 def test_capture_and_evaluate_refuse_it_and_write_nothing(tmp_path: Path) -> None:
     folder = rewrite(saved(tmp_path / "m"), without(Q))
     prompt = PromptInput("p", token_ids=list(range(3, 40)))
