@@ -1,18 +1,19 @@
-"""The parameters of anchor attention and the integer geometry that follows from them.
+"""The parameters of anchor attention: block, step and anchor region.
 
-Everything here is exact integer arithmetic on token positions: which keys form the anchor region of a query, which are
-candidates for stripes, and how many (query, key) pairs that makes. No tensor is built; numpy arrays of length N at
-most. Source: Zhang et al., AnchorAttention (EMNLP 2025), section 3, with the partition stated in docs/method.md.
+What follows from them for a prompt (groups, key ranges, pairs) is the `Geometry` that `AnchorParams.at` gives: exact
+integer arithmetic, which the kernels share.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 
-import numpy as np
-
 from anchorscope.errors import InputError
+from anchorscope.kernels.geometry import Geometry, Placement, geometry, visible_pairs
+
+__all__ = ["AnchorParams", "anchor_pairs", "recommend_groups", "visible_pairs"]
 
 
 @dataclass(frozen=True)
@@ -65,50 +66,21 @@ class AnchorParams:
         """Number of query blocks of n queries; the last may be short."""
         return math.ceil(n / self.block)
 
-
-def visible_pairs(n: int, window: int | None = None) -> int:
-    """Causal (query, key) pairs of n tokens: j <= i and, with a sliding window, i - j < window."""
-    if window is None or window >= n:
-        return n * (n + 1) // 2
-    return window * (window + 1) // 2 + (n - window) * window
-
-
-def row_visible(n: int, window: int | None = None) -> np.ndarray:
-    """Visible keys per query, (n,) int64."""
-    rows = np.arange(1, n + 1, dtype=np.int64)
-    return rows if window is None else np.minimum(rows, window)
-
-
-def row_anchor(n: int, params: AnchorParams, window: int | None = None) -> np.ndarray:
-    """Visible keys in the anchor region A(i) = {j <= i : j < init or j >= G(g) - lookback}, (n,) int64."""
-    i = np.arange(n, dtype=np.int64)
-    low = np.zeros(n, dtype=np.int64) if window is None else np.maximum(i - window + 1, 0)
-    start = np.maximum(i // params.group * params.group - params.lookback_tokens, 0)  # first local key
-    init_end = np.minimum(params.init_tokens, i + 1)
-    local = i + 1 - np.maximum(start, low)
-    first = np.minimum(init_end, start) - low  # init keys that are not local already
-    return local + np.maximum(first, 0)
+    def at(self, n: int, window: int | None = None, offset: int = 0) -> Geometry:
+        """Groups, key ranges and pairs of one head for n queries from position `offset` on (tokens)."""
+        place: Placement = {"block": self.block, "step": self.step, "init": self.init, "lookback": self.lookback}
+        return geometry((1, 1, n, 1), (1, 1, offset + n, 1), window=window, offset=offset, **place)
 
 
 def anchor_pairs(n: int, params: AnchorParams, window: int | None = None) -> int:
     """(query, key) pairs in all anchor regions: what theta = -inf keeps."""
-    return int(row_anchor(n, params, window).sum())
+    return params.at(n, window).anchor_pairs
 
 
 def candidate_range(group: int, params: AnchorParams) -> tuple[int, int]:
-    """Candidate columns C(g) = [init, G(g) - lookback) of a group, as (start, stop); empty when stop <= start."""
-    return params.init_tokens, max(group * params.group - params.lookback_tokens, params.init_tokens)
-
-
-def column_pairs(group: int, n: int, params: AnchorParams, window: int | None = None) -> np.ndarray:
-    """Queries of the group that see each candidate column, (stop - start,) int64; zero where the window hides it."""
-    start, stop = candidate_range(group, params)
-    first = group * params.group
-    last = min(first + params.group, n)
-    if window is None:
-        return np.full(stop - start, last - first, dtype=np.int64)
-    seen = np.minimum(np.arange(start, stop, dtype=np.int64) + window, last) - first
-    return np.maximum(seen, 0)
+    """Former place of `Geometry.candidates`, without a window; it goes with the next release."""
+    warnings.warn("candidate_range is AnchorParams.at(n).candidates now", DeprecationWarning, stacklevel=2)
+    return params.at((group + 1) * params.group).candidates(group)
 
 
 def recommend_groups(n: int, window: int | None = None, budget: float = 0.25) -> AnchorParams | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 
 class Placement(TypedDict, total=False):
@@ -90,6 +90,11 @@ class Geometry(NamedTuple):
         return max(16, 1 << (self.dim - 1).bit_length())
 
     @property
+    def reach(self) -> int:
+        """Key j is visible to the queries at positions j up to j + reach - 1: the window, or all keys."""
+        return self.keys if self.window is None else self.window
+
+    @property
     def cap(self) -> float:
         """The soft-cap as kernels take it: 0 without one."""
         return self.softcap or 0.0
@@ -103,11 +108,36 @@ class Geometry(NamedTuple):
         return max(self.offset + group * self.group - self.lookback, 0)
 
     def candidates(self, group: int) -> tuple[int, int]:
-        """Candidate keys [start, stop) that some query of the group sees; empty when stop <= start."""
+        """Candidate keys [start, stop) that some query of the group sees."""
         start = self.init
         if self.window is not None:
             start = max(start, self.offset + group * self.group - self.window + 1)
-        return start, self.local_start(group)
+        return start, max(self.local_start(group), start)
+
+    def column_pairs(self, columns: Any, first: Any, last: Any) -> Any:
+        """How many of the queries first..last-1 of a group see each candidate column; without a window, all of them.
+
+        Args:
+            columns: key positions, an int64 tensor or NumPy array.
+            first, last: queries, counted from the first query of the call: numbers, or tensors like `columns`.
+        """
+        first, last = first + self.offset, last + self.offset
+        return (columns + self.reach).clip(first, last) - first
+
+    @property
+    def visible_pairs(self) -> int:
+        """Causal (query, key) pairs of one head, within the window if there is one."""
+        return visible_pairs(self.queries, self.window, self.offset)
+
+    @property
+    def candidate_pairs(self) -> int:
+        """Pairs of the queries of one head with the candidate columns of their group that they see."""
+        return _candidate_pairs(self)
+
+    @property
+    def anchor_pairs(self) -> int:
+        """Pairs of one head in the anchor regions, which theta = -inf keeps: all visible pairs but the candidates."""
+        return self.visible_pairs - self.candidate_pairs
 
     @property
     def most_stripes(self) -> int:
@@ -129,6 +159,31 @@ class Geometry(NamedTuple):
         """The geometry that `flat` took apart."""
         *sizes, window = integers
         return cls._make((*sizes, window or None, scale, cap or None))
+
+
+def visible_pairs(n: int, window: int | None = None, offset: int = 0) -> int:
+    """Causal (query, key) pairs of n queries from position `offset` on: j <= i and, with a window, i - j < window."""
+    hidden = 0
+    if window is not None:
+        hidden = _triangle(offset + n - window) - _triangle(offset - window)
+    return _triangle(offset + n) - _triangle(offset) - hidden
+
+
+def _triangle(x: int) -> int:
+    """1 + 2 + ... + x; zero for x < 1."""
+    return x * (x + 1) // 2 if x > 0 else 0
+
+
+@lru_cache(maxsize=1024)
+def _candidate_pairs(geo: Geometry) -> int:
+    total = 0
+    for group in range(geo.groups):
+        (start, stop), (first, last) = geo.candidates(group), geo.rows(group)
+        # Column j is seen by max(j + reach - first, 0) - max(j + reach - last, 0) queries.
+        for sign, edge in ((1, first), (-1, last)):
+            ahead = geo.reach - geo.offset - edge - 1
+            total += sign * (_triangle(stop + ahead) - _triangle(start + ahead))
+    return total
 
 
 @lru_cache(maxsize=256)

@@ -8,7 +8,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+from .geometry import Geometry
+
+_COUNTED = 1 << 24  # columns counted at a time: their int64 copies take memory
 
 
 class AnchorState(NamedTuple):
@@ -42,3 +47,19 @@ class Stripes(NamedTuple):
     columns: Tensor
     offsets: Tensor
     counts: Tensor
+
+    def pairs(self, geo: Geometry) -> Tensor:
+        """(query, stripe) pairs of all batches and heads: () int64 on the device, which nothing here waits for."""
+        counts = self.counts.long()
+        if geo.window is None:  # every query of a group sees its stripes; the last group may be short
+            short = geo.groups * geo.group - geo.queries
+            return counts.sum() * geo.group - counts[..., -1].sum() * short
+        total = counts.new_zeros(())
+        for low in range(0, len(self.columns), _COUNTED):
+            columns = self.columns[low : low + _COUNTED].long()
+            at = torch.arange(low, low + len(columns), device=counts.device)
+            row = torch.searchsorted(self.offsets, at, right=True) - 1
+            first = row % geo.groups * geo.group
+            last = (first + geo.group).clamp(max=geo.queries)
+            total += torch.where(at < self.offsets[-1], geo.column_pairs(columns, first, last), 0).sum()
+        return total

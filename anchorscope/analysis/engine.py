@@ -25,7 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anchorscope.params import AnchorParams, anchor_pairs, candidate_range, column_pairs, visible_pairs
+from anchorscope.kernels.geometry import Geometry
+from anchorscope.params import AnchorParams
 from anchorscope.ranges import working_dtype
 from anchorscope.runs.environment import full_precision
 from anchorscope.runs.jobs import Cancelled
@@ -73,6 +74,11 @@ class HeadShape:
     window: int | None = None
     softcap: float | None = None
     cancelled: Callable[[], bool] = field(default=lambda: False, compare=False)
+
+    @cached_property
+    def geometry(self) -> Geometry:
+        """Groups, key ranges and pairs."""
+        return self.params.at(self.tokens, self.window)
 
     @cached_property
     def sorted_thetas(self) -> np.ndarray:
@@ -190,9 +196,8 @@ class HeadAccumulator:
         stripes = mass[start : start + c]
         kept = mass.clone()
         if c:
-            low, _ = candidate_range(group, s.params)
-            every = column_pairs(group, s.tokens, s.params, s.window)[start - low : start - low + c]
-            pairs = torch.as_tensor(every, device=self.device)
+            columns = torch.arange(start, start + c, device=self.device)
+            pairs = s.geometry.column_pairs(columns, *s.geometry.rows(group))
             self.level_pairs.scatter_add_(0, level, pairs)
             # As a product, whose order of summation is fixed; it is the curve's own sum, cut at the thetas asked for.
             ranks = torch.arange(len(self.level_mass), device=self.device)[:, None]
@@ -249,7 +254,7 @@ class HeadAccumulator:
         """Close the books."""
         s = self.shape
         n, rank = s.tokens, s.theta_rank
-        total, anchors = visible_pairs(n, s.window), anchor_pairs(n, s.params, s.window)
+        total, anchors = s.geometry.visible_pairs, s.geometry.anchor_pairs
 
         def host(x: Tensor) -> np.ndarray:
             return x.cpu().numpy()
@@ -338,16 +343,13 @@ class Group:
     """Index arithmetic of one group: its queries and the visible parts of its three key ranges."""
 
     def __init__(self, index: int, shape: HeadShape) -> None:
-        p = shape.params
+        geo = shape.geometry
         self.index = index
-        self.first = index * p.group
-        self.last = min(self.first + p.group, shape.tokens)
-        low = 0 if shape.window is None else max(self.first - shape.window + 1, 0)
-        init, local = candidate_range(index, p)
-        self.local = max(self.first - p.lookback_tokens, 0)
-        self.init_start, self.init_stop = low, max(min(init, self.local), low)
-        self.start, self.stop = max(init, low), max(local, init, low)
-        self.local_start = max(self.local, low)
+        self.first, self.last = geo.rows(index)
+        self.start, self.stop = geo.candidates(index)
+        low, local = max(self.first - geo.reach + 1, 0), geo.local_start(index)
+        self.init_start, self.init_stop = low, max(min(geo.init, local), low)
+        self.local_start = max(local, low)
 
 
 def profile_head(

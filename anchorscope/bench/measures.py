@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from anchorscope.kernels import torch_backend
 from anchorscope.kernels.types import Stripes
-from anchorscope.params import AnchorParams, anchor_pairs, candidate_range, column_pairs, visible_pairs
+from anchorscope.params import AnchorParams
 
 
 @dataclass(frozen=True)
@@ -53,27 +52,10 @@ def count_pairs(n: int, params: AnchorParams, stripes: Stripes, window: int | No
         stripes: of all heads; `counts` has shape (B, H, groups).
         window: sliding window, or None.
     """
-    batch, heads, groups = stripes.counts.shape
-    per_group = stripes.counts.long().sum((0, 1)).cpu().numpy()
-    ends = stripes.offsets.tolist()
-    candidates = stripe_pairs = 0
-    for g in range(groups):
-        start, _ = candidate_range(g, params)
-        pairs = column_pairs(g, n, params, window)
-        candidates += int(pairs.sum())
-        if window is None:
-            stripe_pairs += int(per_group[g]) * min(params.group, n - g * params.group)
-        elif per_group[g]:
-            seen = torch.from_numpy(np.ascontiguousarray(pairs)).to(stripes.columns.device)
-            for row in range(g, batch * heads * groups, groups):
-                stripe_pairs += int(seen[stripes.columns[ends[row] : ends[row + 1]].long() - start].sum())
-    total = batch * heads
-    return Kept(
-        total * visible_pairs(n, window),
-        total * anchor_pairs(n, params, window),
-        stripe_pairs,
-        total * candidates,
-    )
+    geo = params.at(n, window)
+    heads = stripes.counts[..., 0].numel()
+    pairs = int(stripes.pairs(geo))
+    return Kept(heads * geo.visible_pairs, heads * geo.anchor_pairs, pairs, heads * geo.candidate_pairs)
 
 
 def exact_dense(

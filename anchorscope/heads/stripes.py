@@ -10,7 +10,7 @@ import torch
 from anchorscope.methods import Head
 from anchorscope.methods.margins import column_margins
 from anchorscope.moved import moved
-from anchorscope.params import AnchorParams, candidate_range
+from anchorscope.params import AnchorParams
 from anchorscope.runs.environment import full_precision
 
 __getattr__ = moved(__name__, {"Stripes": "anchorscope.heads.stripes:HeadStripes"})
@@ -52,20 +52,18 @@ class HeadStripes:
 
 def head_stripes(head: Head, params: AnchorParams, theta: float) -> HeadStripes:
     """The stripes of one head: columns whose margin is at most theta (nats), per group (docs/method.md)."""
+    geo = params.at(head.n, head.window)
     with torch.inference_mode(), full_precision():
         margins = column_margins(
             head,
             params.block,
             params.step,
             lambda first: (params.init_tokens, max(first - params.lookback_tokens, 0)),
-            lambda first: candidate_range(first // params.group, params),
+            lambda first: geo.candidates(first // params.group),
         ).value
         # theta = inf selects every candidate, and only those.
         selected = ((margins <= theta) & torch.isfinite(margins)).cpu().numpy()
-    groups = range(params.groups(head.n))
-    ranges = [candidate_range(g, params) for g in groups]
-    start = np.array([max(a, head.low(g * params.group)) for g, (a, _) in zip(groups, ranges, strict=True)])
-    stop = np.maximum([b for _, b in ranges], start)
+    start, stop = np.array([geo.candidates(g) for g in range(geo.groups)]).T
     return HeadStripes(np.packbits(selected, axis=1), start, stop, head.n)
 
 

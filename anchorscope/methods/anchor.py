@@ -11,7 +11,7 @@ from anchorscope.methods.base import Method, setting
 from anchorscope.methods.head import Head
 from anchorscope.methods.margins import column_margins
 from anchorscope.methods.selection import Columns, Selection
-from anchorscope.params import AnchorParams, candidate_range
+from anchorscope.params import AnchorParams
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,14 @@ class Anchor(Method):
     lookback: int = setting(-1, "tokens before a group always kept; -1 means block", low=-1)
 
     @property
-    def geometry(self) -> AnchorParams:
+    def params(self) -> AnchorParams:
         """The same parameters as the analysis knows them."""
         init, lookback = (None if x < 0 else x for x in (self.init, self.lookback))
         return AnchorParams(self.block, self.step, init, lookback)
 
     def select(self, head: Head) -> Selection:
-        p = self.geometry
+        p = self.params
+        geo = p.at(head.n, head.window)
         init, lookback = p.init_tokens, p.lookback_tokens
         margins = head.once(
             ("anchor", self.block, self.step, init, lookback),
@@ -50,7 +51,7 @@ class Anchor(Method):
                 self.block,
                 self.step,
                 region=lambda first: (init, first - lookback),
-                candidates=lambda first: candidate_range(first // p.group, p),
+                candidates=lambda first: geo.candidates(first // p.group),
             ),
         )
         j = torch.arange(head.n, device=head.device)

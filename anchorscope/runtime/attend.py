@@ -17,9 +17,9 @@ from anchorscope.capture.language import Language, bidirectional
 from anchorscope.devices import resolve_backend_name
 from anchorscope.errors import InputError
 from anchorscope.kernels import torch_backend
+from anchorscope.kernels.geometry import visible_pairs
 from anchorscope.kernels.pipeline import Attention, anchor_attention
 from anchorscope.runtime.masks import View, Views, assumed, shown_pairs, window_of
-from anchorscope.runtime.pairs import region_pairs, stripe_pairs, visible_pairs
 from anchorscope.runtime.pieces import Heads, Piece, pieces_of, runs_sparse, split_heads, split_tail
 from anchorscope.runtime.plan import Plan, cannot
 from anchorscope.runtime.speculation import candidates
@@ -192,7 +192,7 @@ class SparseRun:
             pieces = pieces_of(assumed(call), call.q.shape[2])
         return (
             sum(p.prompts * p.size for p in pieces),
-            sum(p.prompts * visible_pairs(p.size, p.offset, window) for p in pieces),
+            sum(p.prompts * visible_pairs(p.size, window, p.offset) for p in pieces),
         )
 
     def _planned(self, call: AttentionInputs, own: Own, anchors: LayerAnchors) -> Any:
@@ -245,12 +245,12 @@ class SparseRun:
         tally.kind = "sparse"
         tally.calls += 1
         for piece, attention in zip(pieces, found, strict=True):
-            place = piece.size, piece.offset
-            visible, region = visible_pairs(*place, window), region_pairs(*place, shape, window)
+            geo = shape.at(piece.size, window, piece.offset)
+            visible = geo.visible_pairs
             tally.queries += piece.prompts * piece.size
             tally.visible += piece.prompts * (heads + others) * visible
-            tally.kept += piece.prompts * (heads * region + others * visible)
-            tally.stripes(stripe_pairs(attention.stripes, *place, shape, window))
+            tally.kept += piece.prompts * (heads * geo.anchor_pairs + others * visible)
+            tally.stripes(attention.stripes.pairs(geo))
             if self._measure:
                 rows = torch.exp(attention.lse - pipeline.dense_lse(sparse, piece))
                 tally.mass(rows, piece.prompts * piece.size * others)

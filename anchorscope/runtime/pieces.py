@@ -11,7 +11,6 @@ from torch import Tensor
 from anchorscope.anchors import LayerAnchors
 from anchorscope.params import AnchorParams
 from anchorscope.runtime.masks import View
-from anchorscope.runtime.pairs import has_candidates
 
 
 class Piece(NamedTuple):
@@ -71,7 +70,7 @@ def split_tail(pieces: list[Piece], n: int, tail: int) -> tuple[list[Piece], lis
 def runs_sparse(piece: Piece, params: AnchorParams) -> bool:
     """Whether a piece has keys to choose from, and is no short one (at most `block` queries) behind a cache."""
     behind_cache = piece.offset > 0 and piece.size <= params.block
-    return not behind_cache and has_candidates(piece.size, piece.offset, params)
+    return not behind_cache and params.at(piece.size, offset=piece.offset).most_stripes > 0
 
 
 class Heads(NamedTuple):

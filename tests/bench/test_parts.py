@@ -138,27 +138,21 @@ def test_exact_dense_and_recall(window: int | None, softcap: float | None) -> No
     assert got == pytest.approx((per_head.mean().item(), per_head.min().item()), abs=1e-5)
 
 
-@pytest.mark.parametrize("window", [None, 1, 30, 100])
-@pytest.mark.parametrize("theta", [-math.inf, 3.0, math.inf])
-def test_pairs_are_counted_to_the_pair(theta: float, window: int | None) -> None:
+def test_pairs_of_a_selection() -> None:
     q, k, v = (x.double() for x in inputs(147))
     params = AnchorParams(8, 2, 5, 3)
-    place = {"block": 8, "step": 2, "init": 5, "lookback": 3, "window": window}
-    state = torch_backend.anchor(q, k, v, **place)
-    stripes = torch_backend.identify(state, k, theta=theta, queries=147, **place)
-    kept = measures.count_pairs(147, params, stripes, window)
-    geo = reference.geometry(q, k, **place)
-    mask = reference.anchor_attention(q, k, v, theta=theta, **place)[2]
-    visible, anchor = reference.visible_mask(geo), reference.anchor_mask(geo)
-    assert kept.kept == int(mask.sum())
-    assert kept.visible == 4 * int(visible.sum())
-    assert kept.anchor == 4 * int(anchor.sum())
-    assert kept.candidates == 4 * int((visible & ~anchor).sum())
-    assert kept.density == pytest.approx(float(mask.sum()) / (4 * int(visible.sum())))
-    if window == 1:
-        assert kept.stripe_density is None
-    elif theta == math.inf:
-        assert (kept.density, kept.stripe_density) == (1.0, 1.0)
+    for window in (None, 1, 30):
+        place = {"block": 8, "step": 2, "init": 5, "lookback": 3, "window": window}
+        state = torch_backend.anchor(q, k, v, **place)
+        stripes = torch_backend.identify(state, k, theta=3.0, queries=147, **place)
+        kept = measures.count_pairs(147, params, stripes, window)
+        geo = reference.geometry(q, k, **place)
+        mask = reference.anchor_attention(q, k, v, theta=3.0, **place)[2]
+        visible, anchor = 4 * int(reference.visible_mask(geo).sum()), 4 * int(reference.anchor_mask(geo).sum())
+        assert (kept.kept, kept.visible, kept.anchor) == (int(mask.sum()), visible, anchor)
+        assert kept.candidates == visible - anchor
+        assert kept.density == int(mask.sum()) / visible
+        assert kept.stripe_density == (None if window == 1 else (int(mask.sum()) - anchor) / kept.candidates)
 
 
 def test_output_error() -> None:

@@ -10,15 +10,7 @@ import math
 
 import numpy as np
 
-from anchorscope.params import (
-    AnchorParams,
-    anchor_pairs,
-    candidate_range,
-    column_pairs,
-    row_anchor,
-    row_visible,
-    visible_pairs,
-)
+from anchorscope.params import AnchorParams
 from anchorscope.profiles import MAX_COLUMNS, MAX_ROWS, HeadProfile, bin_edges
 
 CURVE = np.concatenate([[-np.inf], np.arange(-4.0, 24.1, 0.25), [np.inf]])
@@ -45,7 +37,8 @@ def make_profile(
     groups, n = params.groups(tokens), tokens
     rows = bin_edges(n, MAX_ROWS, params.group)
     columns = bin_edges(n, MAX_COLUMNS)
-    visible, anchored = visible_pairs(n, window), anchor_pairs(n, params, window)
+    geo = params.at(n, window)
+    visible, anchored = geo.visible_pairs, geo.anchor_pairs
 
     # What the head is like: deep layers are more streaming, some heads are retrieval heads with wide-spread
     # mass.
@@ -73,8 +66,8 @@ def make_profile(
     for g in range(groups):
         first, last = g * params.group, min((g + 1) * params.group, n)
         queries = last - first
-        start, stop = candidate_range(g, params)
-        pairs = column_pairs(g, n, params, window)
+        start, stop = geo.candidates(g)
+        pairs = geo.column_pairs(np.arange(start, stop), first, last)
         weight = np.zeros(last)  # mass per query of the group, by key
         weight[0] += sink
         distance = (first + last) / 2 - np.arange(last)
@@ -139,8 +132,6 @@ def make_profile(
     recall = np.clip((recall_group * sizes).sum(1) / n, 0, 1)
     error = np.sqrt(1 - recall) * 0.4 if values else np.full(len(thetas), math.nan)
     top = np.argsort(-per_column)[: min(64, n)]
-    assert int(row_visible(n, window).sum()) == visible
-    assert int(row_anchor(n, params, window).sum()) == anchored
     return HeadProfile(
         prompt=prompt,
         layer=layer,

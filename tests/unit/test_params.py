@@ -1,63 +1,11 @@
-"""The integer geometry against masks that are counted."""
+"""Parameters of anchor attention: what is refused, what is recommended."""
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
-import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from anchorscope.errors import InputError
-from anchorscope.kernels import reference
-from anchorscope.params import (
-    AnchorParams,
-    anchor_pairs,
-    candidate_range,
-    column_pairs,
-    recommend_groups,
-    row_anchor,
-    row_visible,
-    visible_pairs,
-)
-
-
-@settings(max_examples=150, deadline=None)
-@given(
-    n=st.integers(1, 120),
-    block=st.integers(1, 20),
-    step=st.integers(1, 6),
-    init=st.none() | st.integers(0, 40),
-    lookback=st.none() | st.integers(0, 40),
-    window=st.none() | st.integers(1, 130),
-)
-def test_counts_equal_masks(n, block, step, init, lookback, window):
-    params = AnchorParams(block, step, init, lookback)
-    q = torch.zeros(1, 1, n, 1)
-    geo = reference.geometry(q, q, block=block, step=step, init=init, lookback=lookback, window=window)
-    visible, anchor = reference.visible_mask(geo), reference.anchor_mask(geo)
-    assert visible_pairs(n, window) == int(visible.sum())
-    assert (row_visible(n, window) == visible.sum(1).numpy()).all()
-    assert (row_anchor(n, params, window) == anchor.sum(1).numpy()).all()
-    assert anchor_pairs(n, params, window) == int(anchor.sum())
-    candidates = reference.candidate_mask(geo)
-    assert params.groups(n) == geo.groups
-    for g in range(geo.groups):
-        start, stop = candidate_range(g, params)
-        assert set(np.flatnonzero(candidates[g].numpy())) == set(range(start, min(stop, n)))
-        rows = visible[g * params.group : (g + 1) * params.group]
-        assert (column_pairs(g, n, params, window) == rows[:, start:stop].sum(0).numpy()).all()
-
-
-@settings(max_examples=60, deadline=None)
-@given(n=st.integers(1, 90), block=st.integers(1, 12), step=st.integers(1, 4), window=st.none() | st.integers(1, 99))
-def test_anchor_candidates_and_later_keys_partition(n, block, step, window):
-    q = torch.zeros(1, 1, n, 1)
-    geo = reference.geometry(q, q, block=block, step=step, window=window)
-    rows = torch.arange(n) // geo.group
-    candidates = reference.candidate_mask(geo)[rows] & reference.visible_mask(geo)
-    total = reference.anchor_mask(geo).int() + candidates.int() + (~reference.visible_mask(geo)).int()
-    assert (total == 1).all()
+from anchorscope.params import AnchorParams, anchor_pairs, candidate_range, recommend_groups, visible_pairs
 
 
 @pytest.mark.parametrize(
@@ -72,6 +20,12 @@ def test_bad_parameters_are_named(bad, word):
 def test_defaults_follow_the_block():
     params = AnchorParams(64, 4)
     assert (params.init_tokens, params.lookback_tokens, params.group) == (64, 64, 256)
+
+
+def test_candidates_at_their_old_place():
+    params = AnchorParams(8, 4, 5, 3)
+    with pytest.warns(DeprecationWarning, match="AnchorParams.at"):
+        assert [candidate_range(g, params) for g in range(3)] == [(5, 5), (5, 29), (5, 61)]
 
 
 def test_recommendation_keeps_its_promise():
