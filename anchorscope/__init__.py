@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from anchorscope.anchors import AnchorConfig
     from anchorscope.bench import run_bench
     from anchorscope.calibration import Calibration, calibrate, plan_calibration
-    from anchorscope.capture import PromptInput, capture_model, intercept
+    from anchorscope.capture import capture_model
     from anchorscope.compare import compare as compare_methods
     from anchorscope.compare import load_comparison
     from anchorscope.dumps import Dump, Entry, LayerTensors, open_dump, verify, write_dump
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from anchorscope.evaluation import Evaluation, evaluate, load_evaluation
     from anchorscope.heads import diagnose, load_diagnosis
     from anchorscope.methods import Method, line_up
+    from anchorscope.models import PromptInput, intercept
     from anchorscope.params import AnchorParams
     from anchorscope.profiles import HeadProfile
     from anchorscope.runtime import LayerUse, SparseRun, attention_clock, register_attention, sparse_attention

@@ -96,7 +96,7 @@ class AnchorConfig:
         """Make sure that this configuration is for that model.
 
         Args:
-            facts: the model at hand, as `anchorscope.capture.model_facts` describes it.
+            facts: the model at hand, as `anchorscope.models.model_facts` describes it.
             force: accept another model of the same shape.
 
         Raises:

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from anchorscope.capture.hook import AttentionCall, intercept
-from anchorscope.capture.models import LoadedModel, load_model, model_facts
-from anchorscope.capture.prompts import PromptInput, prompt_from_file, token_ids_from_file
-from anchorscope.capture.run import CaptureProgress, capture_model, prefill
+from anchorscope.capture.run import CaptureProgress, capture_model
 from anchorscope.capture.sdpa import capture_sdpa
+from anchorscope.models import (
+    AttentionCall,
+    LoadedModel,
+    PromptInput,
+    intercept,
+    load_model,
+    model_facts,
+    prefill,
+    prompt_from_file,
+    token_ids_from_file,
+)
+from anchorscope.moved import moved_modules
 
 __all__ = [
     "AttentionCall",
@@ -22,3 +31,25 @@ __all__ = [
     "prompt_from_file",
     "token_ids_from_file",
 ]
+
+_HOMES = {  # old module -> where its names are now, in anchorscope.models
+    "adapters": ("adapters",),
+    "check": ("check",),
+    "chunking": ("prefill", "chunking"),
+    "damage": ("damage",),
+    "gguf_config": ("gguf_config",),
+    "gguf_metadata": ("gguf_metadata",),
+    "gguf_rope": ("gguf_rope",),
+    "hook": ("hook",),
+    "kvcache": ("kvcache",),
+    "language": ("language",),
+    "memory": ("memory",),
+    "models": ("facts", "prefill", "load"),
+    "positions": ("positions",),
+    "presets": ("presets",),
+    "prompts": ("prompts",),
+    "proof": ("proof",),
+    "sources": ("locate",),
+    "weights": ("placement", "weights"),
+}
+moved_modules(__name__, {old: [f"anchorscope.models.{x}" for x in new] for old, new in _HOMES.items()})

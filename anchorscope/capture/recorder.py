@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from anchorscope.capture.check import check_call, check_output, softcap_of, visible_window
-from anchorscope.capture.hook import AttentionCall
-from anchorscope.dumps.writer import DumpWriter, LayerWriter, dtype_name, layer_bytes
+from anchorscope.dtypes import dtype_name
+from anchorscope.dumps.writer import DumpWriter, LayerWriter, layer_bytes
 from anchorscope.errors import InputError
+from anchorscope.models.check import check_call, check_output, softcap_of, visible_window
+from anchorscope.models.hook import AttentionCall
 
 
 @dataclass(frozen=True)

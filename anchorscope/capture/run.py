@@ -13,23 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from anchorscope.capture.chunking import CacheWatch, Prefill, check_chunks, run
-from anchorscope.capture.hook import AttentionCall, intercept
-from anchorscope.capture.language import language_only
-from anchorscope.capture.memory import Curve, free_bytes, logits_bytes, prefill_curve, weight_bytes
-from anchorscope.capture.models import (
-    LoadedModel,
-    model_facts,
-    ready_model,
-    require_transformers,
-    text_config,
-)
-from anchorscope.capture.positions import model_positions
-from anchorscope.capture.prompts import PromptInput, TokenizedPrompt, prompt_from_file, tokenize, unique_names
-from anchorscope.capture.proof import NextTokens, keeps_few_rows, prove_model, prove_prompt, runs_to_end
 from anchorscope.capture.recorder import LayersDone, LayerShape, Recorder, ShapeProbe
-from anchorscope.capture.weights import model_device
 from anchorscope.devices import is_out_of_memory
+from anchorscope.dtypes import torch_dtype
 from anchorscope.dumps.format import read_manifest
 from anchorscope.dumps.reader import Dump
 from anchorscope.dumps.writer import (
@@ -37,10 +23,20 @@ from anchorscope.dumps.writer import (
     check_disk,
     check_output,
     prompt_record,
-    torch_dtype,
 )
 from anchorscope.errors import AnchorScopeError, InputError, Interrupted, RunFailure
 from anchorscope.files import human_bytes
+from anchorscope.models.chunking import CacheWatch, check_chunks
+from anchorscope.models.facts import model_facts, text_config
+from anchorscope.models.hook import AttentionCall, intercept
+from anchorscope.models.language import language_only
+from anchorscope.models.load import LoadedModel, ready_model, require_transformers
+from anchorscope.models.memory import Curve, free_bytes, logits_bytes, prefill_curve, weight_bytes
+from anchorscope.models.placement import model_device
+from anchorscope.models.positions import model_positions
+from anchorscope.models.prefill import Prefill, prefill
+from anchorscope.models.prompts import PromptInput, TokenizedPrompt, prompt_from_file, tokenize, unique_names
+from anchorscope.models.proof import NextTokens, keeps_few_rows, prove_model, prove_prompt, runs_to_end
 from anchorscope.proof import SCORED
 
 if TYPE_CHECKING:
@@ -256,17 +252,6 @@ def _kept(folder: Path) -> str | None:
     if manifest.get("complete", True) or not count:
         return None
     return f"{folder} keeps {count} finished layers: give the same command again with --resume to continue"
-
-
-def prefill(model: PreTrainedModel, token_ids: Sequence[int], *, chunk: int | None = None) -> torch.Tensor | None:
-    """One forward over the ids; logits of the last position (1, 1, vocabulary), or None where the model has no such
-    option.
-
-    Models that accept `logits_to_keep` compute one row of logits; for others the body runs without its head, so an N x
-    vocabulary tensor never exists. With `chunk`, a KV cache carries the prompt forward piece by piece.
-    """
-    sizes = None if chunk is None else Prefill(len(token_ids), chunk).sizes
-    return getattr(run(model, token_ids, sizes), "logits", None)
 
 
 def probe(model: PreTrainedModel, token_ids: Sequence[int], layers: Sequence[int] | None) -> dict[int, LayerShape]:

@@ -18,10 +18,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from anchorscope.capture.check import check_call, check_output, visible_window
-from anchorscope.capture.hook import AttentionCall
-from anchorscope.dumps.writer import DumpWriter, dtype_name, prompt_record
+from anchorscope.dtypes import dtype_name
+from anchorscope.dumps.writer import DumpWriter, prompt_record
 from anchorscope.errors import InputError
+from anchorscope.models.check import check_call, check_output, visible_window
+from anchorscope.models.hook import AttentionCall
 
 
 class _Sdpa(nn.Module):

@@ -21,7 +21,8 @@ from anchorscope.files import MAX_PROMPT_BYTES, human_bytes, read_stdin, visible
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from anchorscope.capture import CaptureProgress, PromptInput
+    from anchorscope.capture import CaptureProgress
+    from anchorscope.models import PromptInput
 
 STDIN = "-"
 
@@ -102,14 +103,8 @@ def capture(
         # conversion bars of a GGUF are noise, those of a long download are not; tqdm reads this when imported
         os.environ.setdefault("TQDM_DISABLE", "1")
 
-    from anchorscope.capture.models import quiet_transformers, require_transformers
-    from anchorscope.capture.prompts import (
-        PromptInput,
-        decode,
-        parse_token_ids,
-        prompt_from_file,
-        token_ids_from_file,
-    )
+    from anchorscope.models.load import quiet_transformers, require_transformers
+    from anchorscope.models.prompts import PromptInput, decode, parse_token_ids, prompt_from_file, token_ids_from_file
 
     inputs: list[PromptInput] = []
     for name in prompt or ():

@@ -108,7 +108,7 @@ def evaluate(
     if not sys.stderr.isatty() or model == "smollm2" or model.lower().endswith(".gguf"):
         os.environ.setdefault("TQDM_DISABLE", "1")  # conversion bars of a GGUF are noise
 
-    from anchorscope.capture.models import quiet_transformers, require_transformers
+    from anchorscope.models.load import quiet_transformers, require_transformers
 
     require_transformers()
     from anchorscope.evaluation import evaluate as run

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from anchorscope._version import __version__
+from anchorscope.dtypes import dtype_name, torch_dtype
 from anchorscope.dumps.format import (
     DTYPE_BYTES,
     DTYPES,
@@ -43,40 +44,11 @@ from anchorscope.locks import LOCK, folder_lock
 if TYPE_CHECKING:
     from types import TracebackType
 
-    import torch
     from torch import Tensor
 
 PARTIAL = ".partial"
 PROOF = "proof"  # key of a prompt: not known before it has run
 TENSOR_NAMES = ("q", "k", "v")
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """ "fp32", "fp16" or "bf16" of a torch dtype.
-
-    Raises:
-        InputError: another dtype.
-    """
-    import torch
-
-    names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-    if dtype not in names:
-        raise InputError(f"dumps hold fp32, fp16 or bf16, not {dtype}: convert the tensors first")
-    return names[dtype]
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    """The torch dtype of "fp32", "fp16" or "bf16".
-
-    Raises:
-        InputError: another name.
-    """
-    import torch
-
-    types = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-    if name not in types:
-        raise InputError(f"dtype must be fp32, fp16 or bf16, not {name!r}")
-    return types[name]
 
 
 def layer_bytes(heads: int, kv_heads: int, tokens: int, head_dim: int, dtype: str, values: bool = True) -> int:

@@ -6,11 +6,12 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
-from anchorscope.capture import LoadedModel
-from anchorscope.capture.chunking import SHORT, Prefill, check_chunks, check_sizes, explained, rope_types, rotations
 from anchorscope.errors import InputError
 from anchorscope.evaluation.lanes import Arm, group_multiple, spans
 from anchorscope.evaluation.tasks import Sample
+from anchorscope.models import LoadedModel
+from anchorscope.models.chunking import SHORT, check_chunks, check_sizes, explained, rope_types, rotations
+from anchorscope.models.prefill import Prefill
 from anchorscope.parse import describe_indices
 
 CHUNK = 2048

@@ -15,11 +15,11 @@ import torch
 
 from anchorscope import runtime
 from anchorscope.anchors import AnchorConfig
-from anchorscope.capture.kvcache import continuation, result_cache
-from anchorscope.capture.positions import reset_rotations, rotation_state
-from anchorscope.capture.weights import model_device
 from anchorscope.evaluation.metrics import Reference, TokenScores
 from anchorscope.evaluation.tasks import Sample
+from anchorscope.models.kvcache import continuation, result_cache
+from anchorscope.models.placement import model_device
+from anchorscope.models.positions import reset_rotations, rotation_state
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

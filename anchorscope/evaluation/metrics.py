@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from anchorscope.capture.proof import log_sum_exp, row_slices
+from anchorscope.models.proof import log_sum_exp, row_slices
 
 SLICE_BYTES = 2 << 20
 CURVE_BINS = 32

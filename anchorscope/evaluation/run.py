@@ -19,21 +19,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from anchorscope.anchors import AnchorConfig, LayerAnchors
-from anchorscope.capture import (
-    AttentionCall,
-    LoadedModel,
-    PromptInput,
-    intercept,
-    model_facts,
-    prefill,
-    prompt_from_file,
-)
-from anchorscope.capture.memory import free_bytes
-from anchorscope.capture.models import ready_model, require_transformers
-from anchorscope.capture.positions import Positions, model_positions
-from anchorscope.capture.prompts import tokenize, unique_names
-from anchorscope.capture.proof import prove_model, prove_prompt, summarize
-from anchorscope.capture.weights import model_device
 from anchorscope.devices import is_out_of_memory, resolve_backend_name
 from anchorscope.errors import DumpError, InputError, RunFailure
 from anchorscope.evaluation.chunking import choose_chunks
@@ -54,6 +39,21 @@ from anchorscope.evaluation.results import (
 from anchorscope.evaluation.tasks import BY_DEPTH, PERPLEXITY, Sample, check_tasks, make_samples
 from anchorscope.evaluation.text import OWN_TEXT, Pieces, own_text
 from anchorscope.files import MAX_JSON_BYTES, again_remark, csv_text, human_bytes, read_json, write_atomic
+from anchorscope.models import (
+    AttentionCall,
+    LoadedModel,
+    PromptInput,
+    intercept,
+    model_facts,
+    prefill,
+    prompt_from_file,
+)
+from anchorscope.models.load import ready_model, require_transformers
+from anchorscope.models.memory import free_bytes
+from anchorscope.models.placement import model_device
+from anchorscope.models.positions import Positions, model_positions
+from anchorscope.models.prompts import tokenize, unique_names
+from anchorscope.models.proof import prove_model, prove_prompt, summarize
 from anchorscope.params import AnchorParams
 from anchorscope.proof import PromptProof
 from anchorscope.runs.environment import installed, versions

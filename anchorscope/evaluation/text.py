@@ -10,11 +10,11 @@ from importlib import resources
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
-from anchorscope.capture.prompts import in_template
 from anchorscope.errors import InputError
+from anchorscope.models.prompts import in_template
 
 if TYPE_CHECKING:
-    from anchorscope.capture import LoadedModel
+    from anchorscope.models import LoadedModel
 
 OWN_TEXT = "alice"
 

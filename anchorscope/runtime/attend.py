@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from anchorscope.anchors import LayerAnchors
-from anchorscope.capture.check import Unrepresentable, check_inputs, softcap_of
-from anchorscope.capture.hook import AttentionInputs, Own
-from anchorscope.capture.language import Language, bidirectional
 from anchorscope.devices import resolve_backend_name
 from anchorscope.errors import InputError
 from anchorscope.kernels import torch_backend
 from anchorscope.kernels.geometry import visible_pairs
 from anchorscope.kernels.pipeline import Attention, anchor_attention
+from anchorscope.models.check import Unrepresentable, check_inputs, softcap_of
+from anchorscope.models.hook import AttentionInputs, Own
+from anchorscope.models.language import Language, bidirectional
 from anchorscope.runtime.masks import View, Views, assumed, shown_pairs, window_of
 from anchorscope.runtime.pieces import Heads, Piece, pieces_of, runs_sparse, split_heads, split_tail
 from anchorscope.runtime.plan import Plan, cannot
@@ -132,7 +132,7 @@ class SparseRun:
         return self._language.foreign(call)
 
     def attend(self, call: AttentionInputs, own: Own) -> Any:
-        """Answer one call of the model: see `anchorscope.capture.hook.Attend`.
+        """Answer one call of the model: see `anchorscope.models.hook.Attend`.
 
         Raises:
             InputError: a layer with anchors makes a call that the kernels would compute wrongly.

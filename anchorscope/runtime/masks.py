@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from anchorscope.capture.check import Unrepresentable, refuse, visible
-from anchorscope.capture.hook import AttentionInputs
-from anchorscope.capture.language import bidirectional
+from anchorscope.models.check import Unrepresentable, refuse, visible
+from anchorscope.models.hook import AttentionInputs
+from anchorscope.models.language import bidirectional
 
 CHUNK = 1 << 24  # elements of a mask compared at a time: bounds the extra memory
 

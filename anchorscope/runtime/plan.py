@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from anchorscope.anchors import AnchorConfig, LayerAnchors
-from anchorscope.capture import AttentionCall, intercept, model_facts, prefill
-from anchorscope.capture.check import Unrepresentable, check_call, check_output, softcap_of, visible_window
-from anchorscope.capture.hook import AttentionInputs
-from anchorscope.capture.language import Language
 from anchorscope.errors import InputError
+from anchorscope.models import AttentionCall, intercept, model_facts, prefill
+from anchorscope.models.check import Unrepresentable, check_call, check_output, softcap_of, visible_window
+from anchorscope.models.hook import AttentionInputs
+from anchorscope.models.language import Language
 from anchorscope.params import AnchorParams
 
 if TYPE_CHECKING:

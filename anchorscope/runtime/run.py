@@ -8,13 +8,13 @@ import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from anchorscope.capture.adapters import unwrapped
-from anchorscope.capture.hook import AttentionInputs, Own, divert, register
-from anchorscope.capture.language import Language
-from anchorscope.capture.models import require_transformers
-from anchorscope.capture.proof import prove_model
 from anchorscope.devices import BACKENDS
 from anchorscope.errors import InputError
+from anchorscope.models.adapters import unwrapped
+from anchorscope.models.hook import AttentionInputs, Own, divert, register
+from anchorscope.models.language import Language
+from anchorscope.models.load import require_transformers
+from anchorscope.models.proof import prove_model
 from anchorscope.runtime.attend import SparseRun, outer_contexts
 from anchorscope.runtime.plan import Configuration, Plan
 

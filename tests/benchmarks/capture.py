@@ -15,8 +15,9 @@ from pathlib import Path
 
 import psutil
 
-from anchorscope.capture import PromptInput, capture_model, prefill
-from anchorscope.capture.models import load_model
+from anchorscope.capture import capture_model
+from anchorscope.models import PromptInput, prefill
+from anchorscope.models.load import load_model
 
 N = 8192
 

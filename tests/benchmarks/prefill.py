@@ -30,9 +30,9 @@ import anchorscope.kernels
 from anchorscope import attention_clock, sparse_attention
 from anchorscope.anchors import AnchorConfig
 from anchorscope.bench.environment import hardware, versions
-from anchorscope.capture.hook import AttentionInputs, Own, divert
 from anchorscope.kernels.dense_lse import dense_lse
 from anchorscope.kernels.pipeline import anchor_attention
+from anchorscope.models.hook import AttentionInputs, Own, divert
 from anchorscope.params import AnchorParams
 from anchorscope.planted import planted
 

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from anchorscope.capture import AttentionCall, PromptInput, capture_model, intercept, prefill
+from anchorscope.capture import capture_model
 from anchorscope.dumps import Entry, open_dump, verify
 from anchorscope.errors import InputError, MissingBackendError, RunFailure
+from anchorscope.models import AttentionCall, PromptInput, intercept, prefill
 
 transformers = pytest.importorskip("transformers")
 

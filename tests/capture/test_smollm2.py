@@ -11,10 +11,11 @@ import pytest
 import torch
 from allocations import peak_allocated
 
-from anchorscope.capture import AttentionCall, PromptInput, capture_model, intercept, prefill
-from anchorscope.capture.models import load_model
+from anchorscope.capture import capture_model
 from anchorscope.dumps import open_dump, verify
 from anchorscope.kernels import reference
+from anchorscope.models import AttentionCall, PromptInput, intercept, prefill
+from anchorscope.models.load import load_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.network]
 N = 8192

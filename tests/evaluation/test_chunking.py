@@ -11,11 +11,11 @@ import pytest
 import torch
 from byte_model import byte_model
 
-from anchorscope.capture import PromptInput
 from anchorscope.errors import InputError
 from anchorscope.evaluation import evaluate
 from anchorscope.evaluation.lanes import DENSE, Arm, Options, run_sample
 from anchorscope.evaluation.tasks import Sample
+from anchorscope.models import PromptInput
 from anchorscope.params import AnchorParams
 
 ORIGINAL = 200

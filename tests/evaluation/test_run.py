@@ -14,12 +14,12 @@ import torch
 from byte_model import byte_model
 
 from anchorscope.anchors import AnchorConfig
-from anchorscope.capture import PromptInput, model_facts
 from anchorscope.cli import main
 from anchorscope.errors import DumpError, InputError, RunFailure
 from anchorscope.evaluation import evaluate, load_evaluation, results
 from anchorscope.evaluation import run as run_module
 from anchorscope.evaluation.text import OWN_TEXT
+from anchorscope.models import PromptInput, model_facts
 from anchorscope.params import AnchorParams
 from anchorscope.runs import folder as runfolder
 
@@ -262,7 +262,7 @@ def test_the_folder_is_guarded(finished, model, tokenizer, tmp_path, monkeypatch
     ],
 )
 def test_mistakes_get_one_sentence(model, tokenizer, tmp_path, monkeypatch, change, message):
-    monkeypatch.setattr("anchorscope.capture.models.name_of", lambda _: "tiny")
+    monkeypatch.setattr("anchorscope.models.load.name_of", lambda _: "tiny")
     request = {**REQUEST, "tasks": [], "tokenizer": tokenizer, **change}
     with pytest.raises(InputError, match=message):
         evaluate(model, tmp_path / "o", **request)

@@ -7,10 +7,10 @@ from collections import Counter
 
 import pytest
 
-from anchorscope.capture import LoadedModel
 from anchorscope.errors import InputError
 from anchorscope.evaluation.tasks import TASKS, check_tasks, make_samples
 from anchorscope.evaluation.text import Pieces, Prose, insert, own_text
+from anchorscope.models import LoadedModel
 
 LENGTH = 1600
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 import transformers
 
-from anchorscope.capture import AttentionCall, PromptInput, intercept
 from anchorscope.dumps import Dump, Entry
 from anchorscope.kernels import reference
+from anchorscope.models import AttentionCall, PromptInput, intercept
 
 N = 80  # tokens of the prompt: more than three windows
 CHUNK = 17

@@ -41,7 +41,6 @@ from anchorscope.anchors import AnchorConfig
 from anchorscope.bench.compare import compare as compare_benches
 from anchorscope.bench.compare import load_result
 from anchorscope.calibration.costs import Costs
-from anchorscope.capture.prompts import prompt_from_file, token_ids_from_file
 from anchorscope.compare.run import compare as compare_methods
 from anchorscope.compare.run import load_comparison
 from anchorscope.dumps import write_dump
@@ -53,6 +52,7 @@ from anchorscope.evaluation.run import VERSION as EVALUATION_VERSION
 from anchorscope.files import SEAL, seal
 from anchorscope.heads.run import load_diagnosis
 from anchorscope.methods import line_up
+from anchorscope.models.prompts import prompt_from_file, token_ids_from_file
 from anchorscope.params import AnchorParams
 from anchorscope.report.html import build_data, open_sources
 from anchorscope.report.tokens import load_pieces, token_texts

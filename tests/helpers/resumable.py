@@ -29,9 +29,10 @@ from anchorscope import (
     write_dump,
 )
 from anchorscope.anchors import AnchorConfig
-from anchorscope.capture import PromptInput, capture_model
+from anchorscope.capture import capture_model
 from anchorscope.locks import LOCK
 from anchorscope.methods import line_up
+from anchorscope.models import PromptInput
 from anchorscope.params import AnchorParams
 
 PARAMS = AnchorParams(16, 2)

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from anchorscope.anchors import AnchorConfig, LayerAnchors
-from anchorscope.capture import AttentionCall, intercept, prefill
-from anchorscope.capture.check import softcap_of
-from anchorscope.capture.hook import AttentionInputs, Own, divert
 from anchorscope.kernels import reference
+from anchorscope.models import AttentionCall, intercept, prefill
+from anchorscope.models.check import softcap_of
+from anchorscope.models.hook import AttentionInputs, Own, divert
 from anchorscope.params import AnchorParams
 
 SMALL = AnchorParams(8, 2, 4, 4)  # groups of 16 queries: five in the 80 tokens of the tiny models' prompt

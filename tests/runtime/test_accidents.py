@@ -16,8 +16,8 @@ from families import prompt, tiny
 from sparse_models import everywhere
 
 from anchorscope import sparse_attention
-from anchorscope.capture.kvcache import cache_option
 from anchorscope.errors import InputError
+from anchorscope.models.kvcache import cache_option
 
 
 @pytest.fixture(autouse=True)

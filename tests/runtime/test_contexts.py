@@ -20,9 +20,9 @@ from families import prompt, tiny
 from sparse_models import everywhere
 
 from anchorscope import attention_clock, sparse_attention
-from anchorscope.capture import intercept
-from anchorscope.capture.hook import _named, _open
 from anchorscope.errors import InputError
+from anchorscope.models import intercept
+from anchorscope.models.hook import _named, _open
 
 OPENERS: dict[str, Callable[[Any], Any]] = {
     "sparse": lambda model: sparse_attention(model, everywhere(model, 0.5)),

@@ -16,8 +16,8 @@ from families import prompt, tiny
 from sparse_models import SMALL, everywhere
 
 from anchorscope import sparse_attention
-from anchorscope.capture.hook import AttentionInputs, divert
-from anchorscope.capture.kvcache import cache_option, result_cache
+from anchorscope.models.hook import AttentionInputs, divert
+from anchorscope.models.kvcache import cache_option, result_cache
 
 FAMILIES = ["cohere2", "exaone4", "gemma2", "gpt2", "granite", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3"]
 NEW = 24

@@ -15,8 +15,8 @@ from sparse_models import brute_force, divergence, everywhere
 
 from anchorscope import AnchorParams, SparseRun, sparse_attention
 from anchorscope.anchors import AnchorConfig, LayerAnchors
-from anchorscope.capture.hook import AttentionInputs
-from anchorscope.capture.kvcache import cache_option, result_cache
+from anchorscope.models.hook import AttentionInputs
+from anchorscope.models.kvcache import cache_option, result_cache
 from anchorscope.runtime.plan import Plan
 
 pytestmark = [

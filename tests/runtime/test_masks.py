@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from anchorscope.capture.check import Unrepresentable
-from anchorscope.capture.hook import AttentionInputs
 from anchorscope.kernels.geometry import visible_pairs
+from anchorscope.models.check import Unrepresentable
+from anchorscope.models.hook import AttentionInputs
 from anchorscope.runtime.masks import View, Views, shown_pairs, window_of
 from anchorscope.runtime.pieces import pieces_of
 

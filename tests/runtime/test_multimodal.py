@@ -19,9 +19,10 @@ from sparse_models import SMALL, everywhere
 
 from anchorscope import attention_clock, register_attention, sparse_attention
 from anchorscope.anchors import AnchorConfig
-from anchorscope.capture import AttentionCall, PromptInput, capture_model, intercept
-from anchorscope.capture.hook import _unregister
+from anchorscope.capture import capture_model
 from anchorscope.errors import InputError
+from anchorscope.models import AttentionCall, PromptInput, intercept
+from anchorscope.models.hook import _unregister
 
 # attention that is left out, and the language model's layers that are counted
 OTHERS = {

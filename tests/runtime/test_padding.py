@@ -16,8 +16,8 @@ from families import prompt, tiny
 from sparse_models import everywhere
 
 from anchorscope import sparse_attention
-from anchorscope.capture.kvcache import cache_option
 from anchorscope.errors import InputError
+from anchorscope.models.kvcache import cache_option
 
 MIXED = (0.5, 2.0, None, None, None, None)  # one kv head sparse, one dense throughout
 WINDOWED = ["cohere2", "gemma2", "gemma3_text", "mistral", "qwen2"]

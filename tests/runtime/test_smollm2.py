@@ -16,7 +16,7 @@ from sparse_models import divergence
 
 from anchorscope import AnchorParams, attention_clock, sparse_attention
 from anchorscope.anchors import AnchorConfig
-from anchorscope.capture import load_model
+from anchorscope.models import load_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.network]
 N = 1024

@@ -18,9 +18,9 @@ from sparse_models import SMALL, brute_force, divergence, everywhere
 
 from anchorscope import attention_clock, register_attention, sparse_attention
 from anchorscope.anchors import AnchorConfig, LayerAnchors
-from anchorscope.capture import intercept, model_facts
-from anchorscope.capture.kvcache import cache_option
 from anchorscope.errors import InputError, MissingBackendError
+from anchorscope.models import intercept, model_facts
+from anchorscope.models.kvcache import cache_option
 from anchorscope.params import AnchorParams
 
 MIXED = (0.5, 2.0, None, None, None, None)  # 6 query heads on 2 kv heads: one of both kinds, one dense throughout
@@ -296,7 +296,7 @@ def test_compiled(inside: bool) -> None:
 
 @pytest.fixture
 def _unregistered() -> Iterator[None]:
-    from anchorscope.capture.hook import _unregister
+    from anchorscope.models.hook import _unregister
 
     yield
     _unregister("anchorscope")

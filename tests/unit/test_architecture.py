@@ -24,7 +24,8 @@ MAY_IMPORT = {
     "dumps": set(),
     "plots": set(),
     "report": {"plots"},
-    "capture": {"dumps"},
+    "models": set(),
+    "capture": {"dumps", "models"},
     "runs": {"dumps"},
     "analysis": {"dumps", "kernels", "plots", "runs", "heads"},
     "methods": set(),
@@ -32,11 +33,12 @@ MAY_IMPORT = {
     "heads": {"dumps", "methods", "plots", "report", "runs"},
     "bench": {"dumps", "kernels", "plots", "runs"},
     "calibration": {"dumps", "analysis", "plots", "runs"},
-    "runtime": {"capture", "kernels"},
-    "evaluation": {"capture", "runtime", "plots", "runs"},
+    "runtime": {"models", "kernels"},
+    "evaluation": {"models", "runtime", "plots", "runs"},
     "cli": {
         "dumps",
         "runs",
+        "models",
         "capture",
         "analysis",
         "bench",
@@ -93,7 +95,7 @@ def test_who_knows_transformers_and_who_no_torch():
     for path in PACKAGE.rglob("*.py"):
         roots = {n.split(".")[0] for n in imports(path)}
         folder = path.relative_to(PACKAGE).parts[0]
-        if folder not in ("capture", "runtime"):
+        if folder not in ("models", "capture", "runtime"):
             assert "transformers" not in roots, path
         if folder in (
             "plots",
@@ -167,3 +169,40 @@ def test_names_that_moved_still_work(module, name, home):
         assert getattr(old, name) is getattr(importlib.import_module(home), new_name)
     with pytest.raises(AttributeError, match="nonsense"):
         _ = old.nonsense
+
+
+@pytest.mark.parametrize(
+    ("old", "name", "home"),
+    [
+        ("weights", "check_report", "anchorscope.models.weights"),
+        ("weights", "model_device", "anchorscope.models.placement"),
+        ("models", "load_model", "anchorscope.models.load"),
+        ("models", "model_facts", "anchorscope.models.facts"),
+        ("chunking", "Prefill", "anchorscope.models.prefill"),
+        ("sources", "locate", "anchorscope.models.locate"),
+    ],
+)
+def test_modules_that_moved_still_work(old, name, home):
+    module = importlib.import_module(f"anchorscope.capture.{old}")
+    with pytest.warns(DeprecationWarning, match=home) as warned:
+        found = getattr(module, name)
+    assert warned[0].filename == __file__
+    assert found is getattr(importlib.import_module(home), name)
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = module.nonsense
+
+
+def test_modules_that_moved_are_imported_every_way():
+    code = (
+        "import warnings; warnings.simplefilter('ignore')\n"
+        "import anchorscope.capture.hook, anchorscope.capture.weights as weights\n"
+        "from anchorscope.capture.check import check_call\n"
+        "from anchorscope.capture import proof\n"
+        "assert anchorscope.capture.hook.intercept is anchorscope.capture.intercept\n"
+        "assert weights.listed and proof.score and check_call\n"
+        "warnings.simplefilter('error')\n"
+        "try:\n    from anchorscope.capture.hook import divert\n"
+        "except DeprecationWarning as warning:\n    print(warning)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True).stdout
+    assert out.startswith("anchorscope.capture.hook.divert moved to anchorscope.models.hook")

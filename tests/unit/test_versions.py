@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 from oldest import minima
 
-from anchorscope.capture import models
 from anchorscope.errors import MissingBackendError
+from anchorscope.models import load
 
 
 def test_the_oldest_transformers_is_said_once() -> None:
-    assert minima()["transformers"] == ".".join(map(str, models.OLDEST_TRANSFORMERS))
+    assert minima()["transformers"] == ".".join(map(str, load.OLDEST_TRANSFORMERS))
 
 
 @pytest.mark.parametrize("version", ["4.57.1", "5.0.0", "5.21.9"])
@@ -18,11 +18,11 @@ def test_older_ones_are_refused_by_name(monkeypatch: pytest.MonkeyPatch, version
     transformers = pytest.importorskip("transformers")
     monkeypatch.setattr(transformers, "__version__", version)
     with pytest.raises(MissingBackendError, match=f"needs transformers 5.22 or newer, not {version}"):
-        models.require_transformers()
+        load.require_transformers()
 
 
 @pytest.mark.parametrize("version", ["5.22.0", "5.24.0", "6.0.0.dev0"])
 def test_newer_ones_are_not(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     transformers = pytest.importorskip("transformers")
     monkeypatch.setattr(transformers, "__version__", version)
-    models.require_transformers()
+    load.require_transformers()

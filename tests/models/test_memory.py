@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from anchorscope.capture import capture_model, prefill
+from anchorscope.capture import capture_model
 from anchorscope.capture import run as capture_run
-from anchorscope.capture.memory import LiveBytes, prefill_curve, weight_bytes
 from anchorscope.errors import RunFailure
+from anchorscope.models import prefill
+from anchorscope.models.memory import LiveBytes, prefill_curve, weight_bytes
 
 pytest.importorskip("transformers")
 

@@ -11,9 +11,10 @@ import transformers
 from tiny_models import saved
 
 from anchorscope import AnchorConfig, sparse_attention
-from anchorscope.capture import PromptInput, capture_model, model_facts
-from anchorscope.capture.weights import model_device
+from anchorscope.capture import capture_model
 from anchorscope.evaluation import evaluate
+from anchorscope.models import PromptInput, model_facts
+from anchorscope.models.placement import model_device
 from anchorscope.params import AnchorParams
 
 PARTS = ("model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head")

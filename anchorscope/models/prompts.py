@@ -15,7 +15,7 @@ from anchorscope.files import MAX_PROMPT_BYTES, read_stream, visible
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from anchorscope.capture.positions import Positions
+    from anchorscope.models.positions import Positions
 
 
 @dataclass(frozen=True)

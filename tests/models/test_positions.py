@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from anchorscope.capture import PromptInput, capture_model
-from anchorscope.capture.models import model_facts
-from anchorscope.capture.positions import Positions, model_positions, reset_rotations
+from anchorscope.capture import capture_model
 from anchorscope.errors import InputError
+from anchorscope.models import PromptInput
+from anchorscope.models.facts import model_facts
+from anchorscope.models.positions import Positions, model_positions, reset_rotations
 
 pytest.importorskip("transformers")
 

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from anchorscope.capture.weights import stored_values
 from anchorscope.errors import InputError
+from anchorscope.models.placement import stored_values
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -10,7 +10,6 @@ the queries, keys and values of the whole model are compared too.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -20,14 +19,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from anchorscope.capture.hook import AttentionCall, intercept
-from anchorscope.capture.kvcache import continuation, result_cache
-from anchorscope.capture.language import language_only
-from anchorscope.capture.models import prefill_module
-from anchorscope.capture.positions import TRIAL_TOKENS, Rotations, reset_rotations
-from anchorscope.capture.weights import model_device
 from anchorscope.devices import is_out_of_memory
 from anchorscope.errors import InputError
+from anchorscope.models.hook import AttentionCall, intercept
+from anchorscope.models.language import language_only
+from anchorscope.models.positions import TRIAL_TOKENS, Rotations
+from anchorscope.models.prefill import Prefill, feed, run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,72 +39,6 @@ ROUNDINGS_16 = 4
 # ... and of the whole model's queries, keys and values, where differences add up over the layers: relative. An expert
 # may be chosen otherwise by rounding in 16-bit types, so the median of the tokens counts there.
 MODEL_TOLERANCE, MODEL_MEDIAN_16 = 1e-3, 0.1
-
-
-@dataclass(frozen=True)
-class Prefill:
-    """A prefill to come, in pieces.
-
-    Attributes:
-        tokens: of the prompt.
-        chunk: tokens of a piece.
-        stops: where the pieces end; by default all but the last are full.
-    """
-
-    tokens: int
-    chunk: int
-    stops: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        if not self.stops:
-            object.__setattr__(self, "stops", (*range(self.chunk, self.tokens, self.chunk), self.tokens))
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """Tokens of each piece."""
-        return tuple(b - a for a, b in pairwise((0, *self.stops)))
-
-    def small(self, piece: int, most: int) -> tuple[int, ...]:
-        """Fewer and smaller pieces of the same kind: none is longer than `piece`, and they hold at most `most` tokens.
-
-        Sizes that do not exceed `piece` are the real ones, the last piece's included.
-        """
-        size, last = min(self.chunk, piece), min(self.sizes[-1], piece)
-        return (*[size] * min((most - last) // size, len(self.stops) - 1), last)
-
-
-def feed(model: PreTrainedModel, token_ids: Sequence[int], sizes: Sequence[int] | None = None) -> Iterator[Any]:
-    """Forwards over the ids, whole without a cache or in pieces of these sizes with one; yields what each returns.
-
-    Models that accept `logits_to_keep` compute one row of logits; for others the body runs without its head, so an N x
-    vocabulary tensor never exists. Rotations that remember the longest prompt begin anew.
-
-    Raises:
-        InputError: the model keeps no cache.
-    """
-    ids = torch.tensor([list(token_ids)], dtype=torch.long, device=model_device(model))
-    runner = prefill_module(model)
-    options: dict[str, Any] = {"logits_to_keep": 1} if runner is model else {}
-    reset_rotations(model)
-    if sizes is None or len(sizes) <= 1:
-        with torch.inference_mode():
-            result = runner(input_ids=ids, use_cache=False, **options)
-        yield result
-        return
-    cache, start = None, 0
-    for part in ids.split(list(sizes), dim=1):
-        with torch.inference_mode():  # not around the `yield`: it would be the caller's mode too
-            behind = continuation(runner, cache, start, part)
-            result = runner(input_ids=part, use_cache=True, **behind, **options)
-        cache, start = result_cache(result), start + part.shape[1]
-        if cache is None:
-            raise InputError(f"{type(model).__name__} keeps no KV cache: it cannot run in chunks")
-        yield result
-
-
-def run(model: PreTrainedModel, token_ids: Sequence[int], sizes: Sequence[int] | None = None) -> Any:
-    """`feed` to its end; returns what the last forward does."""
-    return deque(feed(model, token_ids, sizes), maxlen=1).pop()
 
 
 def rotations(model: PreTrainedModel, token_ids: Sequence[int]) -> Rotations:

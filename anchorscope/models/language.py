@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from anchorscope.capture.hook import AttentionCall, AttentionInputs
-from anchorscope.capture.models import text_config
+from anchorscope.models.facts import text_config
+from anchorscope.models.hook import AttentionCall, AttentionInputs
 
 if TYPE_CHECKING:
     from torch import nn

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anchorscope.capture.gguf_metadata import contents
-from anchorscope.capture.gguf_rope import ROPE_KEYS, ROPE_TENSORS, Rope, rope_parameters
 from anchorscope.errors import InputError
+from anchorscope.models.gguf_metadata import contents
+from anchorscope.models.gguf_rope import ROPE_KEYS, ROPE_TENSORS, Rope, rope_parameters
 
 if TYPE_CHECKING:
     from gguf import GGUFReader

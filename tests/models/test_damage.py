@@ -11,9 +11,9 @@ import pytest
 import torch
 from tiny_models import saved
 
-from anchorscope.capture.models import load_model
 from anchorscope.cli.app import main
 from anchorscope.errors import InputError, RunFailure
+from anchorscope.models.load import load_model
 
 
 def load(source: Path | str) -> Any:

@@ -20,9 +20,10 @@ from sparse_models import SMALL, brute_force
 
 from anchorscope import attention_clock, sparse_attention
 from anchorscope.anchors import AnchorConfig
-from anchorscope.capture import PromptInput, capture_model, model_facts
-from anchorscope.capture.adapters import unwrapped
+from anchorscope.capture import capture_model
 from anchorscope.errors import InputError
+from anchorscope.models import PromptInput, model_facts
+from anchorscope.models.adapters import unwrapped
 
 QK = ["q_proj", "k_proj"]
 OF_WEIGHTS: dict[str, Callable[[], Any]] = {

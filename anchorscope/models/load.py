@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
-
-from anchorscope.capture.adapters import adapters_at_work, parameters_of, signs_of, unwrapped
-from anchorscope.capture.gguf_config import Gguf, agree
-from anchorscope.capture.gguf_metadata import open_gguf
-from anchorscope.capture.positions import max_positions
-from anchorscope.capture.sources import guarded, load_tokenizer, locate, no_conversion
-from anchorscope.capture.weights import check_materialised, check_report, stored_values
 from anchorscope.devices import resolve_device
-from anchorscope.dumps.writer import dtype_name, torch_dtype
+from anchorscope.dtypes import torch_dtype
 from anchorscope.errors import InputError, MissingBackendError
+from anchorscope.models.adapters import unwrapped
+from anchorscope.models.facts import name_of
+from anchorscope.models.gguf_config import Gguf, agree
+from anchorscope.models.gguf_metadata import open_gguf
+from anchorscope.models.locate import guarded, load_tokenizer, locate, no_conversion
+from anchorscope.models.weights import check_materialised, check_report
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -165,74 +159,3 @@ def check_config(config: PretrainedConfig, name: str) -> None:
             f"model {name} ({config.model_type}) is an encoder-decoder:"
             " only causal (decoder-only) models can be captured"
         )
-
-
-def text_config(model: PreTrainedModel) -> PretrainedConfig:
-    """The configuration of the language model, also inside a multimodal one."""
-    return model.config.get_text_config(decoder=True)
-
-
-def model_facts(model: PreTrainedModel, name: str | None = None, revision: str | None = None) -> dict[str, Any]:
-    """What identifies a model: the `model` object of dumps and of anchors.json.
-
-    `query_heads`, `kv_heads` and `head_dim` are the configuration's, None where it gives none or one per layer.
-    `fingerprint` hashes the names and shapes of all parameters, the values of those with one dimension (norms, biases),
-    rounded to bf16, and the signs of the first values of all others, so that a model loaded in another dtype or
-    offloaded by accelerate keeps it and another training run does not. Adapters at work change it (their names do not),
-    and so does merging them; disabled or inactive ones do not.
-
-    Raises:
-        InputError: an adapter that is no part of the model's layers (prompt learning and the like).
-    """
-    model = unwrapped(model)
-    config = text_config(model)
-    heads = _shared(config, "num_attention_heads", None)
-    kv_heads = _shared(config, "num_key_value_heads", heads)
-    width = getattr(config, "hidden_size", None)
-    split = width // heads if isinstance(width, int) and isinstance(heads, int) else None
-    head_dim = _shared(config, "head_dim", split)
-    digest = hashlib.sha256(adapters_at_work(model).encode())
-    values = stored_values(model)
-    for key, parameter in parameters_of(model):
-        digest.update(f"{key}{tuple(parameter.shape)}".encode())
-        value = values(parameter)
-        if value.ndim > 1:
-            digest.update(signs_of(value))
-        if value.ndim == 1 and value.is_floating_point() and value.device.type != "meta":
-            digest.update(value.detach().to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
-    return {
-        "name": name or name_of(model),
-        "revision": revision,
-        "class": type(model).__name__,
-        "type": config.model_type,
-        "dtype": dtype_name(model.dtype) if model.dtype != torch.float64 else "fp64",
-        "attention": model.config._attn_implementation,
-        "layers": getattr(config, "num_hidden_layers", None),
-        "query_heads": heads if isinstance(heads, int) else None,
-        "kv_heads": kv_heads if isinstance(kv_heads, int) else None,
-        "head_dim": head_dim if isinstance(head_dim, int) else None,
-        "positions": max_positions(model),
-        "fingerprint": digest.hexdigest(),
-    }
-
-
-def _shared(config: PretrainedConfig, name: str, otherwise: Any) -> Any:
-    """A configuration's value, `otherwise` where it is unset, None where every layer has its own."""
-    try:
-        value = getattr(config, name, None)
-    except RuntimeError:  # transformers refuses to read it globally
-        return None
-    return otherwise if value is None else value
-
-
-def name_of(model: PreTrainedModel) -> str:
-    """A loaded model's id, or the last part of the folder it came from: dumps carry no local paths."""
-    source = str(getattr(model, "name_or_path", "") or "")
-    return (Path(source).name if Path(source).exists() else source) or type(model).__name__
-
-
-def prefill_module(model: PreTrainedModel) -> nn.Module:
-    """The module whose forward is a prefill without N x vocabulary logits: the model itself if it can keep one row of
-    them, else its body without the head.
-    """
-    return model if "logits_to_keep" in inspect.signature(model.forward).parameters else model.base_model

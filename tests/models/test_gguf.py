@@ -12,9 +12,9 @@ import torch
 from tiny_gguf import write_gguf
 from tiny_models import random_model
 
-from anchorscope.capture import intercept
-from anchorscope.capture.models import load_model
 from anchorscope.errors import InputError
+from anchorscope.models import intercept
+from anchorscope.models.load import load_model
 
 IDS = torch.randint(3, 97, (1, 120), generator=torch.Generator().manual_seed(1))
 BASE = 10_000.0

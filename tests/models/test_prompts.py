@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
-from anchorscope.capture import PromptInput, capture_model, token_ids_from_file
-from anchorscope.capture.prompts import parse_token_ids, tokenize
+from anchorscope.capture import capture_model
 from anchorscope.cli import main
 from anchorscope.dumps import open_dump
 from anchorscope.errors import InputError
+from anchorscope.models import PromptInput, token_ids_from_file
+from anchorscope.models.prompts import parse_token_ids, tokenize
 
 transformers = pytest.importorskip("transformers")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anchorscope.capture.damage import check_file
 from anchorscope.errors import InputError, MissingBackendError
+from anchorscope.models.damage import check_file
 
 if TYPE_CHECKING:
     from gguf import GGUFReader

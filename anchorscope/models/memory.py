@@ -21,8 +21,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from anchorscope.capture.models import prefill_module
-from anchorscope.capture.weights import model_device
+from anchorscope.models.placement import model_device
+from anchorscope.models.prefill import prefill_module
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from anchorscope.capture import PromptInput, capture_model, prefill
-from anchorscope.capture import proof as capture_proof
-from anchorscope.capture.memory import LiveBytes, logits_bytes, prefill_curve
-from anchorscope.capture.proof import NextTokens, prove_model, prove_prompt
+from anchorscope.capture import capture_model
 from anchorscope.dumps import DumpWriter, open_dump
 from anchorscope.errors import DumpError, InputError
+from anchorscope.models import PromptInput, prefill
+from anchorscope.models import proof as models_proof
+from anchorscope.models.memory import LiveBytes, logits_bytes, prefill_curve
+from anchorscope.models.proof import NextTokens, prove_model, prove_prompt
 from anchorscope.proof import PromptProof
 
 transformers = pytest.importorskip("transformers")
@@ -106,7 +107,7 @@ def test_the_proof_costs_under_two_percent_of_the_operations(shape: str, monkeyp
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config).eval()
     scored: list[int] = []
-    monkeypatch.setattr(capture_proof, "score", lambda logits, targets: scored.append(len(logits)))
+    monkeypatch.setattr(models_proof, "score", lambda logits, targets: scored.append(len(logits)))
     # looks at values, which there are none of; None says that no sequences are packed
     monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda *_, **__: None)
     ids, counts = [5] * 8192, []

@@ -12,10 +12,11 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tiny_models import random_model, rewrite, saved
 
-from anchorscope.capture import PromptInput, capture_model
-from anchorscope.capture.models import load_model, ready_model
+from anchorscope.capture import capture_model
 from anchorscope.errors import InputError
 from anchorscope.evaluation import evaluate
+from anchorscope.models import PromptInput
+from anchorscope.models.load import load_model, ready_model
 
 Q = "model.layers.1.self_attn.q_proj.weight"
 

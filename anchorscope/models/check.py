@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anchorscope.capture.hook import AttentionCall, AttentionInputs
 from anchorscope.errors import InputError
+from anchorscope.models.hook import AttentionCall, AttentionInputs
 
 MASK_ROWS = 64  # rows of a mask compared at a time: bounds the extra memory
 CHECKED_ROWS = 8  # query positions whose output is recomputed

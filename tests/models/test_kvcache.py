@@ -14,8 +14,8 @@ pytest.importorskip("transformers")
 
 from families import prompt, tiny
 
-from anchorscope.capture import prefill
-from anchorscope.capture.kvcache import cache_option, result_cache
+from anchorscope.models import prefill
+from anchorscope.models.kvcache import cache_option, result_cache
 
 CACHE = object()
 

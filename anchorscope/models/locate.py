@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from anchorscope.capture.damage import check_folder, has_tokenizer
-from anchorscope.capture.gguf_metadata import open_gguf
-from anchorscope.capture.presets import PRESETS, preset_file
 from anchorscope.errors import AnchorScopeError, InputError, MissingBackendError, RunFailure
+from anchorscope.models.damage import check_folder, has_tokenizer
+from anchorscope.models.gguf_metadata import open_gguf
+from anchorscope.models.presets import PRESETS, preset_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from anchorscope.capture import capture_model
-from anchorscope.capture.chunking import MOST_TOKENS, SHORT, Prefill, check_chunks, check_sizes, feed
 from anchorscope.errors import InputError
+from anchorscope.models.chunking import MOST_TOKENS, SHORT, check_chunks, check_sizes
+from anchorscope.models.prefill import Prefill, feed
 
 pytest.importorskip("transformers")
 
@@ -237,7 +238,7 @@ def test_trials_are_cut_as_the_real_run_is(tokens: int, chunk: int, want: tuple[
 
 def test_windows_are_crossed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A window of 24 tokens: some trial is longer, and cut within it and behind it."""
-    import anchorscope.capture.chunking as module
+    import anchorscope.models.chunking as module
 
     tried: list[tuple[int, ...]] = []
     monkeypatch.setattr(module, "check_sizes", lambda *a: tried.append(a[3]))

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from anchorscope.capture.chunking import run
-from anchorscope.capture.models import text_config
-from anchorscope.capture.positions import reset_rotations
-from anchorscope.capture.weights import check_materialised, listed, model_device
+from anchorscope.models.facts import text_config
+from anchorscope.models.placement import model_device
+from anchorscope.models.positions import reset_rotations
+from anchorscope.models.prefill import run
+from anchorscope.models.weights import check_materialised, listed
 from anchorscope.proof import CONTEXT, SCORED, ModelProof, PromptProof
 
 if TYPE_CHECKING:
