@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from anchorscope.cli import options as opt
 from anchorscope.cli.common import chosen, disk_text, note, progress_bar, stdout_console, warn, warn_of_model
 from anchorscope.errors import InputError
 from anchorscope.files import human_bytes
@@ -20,33 +21,31 @@ SHORT_ROWS = 10
 
 
 def analyze(
-    dump: Annotated[Path, typer.Argument(help="Dump folder written by `capture` or `write_dump`.", metavar="DIR")],
-    out: Annotated[Path, typer.Option("--out", help="Folder for the results; new, or an unfinished run to continue.")],
+    dump: opt.DumpFolder,
+    out: opt.Out,
     theta: Annotated[
         str, typer.Option(help="Thetas in nats: 12, or 6,8,10, or 0:20:0.5; inf is dense. Figures use the first.")
     ] = "12",
-    block: Annotated[int, typer.Option(help="Queries pooled together.")] = 128,
-    step: Annotated[int, typer.Option(help="Query blocks that share one selection of stripes.")] = 16,
-    init: Annotated[int | None, typer.Option(help="First tokens always kept.  (default: block)")] = None,
-    lookback: Annotated[int | None, typer.Option(help="Tokens before a group always kept.  (default: block)")] = None,
+    block: opt.Block = 128,
+    step: opt.Step = 16,
+    init: opt.Init = None,
+    lookback: opt.Lookback = None,
     target_recall: Annotated[float, typer.Option(help="Recall each head should reach.")] = 0.95,
-    layers: Annotated[str, typer.Option(help="Layers, like 0,5,10-15.")] = "all",
-    heads: Annotated[str, typer.Option(help="Query heads, like 0,2-4.")] = "all",
-    prompts: Annotated[str, typer.Option(help="Prompt names, separated by commas.")] = "all",
-    heatmap: Annotated[
-        str | None, typer.Option(help="Heat maps to draw: layer:head,... or all.  (default: worst, median, best)")
-    ] = None,
-    backend: Annotated[str, typer.Option(help="auto, torch or triton.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
+    layers: opt.Layers = "all",
+    heads: opt.Heads = "all",
+    prompts: opt.Prompts = "all",
+    heatmap: opt.HeatMaps = None,
+    backend: opt.Backend = "auto",
+    device: opt.Device = "auto",
     no_diagnose: Annotated[
         bool, typer.Option("--no-diagnose", help="Skip OUT/heads: what kind of head each one is.")
     ] = False,
     no_figures: Annotated[bool, typer.Option("--no-figures", help="Write tables and profiles only.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier analysis in OUT.")] = False,
+    overwrite: Annotated[bool, opt.overwrites("an earlier analysis in OUT")] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue in OUT; an interrupted run of the same settings does so anyway.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON, and nothing else.")] = False,
+    as_json: Annotated[bool, opt.prints_json("the report as JSON")] = False,
 ) -> None:
     """Measure recall against sparsity of every head in a dump, and draw what the heads attend to.
 
@@ -111,9 +110,7 @@ def analyze(
 
 def figures(
     out: Annotated[Path, typer.Argument(help="Folder written by `analyze`.", metavar="OUT")],
-    heatmap: Annotated[
-        str | None, typer.Option(help="Heat maps to draw: layer:head,... or all.  (default: worst, median, best)")
-    ] = None,
+    heatmap: opt.HeatMaps = None,
 ) -> None:
     """Draw the figures of an analysis again from its saved profiles; the dump is not needed."""
     pairs = _heatmaps(heatmap)

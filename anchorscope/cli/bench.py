@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from anchorscope.cli import options as opt
 from anchorscope.cli.common import note, progress_bar, stdout_console, warn
 from anchorscope.errors import InputError, RunFailure
 from anchorscope.files import human_bytes
@@ -35,19 +36,21 @@ def bench(
         typer.Option(help="Tokens, like 4096,8192 or 4k,8k. (default: 16k-128k, CPU 2k-8k; of a dump whole prompts)"),
     ] = None,
     heads: Annotated[int | None, typer.Option(help="Query heads of planted input. (default: 32; CPU 4)")] = None,
-    kv_heads: Annotated[int | None, typer.Option(help="Its kv heads. (default: 8; CPU 1)")] = None,
-    head_dim: Annotated[int | None, typer.Option(help="Its head dimension. (default: 128; CPU 64)")] = None,
+    kv_heads: Annotated[int | None, typer.Option(help="Kv heads of planted input. (default: 8; CPU 1)")] = None,
+    head_dim: Annotated[
+        int | None, typer.Option(help="Head dimension of planted input. (default: 128; CPU 64)")
+    ] = None,
     theta: Annotated[
         str | None,
         typer.Option(help="Thetas in nats: 6, or 4,6,8, or 0:12:2; inf is dense. (default: planted 6, dump 12)"),
     ] = None,
-    block: Annotated[int, typer.Option(help="Queries pooled together.")] = 128,
-    step: Annotated[int, typer.Option(help="Query blocks that share one selection of stripes.")] = 16,
-    init: Annotated[int | None, typer.Option(help="First tokens always kept. (default: block)")] = None,
-    lookback: Annotated[int | None, typer.Option(help="Tokens before a group always kept. (default: block)")] = None,
+    block: opt.Block = 128,
+    step: opt.Step = 16,
+    init: opt.Init = None,
+    lookback: opt.Lookback = None,
     dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32. (default: bf16; CPU fp32)")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
-    backend: Annotated[str, typer.Option(help="Of the sparse stages: auto, torch or triton.")] = "auto",
+    device: opt.Device = "auto",
+    backend: opt.Backend = "auto",
     dense: Annotated[
         str | None,
         typer.Option(help="Baselines: flash,cudnn,efficient,flex,math. (default: all but math; CPU flash)"),
@@ -57,13 +60,13 @@ def bench(
     period: Annotated[
         int | None, typer.Option(help="Queries that share one planted direction. (default: block * step)")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of planted input. (default: 0)")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of planted input. (default: 0)")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder for bench.json and figures.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier bench in OUT.")] = False,
+    overwrite: Annotated[bool, opt.overwrites("an earlier bench in OUT")] = False,
     against: Annotated[
         Path | None, typer.Option(help="bench.json of an earlier bench: print the ratio of every time.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")] = False,
+    as_json: Annotated[bool, opt.prints_json("the result as JSON")] = False,
 ) -> None:
     """Time sparse against dense attention on the same inputs, with recall, density and output error.
 

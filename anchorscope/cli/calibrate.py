@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from anchorscope.cli import options as opt
 from anchorscope.cli.common import disk_text, note, progress_bar, stdout_console, warn, warn_of_model
 from anchorscope.files import human_bytes
 from anchorscope.shown import share_text, theta_text
@@ -25,12 +26,12 @@ def calibrate(
     sources: Annotated[
         list[Path], typer.Argument(help="Dumps of one model, or finished `analyze` folders.", metavar="DIR")
     ],
-    out: Annotated[Path, typer.Option("--out", help="Folder for the results; new, or an unfinished run to continue.")],
+    out: opt.Out,
     target_recall: Annotated[
-        float | None, typer.Option(help="Value the statistic should reach at least cost.  (default: 0.95)")
+        float | None, typer.Option(help="Value the statistic should reach at least cost. (default: 0.95)")
     ] = None,
     budget_density: Annotated[
-        float | None, typer.Option(help="Instead: mean density over all heads to get the best recall for.")
+        float | None, typer.Option(help="Mean density over all heads to get the best recall for, in place of a target.")
     ] = None,
     by: Annotated[
         str, typer.Option(help="Who shares a theta and is promised the target: head, layer or model.")
@@ -44,10 +45,10 @@ def calibrate(
     seed: Annotated[int, typer.Option(help="Changes which prompts a share holds out.")] = 0,
     groups: Annotated[
         str | None,
-        typer.Option(help="Kinds of groups, block x step, one per layer is chosen.  (default: 64x8,128x4,128x16)"),
+        typer.Option(help="Kinds of groups, block x step, one per layer is chosen. (default: 64x8,128x4,128x16)"),
     ] = None,
     minimise: Annotated[
-        str, typer.Option(help="What a target should cost least of: density, or time by --costs.")
+        str, typer.Option(help="What a target should cost the least of: density, or time by --costs.")
     ] = "density",
     costs: Annotated[
         list[Path] | None,
@@ -56,16 +57,14 @@ def calibrate(
     dense_above: Annotated[float, typer.Option(help="Density from which on a head runs dense.")] = 0.9,
     theta: Annotated[
         str | None,
-        typer.Option(help="Thetas to measure p05 and last at, nats.  (default: -inf,0:16:0.25,inf)"),
+        typer.Option(help="Thetas to measure p05 and last at, nats. (default: -inf,0:16:0.25,inf)"),
     ] = None,
     layers: Annotated[str, typer.Option(help="Layers to calibrate, like 0,5,10-15; others run dense.")] = "all",
-    backend: Annotated[str, typer.Option(help="auto, torch or triton.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
-    no_figures: Annotated[bool, typer.Option("--no-figures", help="Write tables only.")] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an earlier calibration in OUT; its analyses are used again.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print calibration.json, and nothing else.")] = False,
+    backend: opt.Backend = "auto",
+    device: opt.Device = "auto",
+    no_figures: opt.NoFigures = False,
+    overwrite: Annotated[bool, opt.overwrites("an earlier calibration in OUT; its analyses are used again")] = False,
+    as_json: Annotated[bool, opt.prints_json("calibration.json")] = False,
 ) -> None:
     """Choose groups and theta of every head for a recall, or for a density, and check them on held-out prompts.
 

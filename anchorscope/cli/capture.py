@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from anchorscope.cli import options as opt
 from anchorscope.cli.common import note, stderr_console
 from anchorscope.errors import InputError
 from anchorscope.files import MAX_PROMPT_BYTES, human_bytes, read_stdin, visible
@@ -28,10 +29,7 @@ STDIN = "-"
 
 
 def capture(
-    model: Annotated[
-        str,
-        typer.Option("--model", help="Hugging Face id, local folder, .gguf file, or the preset smollm2.", metavar="M"),
-    ],
+    model: opt.Model,
     out: Annotated[Path, typer.Option("--out", help="Folder for the dump; must be new.", metavar="DIR")],
     prompt: Annotated[
         list[str] | None,
@@ -58,31 +56,26 @@ def capture(
         bool, typer.Option("--no-special-tokens", help="Let the tokenizer add none, like a begin-of-sequence.")
     ] = False,
     tokens: Annotated[
-        int | None, typer.Option(help="Prompt length N; longer prompts are cut.  [default: whole prompts]")
+        int | None, typer.Option(help="Prompt length N; longer prompts are cut. (default: whole prompts)")
     ] = None,
     layers: Annotated[str, typer.Option(help="Layers to keep, like 0,5,10-15.")] = "all",
     kv_heads: Annotated[str, typer.Option(help="Kv heads to keep, with their query heads, like 0,2.")] = "all",
-    dtype: Annotated[str | None, typer.Option(help="What is stored: bf16, fp16 or fp32.  [default: the run's]")] = None,
-    model_dtype: Annotated[
-        str | None,
-        typer.Option(help="What the model computes in.  [default: its checkpoint's; fp32 for GGUF]"),
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
+    dtype: Annotated[str | None, typer.Option(help="What is stored: bf16, fp16 or fp32. (default: the run's)")] = None,
+    model_dtype: opt.ModelDtype = None,
+    device: opt.Device = "auto",
     chunk: Annotated[
         int | None, typer.Option(help="Prefill in pieces of this many tokens, for prompts that do not fit.")
     ] = None,
     no_values: Annotated[
         bool, typer.Option("--no-values", help="Leave V out: a smaller dump, but no output errors.")
     ] = False,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hugging Face id.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model. Read it first.")
-    ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the dump in DIR.")] = False,
+    revision: opt.Revision = None,
+    trust_remote_code: opt.TrustRemoteCode = False,
+    overwrite: Annotated[bool, opt.overwrites("the dump in DIR")] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue an interrupted capture of the same settings.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")] = False,
+    as_json: Annotated[bool, opt.prints_json("the result as JSON")] = False,
 ) -> None:
     """Run a model on prompts and write Q, K and V of its attention layers, exactly as attention consumes them.
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from anchorscope.cli import options as opt
 from anchorscope.cli.common import chosen, disk_text, note, progress_bar, stdout_console, warn, warn_of_model
 from anchorscope.errors import InputError
 from anchorscope.files import human_bytes
@@ -40,13 +41,13 @@ def compare(
         ),
     ] = None,
     target_recall: Annotated[float, typer.Option(help="Recall that the figures are about.")] = 0.95,
-    layers: Annotated[str, typer.Option(help="Layers, like 0,5,10-15.")] = "all",
-    heads: Annotated[str, typer.Option(help="Query heads, like 0,2-4.")] = "all",
-    prompts: Annotated[str, typer.Option(help="Prompt names, separated by commas.")] = "all",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
-    no_figures: Annotated[bool, typer.Option("--no-figures", help="Write tables only.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier comparison in OUT.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print compare.json, and nothing else.")] = False,
+    layers: opt.Layers = "all",
+    heads: opt.Heads = "all",
+    prompts: opt.Prompts = "all",
+    device: opt.Device = "auto",
+    no_figures: opt.NoFigures = False,
+    overwrite: Annotated[bool, opt.overwrites("an earlier comparison in OUT")] = False,
+    as_json: Annotated[bool, opt.prints_json("compare.json")] = False,
     list_methods: Annotated[bool, typer.Option("--list", help="List methods and their settings, and stop.")] = False,
 ) -> None:
     """Compare sparse attention methods on the heads of a dump: what density does each need for a recall?

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from anchorscope.cli import options as opt
 from anchorscope.cli.common import note, progress_bar, stdout_console
 from anchorscope.errors import InputError
 from anchorscope.shown import share_text
@@ -19,11 +20,8 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    model: Annotated[
-        str,
-        typer.Option("--model", help="Hugging Face id, local folder, .gguf file, or the preset smollm2.", metavar="M"),
-    ],
-    out: Annotated[Path, typer.Option("--out", help="Folder for the results; new, or an unfinished run to continue.")],
+    model: opt.Model,
+    out: opt.Out,
     prompt: Annotated[
         list[str] | None,
         typer.Option("--prompt", help="UTF-8 text file; repeat it for several.", metavar="FILE"),
@@ -46,7 +44,8 @@ def evaluate(
         typer.Option("--as", help="Name of the arm of each --config, in order. (default: the file's)", metavar="NAME"),
     ] = None,
     theta: Annotated[
-        str | None, typer.Option(help="One threshold for all heads instead, nats; several make several arms.")
+        str | None,
+        typer.Option(help="Theta in nats for all heads, in place of --config; several make several arms."),
     ] = None,
     block: Annotated[int, typer.Option(help="With --theta: queries pooled together.")] = 128,
     step: Annotated[int, typer.Option(help="With --theta: query blocks that share one selection.")] = 16,
@@ -54,9 +53,9 @@ def evaluate(
         str | None,
         typer.Option(help="Tokens, like 2048,8192. (default: whole prompts; tasks at 2048,4096,8192)"),
     ] = None,
-    depths: Annotated[str, typer.Option(help="Where the needle is, shares of the text.")] = "0,0.25,0.5,0.75,1",
+    depths: Annotated[str, typer.Option(help="Where the needle stands, as shares of the text.")] = "0,0.25,0.5,0.75,1",
     samples: Annotated[int, typer.Option(help="Questions per task, length and depth.")] = 4,
-    seed: Annotated[int, typer.Option(help="Of the tasks and intervals.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the tasks and of the intervals.")] = 0,
     chunk: Annotated[
         int | None, typer.Option(help="Tokens prefilled at a time. (default: prompts 2048; tasks whole)")
     ] = None,
@@ -69,22 +68,17 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
-    backend: Annotated[str, typer.Option(help="Of the sparse attention: auto, torch or triton.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
-    model_dtype: Annotated[
-        str | None,
-        typer.Option(help="What the model computes in: bf16, fp16, fp32. (default: its checkpoint's; fp32 for GGUF)"),
-    ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hugging Face id.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model. Read it first.")
-    ] = False,
+    backend: opt.Backend = "auto",
+    device: opt.Device = "auto",
+    model_dtype: opt.ModelDtype = None,
+    revision: opt.Revision = None,
+    trust_remote_code: opt.TrustRemoteCode = False,
     force: Annotated[
         bool, typer.Option("--force", help="Accept a configuration made for another model of the same shape.")
     ] = False,
-    no_figures: Annotated[bool, typer.Option("--no-figures", help="Write tables only.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in OUT.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print evaluation.json, and nothing else.")] = False,
+    no_figures: opt.NoFigures = False,
+    overwrite: Annotated[bool, opt.overwrites("an earlier run in OUT")] = False,
+    as_json: Annotated[bool, opt.prints_json("evaluation.json")] = False,
 ) -> None:
     """Run a model dense and sparse side by side: perplexity, divergence, agreement, task scores, times.
 

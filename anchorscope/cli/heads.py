@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from anchorscope.cli import options as opt
 from anchorscope.cli.common import chosen, disk_text, note, progress_bar, stdout_console, warn, warn_of_model
 from anchorscope.errors import InputError
 from anchorscope.files import human_bytes, visible
@@ -20,24 +20,19 @@ MOST_ROWS = 24  # heads listed one by one; more are summed up by layer
 
 
 def heads(
-    dump: Annotated[Path, typer.Argument(help="Dump folder written by `capture` or `write_dump`.", metavar="DIR")],
-    out: Annotated[Path, typer.Option("--out", help="Folder for the results; new, or an unfinished run to continue.")],
-    theta: Annotated[str, typer.Option(help="Threshold of the stripes whose overlap is measured, nats.")] = "12",
-    block: Annotated[int, typer.Option(help="Queries pooled together.")] = 128,
-    step: Annotated[int, typer.Option(help="Query blocks that share one selection.")] = 4,
-    layers: Annotated[str, typer.Option(help="Layers, like 0,5,10-15.")] = "all",
-    heads: Annotated[str, typer.Option(help="Query heads, like 0,2-4.")] = "all",
-    prompts: Annotated[str, typer.Option(help="Prompt names, separated by commas.")] = "all",
-    tokenizer: Annotated[
-        Path | None,
-        typer.Option(
-            help="tokenizer.json, its folder, or a GGUF model: shows tokens as text, not as ids.", metavar="PATH"
-        ),
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
-    no_figures: Annotated[bool, typer.Option("--no-figures", help="Write tables only.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in OUT.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print heads.json, and nothing else.")] = False,
+    dump: opt.DumpFolder,
+    out: opt.Out,
+    theta: Annotated[str, typer.Option(help="Theta of the stripes whose overlap is measured, in nats.")] = "12",
+    block: opt.Block = 128,
+    step: opt.Step = 4,
+    layers: opt.Layers = "all",
+    heads: opt.Heads = "all",
+    prompts: opt.Prompts = "all",
+    tokenizer: opt.Tokenizer = None,
+    device: opt.Device = "auto",
+    no_figures: opt.NoFigures = False,
+    overwrite: Annotated[bool, opt.overwrites("an earlier run in OUT")] = False,
+    as_json: Annotated[bool, opt.prints_json("heads.json")] = False,
 ) -> None:
     """What kind of head is this? Sinks, locality, distance, concentration, streaming or retrieval, stripe overlap.
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from anchorscope.cli import options as opt
 from anchorscope.cli.common import stderr_console, stdout_console, warn_of_model
 from anchorscope.errors import DumpError
 from anchorscope.files import human_bytes, visible
@@ -23,7 +24,7 @@ SHOWN_PROOFS = 10
 
 def info(
     dump: Annotated[Path, typer.Argument(help="Dump folder.", metavar="DIR")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, and nothing else.")] = False,
+    as_json: Annotated[bool, opt.prints_json("everything as JSON")] = False,
 ) -> None:
     """Show what a dump holds and verify every file: verified, unverified (no checksums) or damaged.
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from anchorscope.cli import options as opt
 from anchorscope.cli.common import note, stderr_console, warn, warn_of_model
 from anchorscope.errors import InputError
 from anchorscope.files import human_bytes
@@ -25,14 +26,12 @@ def report(
         ),
     ],
     html: Annotated[
-        Path | None, typer.Option("--html", help="The file to write.  (default: report.html in the first analysis)")
+        Path | None, typer.Option("--html", help="The file to write. (default: report.html in the first analysis)")
     ] = None,
     dump: Annotated[
         list[Path] | None, typer.Option(help="Dump the analyses came from, for its tokens; may be repeated.")
     ] = None,
-    tokenizer: Annotated[
-        Path | None, typer.Option(help="tokenizer.json, its folder or a GGUF file: shows tokens as text, not ids.")
-    ] = None,
+    tokenizer: opt.Tokenizer = None,
     open_page: Annotated[bool, typer.Option("--open", help="Show the page in the browser.")] = False,
 ) -> None:
     """Make one self-contained HTML page from finished analyses: every head, every theta, side by side.

@@ -1,0 +1,61 @@
+"""Arguments and options that several commands share: each name, type and help text once.
+
+A command writes `layers: opt.Layers = "all"`; the default is its own. Where the text says what a command writes, a
+function makes the option: `overwrite: Annotated[bool, opt.overwrites("an earlier run in OUT")] = False`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+# What is read
+DumpFolder = Annotated[Path, typer.Argument(help="Dump folder written by `capture` or `write_dump`.", metavar="DIR")]
+Model = Annotated[
+    str,
+    typer.Option("--model", help="Hugging Face id, local folder, .gguf file, or the preset smollm2.", metavar="M"),
+]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hugging Face id.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that comes with the model. Read it first.")
+]
+ModelDtype = Annotated[
+    str | None,
+    typer.Option(help="What the model computes in: bf16, fp16, fp32. (default: its checkpoint's; fp32 for GGUF)"),
+]
+Tokenizer = Annotated[
+    Path | None,
+    typer.Option(help="tokenizer.json, its folder, or a GGUF model: shows tokens as text, not as ids.", metavar="PATH"),
+]
+
+# Which part of it
+Layers = Annotated[str, typer.Option(help="Layers, like 0,5,10-15.")]
+Heads = Annotated[str, typer.Option(help="Query heads, like 0,2-4.")]
+Prompts = Annotated[str, typer.Option(help="Prompt names, separated by commas.")]
+
+# What is computed, and where
+Block = Annotated[int, typer.Option(help="Queries pooled together.")]
+Step = Annotated[int, typer.Option(help="Query blocks that share one selection of stripes.")]
+Init = Annotated[int | None, typer.Option(help="First tokens always kept. (default: block)")]
+Lookback = Annotated[int | None, typer.Option(help="Tokens before a group always kept. (default: block)")]
+Backend = Annotated[str, typer.Option(help="Back end: auto, torch or triton.")]
+Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda or cuda:1.")]
+
+# What is written
+Out = Annotated[Path, typer.Option("--out", help="Folder for the results; new, or an unfinished run to continue.")]
+NoFigures = Annotated[bool, typer.Option("--no-figures", help="Write tables only.")]
+HeatMaps = Annotated[
+    str | None, typer.Option(help="Heat maps to draw: layer:head,... or all. (default: worst, median, best)")
+]
+
+
+def overwrites(what: str) -> Any:
+    """The option --overwrite of a command that writes `what`, like "an earlier run in OUT"."""
+    return typer.Option("--overwrite", help=f"Replace {what}.")
+
+
+def prints_json(what: str) -> Any:
+    """The option --json of a command that prints `what`, like "compare.json"."""
+    return typer.Option("--json", help=f"Print {what}, and nothing else.")
