@@ -162,7 +162,7 @@ class AnchorConfig:
         try:
             value = read_json(path, MAX_BYTES, "anchors")
         except InputError as error:
-            raise InputError(f"{error}: give the anchors.json of calibrate") from None
+            raise InputError(f"{error}; give the anchors.json of `anchorscope calibrate`") from None
         try:
             return cls.from_json(value)
         except InputError as error:

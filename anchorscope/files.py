@@ -179,9 +179,9 @@ def check_regular(path: Path | str, limit: int, what: str, *, error: type[InputE
     except ValueError:  # a zero byte in the name
         raise error(f"{what} {str(path)!r} is no file name") from None
     if stat.S_ISDIR(info.st_mode):
-        raise error(f"{what} {path} is a folder: give a file")
+        raise error(f"{what} {path} is a folder, not a file")
     if not stat.S_ISREG(info.st_mode):
-        raise error(f"{what} {path} is a pipe or a device: give a regular file")
+        raise error(f"{what} {path} is a pipe or a device, not a regular file")
     if info.st_size > limit:
         raise error(
             f"{what} {path} is {human_bytes(info.st_size)} long, which is too large for it: at most"
@@ -202,7 +202,7 @@ def read_stream(path: Path | str, limit: int, what: str) -> bytes:
         if stat.S_ISREG(mode):
             return read_regular(path, limit, what)
         if stat.S_ISDIR(mode):
-            raise InputError(f"{what} {path} is a folder: give a file")
+            raise InputError(f"{what} {path} is a folder, not a file")
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
         with open(handle, "rb", buffering=0) as file:
             if stat.S_ISFIFO(mode):

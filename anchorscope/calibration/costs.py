@@ -105,9 +105,9 @@ def _read(path: Path) -> tuple[tuple[int, int], list[tuple[int, float, float]], 
     try:
         data = read_json(path, MAX_BYTES, "--costs")
     except InputError as error:
-        raise InputError(f"{error}: {hint}") from None
+        raise InputError(f"{error}; {hint}") from None
     if not isinstance(data, dict) or data.get("format") != "anchorscope-bench" or data.get("format_version") != 1:
-        raise InputError(f"--costs {path} is no bench result of version 1: {hint}")
+        raise InputError(f"--costs {path} is no bench result of version 1; {hint}")
     check(data, _SHAPE, f"--costs {path}", hint="it is damaged, run the bench again")
     settings = data["settings"]
     rows = [

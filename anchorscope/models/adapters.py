@@ -34,6 +34,9 @@ def unwrapped(model: Any) -> Any:
         InputError: an adapter is at work that its base model does not contain.
     """
     model = getattr(model, "_orig_mod", model)
+    while _from_peft(model) and not hasattr(model, "get_base_model"):  # PeftMixedModel, and tuners without a wrapper
+        parts = dict(model.named_children())
+        model = parts["base_model"] if "base_model" in parts else parts["model"]
     if _from_peft(model) and hasattr(model, "get_base_model"):
         model = _unwrapped_peft(model)
     if isinstance(model, torch.nn.Module):

@@ -240,6 +240,21 @@ def test_adapters_added_by_transformers() -> None:
     assert fingerprint(model) == base
 
 
+@pytest.mark.parametrize("kind", ["mixed", "tuner alone"])
+def test_other_wrappers_of_peft(kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(11)
+    config = peft.LoraConfig(target_modules=QK, init_lora_weights=False)
+    model = peft.PeftMixedModel(tiny(), config) if kind == "mixed" else peft.LoraModel(tiny(), config, "default")
+    model.eval()
+    assert fingerprint(model) not in (fingerprint(tiny()), fingerprint(adapted("IA3")))
+    dump = capture_model(model, [prompt()], tmp_path / "dump", notify=lambda _: None)
+    assert dump.model["class"] == "LlamaForCausalLM"
+    assert dump.model["fingerprint"] == fingerprint(model)
+    with sparse_attention(model, AnchorConfig.uniform(math.inf, range(3), 6, SMALL)) as run:
+        logits(model)
+    assert [x.kind for x in run.layers()] == ["sparse"] * 3
+
+
 def test_compiled_models_are_unwrapped(tmp_path: Path) -> None:
     compiled = torch.compile(adapted("LORA"), backend="eager")
     dump = capture_model(compiled, [PromptInput("p", token_ids=prompt().token_ids)], tmp_path, notify=lambda _: None)
