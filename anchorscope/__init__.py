@@ -26,6 +26,7 @@ from anchorscope._version import __version__
 if TYPE_CHECKING:
     from anchorscope.analysis.run import (
         Analysis,
+        AnalyzeRequest,
         Progress,
         analyze,
         iter_profiles,
@@ -35,10 +36,10 @@ if TYPE_CHECKING:
     )
     from anchorscope.anchors import AnchorConfig
     from anchorscope.bench import run_bench
-    from anchorscope.calibration import Calibration, calibrate, plan_calibration
+    from anchorscope.calibration import CalibrateRequest, Calibration, calibrate, plan_calibration
     from anchorscope.capture import capture_model
+    from anchorscope.compare import CompareRequest, load_comparison
     from anchorscope.compare import compare as compare_methods
-    from anchorscope.compare import load_comparison
     from anchorscope.dumps import Dump, Entry, LayerTensors, open_dump, verify, write_dump
     from anchorscope.errors import (
         AnchorScopeError,
@@ -48,16 +49,18 @@ if TYPE_CHECKING:
         RunFailure,
     )
     from anchorscope.evaluation import Evaluation, evaluate, load_evaluation
-    from anchorscope.heads import diagnose, load_diagnosis
+    from anchorscope.heads import HeadsRequest, diagnose, load_diagnosis
     from anchorscope.methods import Method, line_up
     from anchorscope.models import PromptInput, intercept
     from anchorscope.params import AnchorParams
     from anchorscope.profiles import HeadProfile
+    from anchorscope.runs.life import RunOptions
     from anchorscope.runtime import LayerUse, SparseRun, attention_clock, register_attention, sparse_attention
 
 _HOMES = {
     "anchorscope.analysis.run": (
         "Analysis",
+        "AnalyzeRequest",
         "Progress",
         "analyze",
         "iter_profiles",
@@ -67,16 +70,17 @@ _HOMES = {
     ),
     "anchorscope.anchors": ("AnchorConfig",),
     "anchorscope.bench": ("run_bench",),
-    "anchorscope.calibration": ("Calibration", "calibrate", "plan_calibration"),
+    "anchorscope.calibration": ("CalibrateRequest", "Calibration", "calibrate", "plan_calibration"),
     "anchorscope.capture": ("PromptInput", "capture_model", "intercept"),
-    "anchorscope.compare": ("load_comparison",),
+    "anchorscope.compare": ("CompareRequest", "load_comparison"),
     "anchorscope.dumps": ("Dump", "Entry", "LayerTensors", "open_dump", "verify", "write_dump"),
     "anchorscope.errors": ("AnchorScopeError", "DumpError", "InputError", "MissingBackendError", "RunFailure"),
     "anchorscope.evaluation": ("Evaluation", "evaluate", "load_evaluation"),
-    "anchorscope.heads": ("diagnose", "load_diagnosis"),
+    "anchorscope.heads": ("HeadsRequest", "diagnose", "load_diagnosis"),
     "anchorscope.methods": ("Method", "line_up"),
     "anchorscope.params": ("AnchorParams",),
     "anchorscope.profiles": ("HeadProfile",),
+    "anchorscope.runs.life": ("RunOptions",),
     "anchorscope.runtime": ("LayerUse", "SparseRun", "attention_clock", "register_attention", "sparse_attention"),
 }
 _HOME_OF = {name: (home, name) for home, names in _HOMES.items() for name in names}
@@ -84,15 +88,19 @@ _HOME_OF["compare_methods"] = ("anchorscope.compare", "compare")
 
 __all__ = [
     "Analysis",
+    "AnalyzeRequest",
     "AnchorConfig",
     "AnchorParams",
     "AnchorScopeError",
+    "CalibrateRequest",
     "Calibration",
+    "CompareRequest",
     "Dump",
     "DumpError",
     "Entry",
     "Evaluation",
     "HeadProfile",
+    "HeadsRequest",
     "InputError",
     "LayerTensors",
     "LayerUse",
@@ -101,6 +109,7 @@ __all__ = [
     "Progress",
     "PromptInput",
     "RunFailure",
+    "RunOptions",
     "SparseRun",
     "__version__",
     "analyze",

@@ -148,8 +148,11 @@ class AnchorConfig:
         Raises:
             RunFailure: it cannot be written.
         """
-        text = json.dumps(self.to_json(), indent=2, allow_nan=False)
-        write_atomic(path, (text + "\n").encode())
+        write_atomic(path, self.to_text().encode())
+
+    def to_text(self) -> str:
+        """The content of the file."""
+        return json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n"
 
     @classmethod
     def load(cls, path: Path | str) -> AnchorConfig:

@@ -29,7 +29,7 @@ from anchorscope.kernels.geometry import Geometry
 from anchorscope.params import AnchorParams
 from anchorscope.ranges import working_dtype
 from anchorscope.runs.environment import full_precision
-from anchorscope.runs.jobs import Cancelled
+from anchorscope.runs.progress import Cancelled
 
 # Curves are kept at these thetas (nats): every 0.05 where models live, geometric beyond, so that any logit scale fits.
 # All have at most two decimals, so that a theta is shown in full and means, typed again, the selection measured.

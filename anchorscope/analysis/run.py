@@ -1,24 +1,21 @@
 """`analyze`: a dump in, an output folder out; interruptible, resumable, one head at a time.
 
-Stages: every head is measured and saved as a profile; then tables, figures and the report are made from the saved
-profiles alone. So an interrupted run continues where it stopped and ends with the same bytes, and figures can be
-redrawn later without the dump.
+Every head is measured and saved as a profile; tables, figures and the report are made from the saved profiles alone. So
+an interrupted run continues where it stopped and ends with the same bytes, and figures can be redrawn later without the
+dump.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
-import torch
 
-from anchorscope.analysis.backends import Backend, resolve_backend
-from anchorscope.analysis.diagnosis import Diagnosis, diagnose_analysis, plan_diagnosis
-from anchorscope.analysis.engine import CURVE_THETAS, HEAT_COLUMNS, HEAT_ROWS, POSITION_BINS, HeadShape
+from anchorscope.analysis.engine import HeadShape
+from anchorscope.analysis.request import AnalysisPlan, AnalyzeRequest, HeatMaps, heat_map_count
 from anchorscope.analysis.tables import (
     CURVES_COLUMNS,
     HEADS_COLUMNS,
@@ -28,30 +25,26 @@ from anchorscope.analysis.tables import (
     short_of_target,
     summarise,
 )
-from anchorscope.dumps import Dump, LayerTensors, open_dump
+from anchorscope.dumps import Dump
 from anchorscope.errors import DumpError, InputError
-from anchorscope.files import MAX_JSON_BYTES, csv_text, human_bytes, member, read_json, write_atomic
+from anchorscope.files import MAX_JSON_BYTES, csv_text, human_bytes, member, read_json
+from anchorscope.heads.run import Diagnosis, clear_diagnosis, diagnose_plan
 from anchorscope.locks import folder_lock
-from anchorscope.params import AnchorParams, anchor_pairs, recommend_groups, visible_pairs
 from anchorscope.profiles import HeadProfile
 from anchorscope.runs.environment import versions
-from anchorscope.runs.folder import RunFolder
-from anchorscope.runs.jobs import (
-    Job,
-    Progress,
-    ProgressCallback,
-    check_beside_plan,
-    check_plan_source,
-    choose_jobs,
-    run_jobs,
-)
-from anchorscope.runs.values import jsonable
+from anchorscope.runs.executors import Context
+from anchorscope.runs.folder import Run, RunFolder
+from anchorscope.runs.life import Command, Parts, RunOptions, Summary, run
+from anchorscope.runs.progress import Progress, ProgressCallback
+from anchorscope.runs.request import planned, split, takes
+from anchorscope.runs.units import HeadUnit, prompt_facts
 from anchorscope.shapes import check
 
 STATE = "analysis.json"
 REPORT = "report.json"
 PROFILES = "profile"
 FIGURES = "figures"
+HEADS = "heads"
 REPORT_VERSION = 1
 FOLDER = RunFolder(
     what="an analysis",
@@ -64,41 +57,12 @@ FOLDER = RunFolder(
     parts=((PROFILES, "*.safetensors"), (FIGURES, "*.png")),
     kept=("measured heads", f"{PROFILES}/*.safetensors"),
 )
-ANCHOR_BUDGET = 0.25  # share of the pairs above which the anchor region alone is called expensive
 STATE_SHAPE = {"profiles": [str], "settings": {"target_recall": float, "prompts": [str], "layers": [int]}}
 REPORT_SHAPE = {
     "dump": {"identity": str, "model": (dict, None)},
     "prompts": [{"name": str, "tokens": int}],
     "settings": {"target_recall": float},
 }
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Everything decided before the first score is computed.
-
-    Attributes:
-        jobs: heads to measure, entry by entry.
-        workers: heads measured at the same time.
-        memory: bytes of working memory besides the libraries themselves; on a GPU its own memory, and the host then
-            holds one layer's tensors.
-        disk: bytes that tables and profiles will need, about.
-        pictures: bytes that the figures will need besides, about.
-        warnings: sentences for the user.
-    """
-
-    dump: Dump
-    settings: dict[str, Any]
-    params: AnchorParams
-    thetas: tuple[float, ...]
-    target_recall: float
-    backend: Backend
-    jobs: tuple[Job, ...]
-    workers: int
-    memory: int
-    disk: int
-    pictures: int
-    warnings: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -124,167 +88,132 @@ class Analysis:
         return iter_profiles(self.path, heat=heat)
 
 
-def plan_analysis(
-    dump: Dump | Path | str,
-    *,
-    thetas: Sequence[float] = (12.0,),
-    params: AnchorParams | None = None,
-    target_recall: float = 0.95,
-    layers: Sequence[int] | None = None,
-    heads: Sequence[int] | None = None,
-    prompts: Sequence[str] | None = None,
-    backend: str = "auto",
-    device: str = "auto",
-    heatmaps: Sequence[tuple[int, int]] | str | None = None,
-) -> Plan:
-    """Check a request and say what it will cost. Arguments as in `analyze`.
-
-    Raises:
-        InputError: thetas empty or NaN, an unknown layer, head or prompt, a target outside (0, 1].
-        DumpError: the dump is missing or damaged.
-        MissingBackendError: back end or device absent.
-    """
-    params = AnchorParams() if params is None else params
-    thetas = tuple(float(t) for t in thetas)
-    if not thetas or any(np.isnan(thetas)):
-        raise InputError("thetas must hold at least one number and no NaN")
-    if not 0 < target_recall <= 1:
-        raise InputError(f"target recall must lie above 0 and at most at 1, not {target_recall!r}")
-    source = dump if isinstance(dump, Dump) else open_dump(dump)
-    engine = resolve_backend(backend, device)
-
-    jobs = choose_jobs(source, prompts, layers, heads)
-
-    settings: dict[str, Any] = {
-        "theta": [jsonable(t) for t in thetas],
-        "block": params.block,
-        "step": params.step,
-        "init": params.init_tokens,
-        "lookback": params.lookback_tokens,
-        "target_recall": target_recall,
-        "prompts": list(dict.fromkeys(j.entry.prompt for j in jobs)),
-        "layers": sorted({j.entry.layer for j in jobs}),
-        "heads": sorted({j.head for j in jobs}),
-        "backend": engine.name,
-        "device": engine.device.type,
-    }
-    largest = max(jobs, key=lambda j: j.entry.tokens * j.entry.head_dim).entry
-    each = engine.workspace(largest.tokens, largest.head_dim, len(set(thetas)), params)
-    workers = 1
-    if engine.device.type == "cpu" and engine.name == "torch":
-        # One head per core beats one head on all cores; heads of over 64k tokens would need the memory twice.
-        workers = max(1, min(torch.get_num_threads(), len(jobs), int(8 * 2**30 // each)))
-    layer_bytes = max(j.entry.bytes for j in jobs)
-    return Plan(
-        dump=source,
-        settings=settings,
-        params=params,
-        thetas=thetas,
-        target_recall=target_recall,
-        backend=engine,
-        jobs=jobs,
-        workers=workers,
-        memory=workers * each + (layer_bytes if engine.device.type == "cpu" else 0),
-        disk=_disk_bytes(jobs, params, len(thetas)),
-        pictures=_picture_bytes(jobs, heatmaps),
-        warnings=tuple(_anchor_warnings(source, jobs, params)),
-    )
+@takes(AnalyzeRequest, None)
+def plan_analysis(dump: Dump | Path | str, **request: Any) -> AnalysisPlan:
+    """Check a request and say what it will take: `AnalyzeRequest(dump, ...).plan()`."""
+    return AnalyzeRequest(dump, **request).plan()
 
 
-def analyze(
-    dump: Dump | Path | str,
-    out: Path | str,
-    *,
-    thetas: Sequence[float] = (12.0,),
-    params: AnchorParams | None = None,
-    target_recall: float = 0.95,
-    layers: Sequence[int] | None = None,
-    heads: Sequence[int] | None = None,
-    prompts: Sequence[str] | None = None,
-    backend: str = "auto",
-    device: str = "auto",
-    heatmaps: Sequence[tuple[int, int]] | str | None = None,
-    figures: bool = True,
-    diagnose: bool = False,
-    overwrite: bool = False,
-    resume: bool = False,
-    progress: ProgressCallback | None = None,
-    notify: Callable[[str], None] | None = None,
-    plan: Plan | None = None,
-) -> Analysis:
+@takes(AnalyzeRequest)
+def analyze(dump: Dump | Path | str, out: Path | str, *, plan: AnalysisPlan | None = None, **options: Any) -> Analysis:
     """Measure every chosen head of a dump: recall against sparsity for every theta, and where the mass lies.
 
     Args:
         dump: a dump folder, or an open dump.
         out: the output folder; new, empty, or holding an unfinished run of the same request, which then continues.
-        thetas: nats; any number, +-inf included. Figures use the first.
-        params: block, step, init and lookback.
-        target_recall: recall to report the needed theta and density for.
-        layers, heads: original indices; None means all in the dump.
-        prompts: prompt names; None means all.
-        backend: "auto", "torch" or "triton".
-        device: "auto", "cpu", "cuda" or "cuda:i".
-        heatmaps: (layer, head) pairs, "all", or None for the worst, the median and the best head.
-        figures: draw the figures.
-        diagnose: also find out what kind of head each one is, by the first theta: see `anchorscope.diagnose`.
-        overwrite: replace an earlier analysis in `out`.
-        resume: accept a finished analysis of the same request in `out` too, and leave it as it is.
-        progress: called as work proceeds.
-        notify: told in a sentence when saved diagnostics cannot be used again.
         plan: a plan made beforehand; what it decides must then not be given again.
+        **options: the fields of `AnalyzeRequest` and of `RunOptions`.
 
     Returns:
         The finished analysis. `out` then holds heads.csv, curves.csv, report.json, profile/, figures/ and heads/.
 
     Raises:
-        InputError, DumpError, MissingBackendError: see `plan_analysis`; also an `out` that is in use.
+        InputError, DumpError, MissingBackendError: see `AnalyzeRequest.plan`; also an `out` that is in use.
         RunFailure: disk full, out of memory.
     """
-    if plan is None:
-        plan = plan_analysis(
-            dump,
-            thetas=thetas,
-            params=params,
-            target_recall=target_recall,
-            layers=layers,
-            heads=heads,
-            prompts=prompts,
-            backend=backend,
-            device=device,
-            heatmaps=heatmaps,
+    how, asked = split(options)
+    return analyze_plan(planned(AnalyzeRequest, plan, dump, asked, late=("heatmaps", "diagnose")), out, how)
+
+
+def analyze_plan(plan: AnalysisPlan, out: Path | str, options: RunOptions) -> Analysis:
+    """Carry out a plan; see `analyze`."""
+    done = run(AnalyzeCommand(plan, options), out)
+    return Analysis(done.path, done.report, done.summary.value, done.figures, done.extension)
+
+
+class AnalyzeCommand(Command[HeadUnit, HeadProfile]):
+    """See `anchorscope.runs.life.Command`."""
+
+    folder: ClassVar[RunFolder] = FOLDER
+    suffix: ClassVar[str] = ".safetensors"
+    plan: AnalysisPlan
+
+    def measure(self, unit: HeadUnit, context: Context) -> HeadProfile:
+        plan, entry = self.plan, unit.entry
+        shape = HeadShape(
+            entry.tokens,
+            entry.head_dim,
+            plan.params,
+            plan.thetas,
+            entry.scale,
+            entry.window,
+            entry.softcap,
+            cancelled=context.stop.is_set,
         )
-    else:
-        check_plan_source(plan.dump, dump)
-        given = {
-            "thetas": thetas,
-            "params": params,
-            "target_recall": target_recall,
-            "layers": layers,
-            "heads": heads,
-            "prompts": prompts,
-            "backend": backend,
-            "device": device,
+        q, k, v = context.head(unit.head)
+        result = plan.backend.engine(q, k, v, shape)
+        assert context.tensors is not None
+        return HeadProfile(
+            prompt=entry.prompt,
+            layer=entry.layer,
+            head=unit.head,
+            kv_head=context.tensors.kv_heads[context.tensors.kv_index(unit.head)],
+            tokens=entry.tokens,
+            head_dim=entry.head_dim,
+            block=plan.params.block,
+            step=plan.params.step,
+            init=plan.params.init_tokens,
+            lookback=plan.params.lookback_tokens,
+            window=entry.window,
+            softcap=entry.softcap,
+            scale=entry.scale,
+            backend=plan.backend.name,
+            dump_identity=plan.dump.identity,
+            thetas=np.asarray(plan.thetas),
+            **vars(result),
+        )
+
+    def save(self, root: Path, unit: HeadUnit, measured: HeadProfile) -> None:
+        measured.save(self.files(root, unit)[0])
+
+    def load(self, root: Path, unit: HeadUnit) -> HeadProfile | None:
+        try:
+            saved = HeadProfile.load(self.files(root, unit)[0], heat=False)
+        except DumpError:
+            return None
+        return saved if saved.dump_identity == self.plan.dump.identity else None
+
+    def summarise(self, parts: Parts[HeadUnit, HeadProfile], run: Run) -> Summary:
+        lines, head_rows, curve_rows = [], [], []
+        for profile in parts:
+            lines.append(HeadLine.of(profile, self.plan.target_recall))
+            head_rows.extend(heads_rows(profile))
+            curve_rows.extend(curves_rows(profile))
+        tables = {"heads.csv": csv_text(HEADS_COLUMNS, head_rows), "curves.csv": csv_text(CURVES_COLUMNS, curve_rows)}
+        return Summary(_report(self.plan, lines, run.state["started"]), tables, tuple(lines))
+
+    def asked(self) -> dict[str, Any]:
+        heatmaps: HeatMaps = self.plan.request.heatmaps
+        wanted = "default" if heatmaps is None else heatmaps if isinstance(heatmaps, str) else list(map(list, heatmaps))
+        return {
+            "figures": self.options.figures,
+            "heatmaps": wanted if self.options.figures else None,
+            "diagnose": self.plan.request.diagnose,
         }
-        check_beside_plan(analyze, given)
-    _check_heatmaps(heatmaps, plan)
-    report = progress or (lambda _: None)
-    kinds = plan_diagnosis(plan) if diagnose else None
-    request = {
-        "dump": plan.dump.identity,
-        "settings": plan.settings,
-        "profiles": [j.name for j in plan.jobs],
-    }
-    asked = {"figures": figures, "heatmaps": _heatmaps_asked(heatmaps) if figures else None, "diagnose": diagnose}
-    disk = plan.disk + (kinds.disk if kinds else 0)
-    if figures:
-        disk += plan.pictures + (kinds.pictures if kinds else 0)
-    with FOLDER.run(Path(out), request, asked=asked, disk=disk, overwrite=overwrite, resume=resume) as run:
-        _measure(run.path, plan, report)
-        result = _finish(run.path, plan, run.state)
-        drawn = _draw(run.path, run.state, run.asked["heatmaps"], report) if run.asked["figures"] else []
-        found = diagnose_analysis(run.path, plan, run.asked, report, notify)
-        run.finish(result.report)
-        return replace(result, figures=tuple(drawn), diagnosis=found)
+
+    def draw(self, run: Run, summary: Summary) -> Sequence[Path]:
+        return _draw(run.path, run.state, run.asked["heatmaps"], self.options.report)
+
+    def extend(self, run: Run) -> Diagnosis | None:
+        """Diagnose into a folder of the analysis; nothing of an earlier run stays there if that was not asked for."""
+        if not run.asked["diagnose"]:
+            clear_diagnosis(run.path / HEADS)
+            return None
+
+        def kinds(event: Progress) -> None:
+            self.options.report(replace(event, stage="kinds") if event.stage == "heads" else event)
+
+        request = self.plan.request if self.plan.kinds else replace(self.plan.request, diagnose=True)
+        plan = self.plan.kinds or request.plan().kinds
+        how = replace(self.options, figures=bool(run.asked["figures"]), overwrite=True, resume=True, progress=kinds)
+        return diagnose_plan(plan, run.path / HEADS, how)
+
+    def out_of_memory(self) -> str:
+        longest = max(u.entry.tokens for u in self.plan.units)
+        return (
+            f"out of memory on {self.plan.device}: one head of {longest:,} tokens needs about "
+            f"{human_bytes(self.plan.memory / self.plan.workers)}; use --device cpu, fewer thetas or a shorter capture"
+        )
 
 
 def iter_profiles(out: Path | str, *, heat: bool = True) -> Iterator[HeadProfile]:
@@ -300,7 +229,7 @@ def iter_profiles(out: Path | str, *, heat: bool = True) -> Iterator[HeadProfile
 def redraw(
     out: Path | str,
     *,
-    heatmaps: Sequence[tuple[int, int]] | str | None = None,
+    heatmaps: HeatMaps = None,
     progress: ProgressCallback | None = None,
 ) -> list[Path]:
     """Draw the figures of an analysis again, from its saved profiles; the dump is not needed.
@@ -333,75 +262,6 @@ def load_report(out: Path | str) -> dict[str, Any]:
     return dict(report)
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# planning
-
-
-def _disk_bytes(jobs: Sequence[Job], params: AnchorParams, thetas: int) -> int:
-    """What tables and profiles will take; profiles are mostly their heat maps, the rest is as measured."""
-    total = 4_000
-    for job in jobs:
-        n = job.entry.tokens
-        groups, positions = params.groups(n), -(-n // -(-n // POSITION_BINS))
-        rows, columns = (-(-count // -(-count // limit)) for count, limit in ((groups, HEAT_ROWS), (n, HEAT_COLUMNS)))
-        total += 8 * rows * columns + 8 * (rows + columns) + (4 * thetas + 8) * positions
-        total += 24 * len(CURVE_THETAS) + 8_500 + 80 * thetas  # curves; the oracle, the header; numbers per theta
-        total += 6_000 + 200 * thetas  # rows of curves.csv and heads.csv
-    return total
-
-
-def _picture_bytes(jobs: Sequence[Job], heatmaps: Sequence[tuple[int, int]] | str | None) -> int:
-    """What the figures will take, as measured of their kinds."""
-    layers = len({(j.prompt_index, j.entry.layer) for j in jobs})
-    prompts = len({j.prompt_index for j in jobs})
-    return 55_000 * prompts + 135_000 * layers + 150_000 * _heat_maps(heatmaps, len(jobs), prompts)
-
-
-def _heat_maps(heatmaps: Sequence[tuple[int, int]] | str | None, heads: int, prompts: int) -> int:
-    """How many heat maps a request draws."""
-    return heads if heatmaps == "all" else min(heads, prompts * (3 if heatmaps is None else len(heatmaps)))
-
-
-def _anchor_warnings(dump: Dump, jobs: Sequence[Job], params: AnchorParams) -> Iterator[str]:
-    """Say where the anchor region alone costs more than a quarter of the pairs, and which groups would not."""
-    for n, window in sorted({(j.entry.tokens, j.entry.window) for j in jobs}, key=lambda x: (x[0], x[1] or 0)):
-        share = anchor_pairs(n, params, window) / visible_pairs(n, window)
-        if share <= ANCHOR_BUDGET:
-            continue
-        better = recommend_groups(n, window, ANCHOR_BUDGET)
-        hint = (
-            f"--block {better.block} --step {better.step} would cost "
-            f"{anchor_pairs(n, better, window) / visible_pairs(n, window):.0%}"
-            if better
-            else "the prompt is too short for any groups to be sparse"
-        )
-        layers = "" if window is None else f" (sliding window {window})"
-        yield (
-            f"at {n:,} tokens{layers} the anchor region alone keeps {share:.0%} of the pairs with groups of "
-            f"{params.block} x {params.step}; {hint}"
-        )
-
-
-def _check_heatmaps(heatmaps: Sequence[tuple[int, int]] | str | None, plan: Plan) -> None:
-    if heatmaps is None or heatmaps == "all":
-        return
-    if isinstance(heatmaps, str):
-        raise InputError(f"heatmaps must be 'all' or (layer, head) pairs, not {heatmaps!r}")
-    known = {(j.entry.layer, j.head) for j in plan.jobs}
-    for layer, head in heatmaps:
-        if (layer, head) not in known:
-            raise InputError(f"heat map {layer}:{head}: that layer and head are not analyzed here")
-
-
-def _heatmaps_asked(heatmaps: Sequence[tuple[int, int]] | str | None) -> list[list[int]] | str:
-    """Heat maps as the state holds them; what `_draw` takes."""
-    return "default" if heatmaps is None else heatmaps if isinstance(heatmaps, str) else [list(x) for x in heatmaps]
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# folder
-
-
 def _state(path: Path) -> dict[str, Any]:
     state = FOLDER.read(path)
     if state is None or not isinstance(state.get("profiles"), list):
@@ -412,108 +272,19 @@ def _state(path: Path) -> dict[str, Any]:
     return state
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# measuring
-
-
-def _measure(path: Path, plan: Plan, report: ProgressCallback) -> None:
-    """Measure the heads whose profiles are not there yet."""
-    total = sum(j.work for j in plan.jobs)
-    missing: list[Job] = []
-    for job in plan.jobs:
-        try:
-            saved = HeadProfile.load(path / PROFILES / job.name, heat=False)
-            if saved.dump_identity != plan.dump.identity:
-                missing.append(job)
-        except DumpError:
-            missing.append(job)
-    done = total - sum(j.work for j in missing)
-    report(Progress("heads", done, total))
-
-    run_jobs(
-        plan.dump,
-        missing,
-        lambda job, tensors, stop: _measure_head(path, plan, job, tensors, stop),
-        workers=plan.workers,
-        report=report,
-        work_before=done,
-        work_total=total,
-        memory_advice=lambda: _memory_advice(plan),
-    )
-
-
-def _memory_advice(plan: Plan) -> str:
-    longest = max(j.entry.tokens for j in plan.jobs)
-    return (
-        f"out of memory on {plan.backend.device}: one head of {longest:,} tokens needs about "
-        f"{human_bytes(plan.memory / plan.workers)}; use --device cpu, fewer thetas or a shorter capture"
-    )
-
-
-def _measure_head(path: Path, plan: Plan, job: Job, tensors: LayerTensors, stop: threading.Event) -> None:
-    entry, device = job.entry, plan.backend.device
-    row, kv = tensors.query_heads.index(job.head), tensors.kv_index(job.head)
-    shape = HeadShape(
-        entry.tokens,
-        entry.head_dim,
-        plan.params,
-        plan.thetas,
-        entry.scale,
-        entry.window,
-        entry.softcap,
-        cancelled=stop.is_set,
-    )
-    q, k = tensors.q[row].to(device), tensors.k[kv].to(device)
-    v = None if tensors.v is None else tensors.v[kv].to(device)
-    result = plan.backend.engine(q, k, v, shape)
-    profile = HeadProfile(
-        prompt=entry.prompt,
-        layer=entry.layer,
-        head=job.head,
-        kv_head=tensors.kv_heads[kv],
-        tokens=entry.tokens,
-        head_dim=entry.head_dim,
-        block=plan.params.block,
-        step=plan.params.step,
-        init=plan.params.init_tokens,
-        lookback=plan.params.lookback_tokens,
-        window=entry.window,
-        softcap=entry.softcap,
-        scale=entry.scale,
-        backend=plan.backend.name,
-        dump_identity=plan.dump.identity,
-        thetas=np.asarray(plan.thetas),
-        **vars(result),
-    )
-    profile.save(path / PROFILES / job.name)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# finishing
-
-
-def _finish(path: Path, plan: Plan, state: dict[str, Any]) -> Analysis:
-    """Tables and the report, from the saved profiles."""
-    lines, head_rows, curve_rows = [], [], []
-    for profile in iter_profiles(path, heat=False):
-        lines.append(HeadLine.of(profile, plan.target_recall))
-        head_rows.extend(heads_rows(profile))
-        curve_rows.extend(curves_rows(profile))
-    write_atomic(path / "heads.csv", csv_text(HEADS_COLUMNS, head_rows).encode())
-    write_atomic(path / "curves.csv", csv_text(CURVES_COLUMNS, curve_rows).encode())
+def _report(plan: AnalysisPlan, lines: Sequence[HeadLine], started: str) -> dict[str, Any]:
+    """What report.json holds."""
 
     def only(**fixed: object) -> list[dict[str, Any]]:
         chosen = [x for x in lines if all(getattr(x, k) == v for k, v in fixed.items())]
         return summarise(chosen, plan.thetas)
 
-    report = {
+    return {
         "format": "anchorscope-report",
         "version": REPORT_VERSION,
-        "started": state["started"],
+        "started": started,
         "dump": {"identity": plan.dump.identity, "model": plan.dump.model},
-        "prompts": [
-            {"name": p.name, "tokens": p.tokens} for p in plan.dump.prompts if p.name in plan.settings["prompts"]
-        ],
+        "prompts": prompt_facts(plan.dump, plan.settings["prompts"]),
         "settings": plan.settings,
         "versions": versions(),
         "hardware": plan.backend.hardware,
@@ -530,14 +301,13 @@ def _finish(path: Path, plan: Plan, state: dict[str, Any]) -> Analysis:
             "short": short_of_target(lines, plan.thetas, plan.target_recall),
         },
     }
-    return Analysis(path, report, tuple(lines))
 
 
 def _draw(
     path: Path,
-    state: dict[str, Any],
+    state: Mapping[str, Any],
     heatmaps: Sequence[Sequence[int]] | str | None,
-    report: ProgressCallback,
+    report: Callable[[Progress], None],
 ) -> list[Path]:
     """Every figure, from the saved profiles."""
     from anchorscope.plots.draw import draw_all
@@ -548,7 +318,7 @@ def _draw(
     target = state["settings"]["target_recall"]
     profiles = [path / PROFILES / name for name in state["profiles"]]
     prompts, layers = len(state["settings"]["prompts"]), len(state["settings"]["layers"])
-    total = prompts * (1 + 2 * layers) + _heat_maps(wanted, len(profiles), prompts)
+    total = prompts * (1 + 2 * layers) + heat_map_count(wanted, len(profiles), prompts)
     done = 0
 
     def drawn_one(file: Path) -> None:
@@ -566,7 +336,8 @@ def _mean_or_none(values: Sequence[float | None]) -> float | None:
 
 __all__ = [
     "Analysis",
-    "Plan",
+    "AnalysisPlan",
+    "AnalyzeRequest",
     "Progress",
     "analyze",
     "iter_profiles",

@@ -15,7 +15,7 @@ from anchorscope.kernels.dense_lse import dense_lse
 from anchorscope.kernels.margins import margins
 from anchorscope.kernels.sweep import bin_columns, sweep
 from anchorscope.ranges import working_dtype
-from anchorscope.runs.jobs import Cancelled
+from anchorscope.runs.progress import Cancelled
 
 
 def profile_head_triton(q: Tensor, k: Tensor, v: Tensor | None, shape: HeadShape) -> HeadResult:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from anchorscope.calibration.request import CalibrateRequest, CalibrationPlan
 from anchorscope.calibration.run import Calibration, calibrate, plan_calibration
 from anchorscope.calibration.sources import parse_groups
 
-__all__ = ["Calibration", "calibrate", "parse_groups", "plan_calibration"]
+__all__ = ["CalibrateRequest", "Calibration", "CalibrationPlan", "calibrate", "parse_groups", "plan_calibration"]

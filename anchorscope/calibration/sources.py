@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from anchorscope.analysis.request import AnalysisPlan
 from anchorscope.analysis.run import STATE as ANALYSIS_STATE
 from anchorscope.analysis.run import iter_profiles, load_report
 from anchorscope.anchors import IDENTITY, SHAPE
@@ -44,13 +45,41 @@ Measured = dict[tuple[Prompt, AnchorParams, HeadIndex], PromptCurve]
 
 
 @dataclass(frozen=True)
-class Run:
-    """One analysis still to make: a dump with one kind of group."""
+class AnalysisUnit:
+    """One analysis to make: a dump with one kind of group.
+
+    Attributes:
+        dump: the dump.
+        params: the groups.
+        prompts: names of the prompts to measure.
+        folder: name of the analysis' folder.
+        plan: of the analysis, once that is made.
+    """
 
     dump: Dump
     params: AnchorParams
     prompts: tuple[str, ...]
     folder: str
+    plan: AnalysisPlan | None = None
+
+    @property
+    def analysis(self) -> AnalysisPlan:
+        """The plan, which must have been made."""
+        assert self.plan is not None, "not planned yet"
+        return self.plan
+
+    @property
+    def stem(self) -> str:
+        return self.folder
+
+    @property
+    def work(self) -> int:
+        """(query, key) pairs."""
+        return sum(unit.work for unit in self.analysis.units)
+
+    @property
+    def label(self) -> str:
+        return group_name(self.params)
 
 
 @dataclass(frozen=True)
@@ -75,7 +104,7 @@ class Sources:
     windowed: tuple[int, ...]
     groups: tuple[AnchorParams, ...]
     measured: Measured = field(repr=False)
-    runs: tuple[Run, ...]
+    runs: tuple[AnalysisUnit, ...]
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -116,7 +145,7 @@ def listed(groups: Iterable[AnchorParams]) -> str:
     return ", ".join(map(group_name, groups))
 
 
-def open_sources(
+def read_sources(
     paths: Sequence[Path | str],
     *,
     groups: Sequence[AnchorParams] | None = None,
@@ -382,7 +411,7 @@ def _runs(
     groups: Sequence[AnchorParams],
     measured: Measured,
     heads: Sequence[HeadIndex],
-) -> tuple[Run, ...]:
+) -> tuple[AnalysisUnit, ...]:
     runs = []
     taken: set[str] = set()
     for dump in dumps:
@@ -396,5 +425,5 @@ def _runs(
         for params in groups:
             left = tuple(n for n in names if any((prompts[dump.identity, n], params, h) not in measured for h in heads))
             if left:
-                runs.append(Run(dump, params, left, f"{name}-{group_name(params)}"))
+                runs.append(AnalysisUnit(dump, params, left, f"{name}-{group_name(params)}"))
     return tuple(runs)

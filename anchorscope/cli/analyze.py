@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from anchorscope.cli import options as opt
-from anchorscope.cli.common import chosen, disk_text, note, progress_bar, stdout_console, warn, warn_of_model
+from anchorscope.cli.common import announce, chosen, progress_bar, stdout_console, warn, warn_of_model
 from anchorscope.errors import InputError
-from anchorscope.files import human_bytes
 from anchorscope.shown import share_text, theta_text
 
 if TYPE_CHECKING:
@@ -59,7 +58,6 @@ def analyze(
     thetas = parse_thetas(theta)
     pairs = _heatmaps(heatmap)
 
-    from anchorscope.analysis.diagnosis import plan_diagnosis
     from anchorscope.analysis.run import analyze as run
     from anchorscope.analysis.run import plan_analysis
     from anchorscope.dumps import open_dump
@@ -77,25 +75,16 @@ def analyze(
         backend=backend,
         device=device,
         heatmaps=pairs,
+        diagnose=not no_diagnose,
     )
-    kinds = None if no_diagnose else plan_diagnosis(plan)
-    kind = "memory" if plan.backend.device.type == "cpu" else "GPU memory"
-    memory = max(plan.memory, kinds.memory if kinds else 0)
-    plans = [plan, kinds] if kinds else [plan]
-    note(
-        f"{len(plan.jobs)} heads, back end {plan.backend.name} on {plan.backend.hardware}; needs about "
-        f"{human_bytes(memory)} of {kind} and {disk_text(*plans, figures=not no_figures)} of disk"
-    )
-    for sentence in plan.warnings:
-        warn(sentence)
+    engine = plan.backend
+    announce(plan, f"{len(plan.units)} heads, back end {engine.name} on {engine.hardware}", figures=not no_figures)
     warn_of_model(source, picked["prompts"])
     with progress_bar() as bar:
         result = run(
             source,
             out,
-            heatmaps=pairs,
             figures=not no_figures,
-            diagnose=not no_diagnose,
             overwrite=overwrite,
             resume=resume,
             progress=bar,

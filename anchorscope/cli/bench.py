@@ -79,7 +79,7 @@ def bench(
 
     from anchorscope.bench import BenchConfig, check_out, compare, load_result, run_bench, save
     from anchorscope.params import AnchorParams
-    from anchorscope.runs.jobs import Progress
+    from anchorscope.runs.progress import Progress
 
     config = BenchConfig(
         lengths=sizes,

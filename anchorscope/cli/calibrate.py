@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from anchorscope.cli import options as opt
-from anchorscope.cli.common import disk_text, note, progress_bar, stdout_console, warn, warn_of_model
-from anchorscope.files import human_bytes
+from anchorscope.cli.common import announce, progress_bar, stdout_console, warn_of_model
 from anchorscope.shown import share_text, theta_text
 
 if TYPE_CHECKING:
@@ -98,16 +97,16 @@ def calibrate(
         backend=backend,
         device=device,
     )
-    if plan.analyses:
-        engine = plan.analyses[0][1].backend
-        note(
-            f"{plan.heads} heads to measure, back end {engine.name} on {engine.hardware}; needs about"
-            f" {human_bytes(plan.memory)} of memory, {disk_text(plan, figures=not no_figures)} of disk and"
+    if plan.units:
+        engine = plan.units[0].analysis.backend
+        what = (
+            f"{plan.heads} heads to measure, back end {engine.name} on {engine.hardware}, about"
             f" {_duration(plan.seconds)} (less what is measured already)"
         )
-    for sentence in plan.warnings:
-        warn(sentence)
-    for source in {each.dump.identity: each.dump for _, each in plan.analyses}.values():
+    else:
+        what = f"{len(plan.sources.prompts)} prompts, measured already"
+    announce(plan, what, figures=not no_figures)
+    for source in {unit.dump.identity: unit.dump for unit in plan.units}.values():
         warn_of_model(source)
     with progress_bar() as bar:
         result = run(sources, out, figures=not no_figures, overwrite=overwrite, progress=bar, plan=plan)

@@ -7,14 +7,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from anchorscope.files import human_bytes, visible
+from anchorscope.files import visible
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
     from anchorscope.dumps import Dump
-    from anchorscope.runs.jobs import Progress as Event
+    from anchorscope.runs.life import Plan
+    from anchorscope.runs.progress import Progress as Event
 
 
 def stdout_console() -> Console:
@@ -50,6 +51,13 @@ def note(sentence: str) -> None:
 def warn(sentence: str) -> None:
     """A warning on stderr."""
     print(f"warning: {visible(sentence)}", file=sys.stderr)
+
+
+def announce(plan: Plan[Any], what: str, *, figures: bool) -> None:
+    """Say on stderr what a run is going to do and take, and what there is to warn of."""
+    note(f"{what}; {plan.needs(figures=figures)}")
+    for sentence in plan.warnings:
+        warn(sentence)
 
 
 def warn_of_model(source: Dump, prompts: Sequence[str] | None = None) -> None:
@@ -109,8 +117,3 @@ def progress_bar() -> Iterator[Callable[[Event], None]]:
 
     with bar:
         yield update
-
-
-def disk_text(*plans: Any, figures: bool) -> str:
-    """The disk that planned runs need together, in words."""
-    return human_bytes(sum(plan.disk + (plan.pictures if figures else 0) for plan in plans))

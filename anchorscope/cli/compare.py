@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from anchorscope.cli import options as opt
-from anchorscope.cli.common import chosen, disk_text, note, progress_bar, stdout_console, warn, warn_of_model
+from anchorscope.cli.common import announce, chosen, progress_bar, stdout_console, warn, warn_of_model
 from anchorscope.errors import InputError
-from anchorscope.files import human_bytes
 from anchorscope.shown import share_text
 
 if TYPE_CHECKING:
@@ -78,12 +77,9 @@ def compare(
         **picked,
         device=device,
     )
-    note(
-        f"{len(plan.jobs)} heads, {len(lineup)} methods, {sum(len(c.sweep) for c in lineup)} settings; needs about"
-        f" {human_bytes(plan.memory)} of memory and {disk_text(plan, figures=not no_figures)} of disk"
-    )
-    for sentence in plan.warnings:
-        warn(sentence)
+    settings_count = sum(len(c.sweep) for c in lineup)
+    what = f"{len(plan.units)} heads, {len(lineup)} methods, {settings_count} settings"
+    announce(plan, what, figures=not no_figures)
     warn_of_model(source, picked["prompts"])
     with progress_bar() as bar:
         result = run(source, out, figures=not no_figures, overwrite=overwrite, progress=bar, notify=warn, plan=plan)

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from anchorscope.cli import options as opt
-from anchorscope.cli.common import chosen, disk_text, note, progress_bar, stdout_console, warn, warn_of_model
+from anchorscope.cli.common import announce, chosen, progress_bar, stdout_console, warn, warn_of_model
 from anchorscope.errors import InputError
-from anchorscope.files import human_bytes, visible
+from anchorscope.files import visible
 from anchorscope.shown import share_text
 
 if TYPE_CHECKING:
@@ -65,12 +65,7 @@ def heads(
         **picked,
         device=device,
     )
-    note(
-        f"{plan.heads} heads; needs about {human_bytes(plan.memory)} of memory and"
-        f" {disk_text(plan, figures=not no_figures)} of disk"
-    )
-    for sentence in plan.warnings:
-        warn(sentence)
+    announce(plan, f"{plan.heads} heads", figures=not no_figures)
     warn_of_model(source, picked["prompts"])
     with progress_bar() as bar:
         result = diagnose(

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from anchorscope.compare.run import Comparison, compare, load_comparison, plan_compare, score_lineup
-from anchorscope.compare.score import Score, score
+from anchorscope.compare.request import ComparePlan, CompareRequest
+from anchorscope.compare.run import Comparison, compare, load_comparison, plan_compare
+from anchorscope.compare.score import Score, score, score_lineup
 
-__all__ = ["Comparison", "Score", "compare", "load_comparison", "plan_compare", "score", "score_lineup"]
+__all__ = [
+    "ComparePlan",
+    "CompareRequest",
+    "Comparison",
+    "Score",
+    "compare",
+    "load_comparison",
+    "plan_compare",
+    "score",
+    "score_lineup",
+]

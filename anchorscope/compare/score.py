@@ -20,13 +20,15 @@ import torch
 from torch import Tensor
 
 from anchorscope.methods.head import Chunk, Head
+from anchorscope.methods.registry import Contender
 from anchorscope.methods.selection import Selection
 from anchorscope.params import AnchorParams
 from anchorscope.ranges import unit_scaled
 from anchorscope.runs.environment import full_precision
-from anchorscope.runs.jobs import Cancelled
+from anchorscope.runs.progress import Cancelled
 
 LAST_ROWS = AnchorParams().block  # `recall_last` averages over the last block, of the default size for all methods
+BATCH_BYTES = 1 << 28  # selections held at a time; beyond it, a head's scores are computed once more
 _TINY = 1e-30  # kept shares of a row below this are renormalised around their own maximum
 
 
@@ -245,3 +247,44 @@ def _renormalised(scores: Tensor, values: Tensor) -> Tensor:
 
 
 __all__ = ["LAST_ROWS", "Score", "score"]
+
+
+def score_lineup(
+    head: Head,
+    v: Tensor | None,
+    lineup: Sequence[Contender],
+    *,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> list[tuple[Contender, float, Score]]:
+    """Score every setting of every contender on one head.
+
+    Args:
+        head: queries and keys.
+        v: (N, d_v) values of its kv head, or None.
+        lineup: methods and the values of their swept parameters.
+        cancelled: asked often; once true, work stops.
+
+    Returns:
+        (contender, value, score), in the order of the line-up and its sweeps.
+
+    Raises:
+        Cancelled: `cancelled` returned true.
+    """
+    results: list[tuple[Contender, float, Score]] = []
+    waiting: list[tuple[Contender, float, Selection]] = []
+
+    def flush() -> None:
+        scores = score(head, v, [x for *_, x in waiting], cancelled=cancelled)
+        results.extend((c, value, s) for (c, value, _), s in zip(waiting, scores, strict=True))
+        waiting.clear()
+
+    with torch.inference_mode(), full_precision():
+        for contender in lineup:
+            for value in contender.sweep:
+                if cancelled():
+                    raise Cancelled
+                waiting.append((contender, value, contender.method.at(value).select(head)))
+                if sum(x.nbytes for *_, x in waiting) > BATCH_BYTES:
+                    flush()
+        flush()
+    return results

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -153,6 +153,10 @@ class Dump:
             where = f"prompt {entry.prompt}, layer {entry.layer}, query head {wanted[found[0]]}"
             raise damaged(f"{path}: {overflow_sentence(where, found[1])}")
         return result
+
+    def stream(self, wanted: Iterable[tuple[Entry, Sequence[int]]]) -> Iterator[LayerTensors]:
+        """Layer after layer, each with the query heads asked for; see `load`."""
+        return (self.load(entry, heads) for entry, heads in wanted)
 
 
 def open_dump(path: str | os.PathLike[str], *, allow_incomplete: bool = False) -> Dump:

@@ -58,7 +58,7 @@ from anchorscope.params import AnchorParams
 from anchorscope.proof import PromptProof
 from anchorscope.runs.environment import installed, versions
 from anchorscope.runs.folder import RunFolder
-from anchorscope.runs.jobs import Progress, ProgressCallback
+from anchorscope.runs.progress import Progress, ProgressCallback
 from anchorscope.runs.values import jsonable
 from anchorscope.shapes import check
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from anchorscope.heads.diagnostics import HeadDiagnostics, classify, diagnose_head
+from anchorscope.heads.request import HeadsPlan, HeadsRequest
 from anchorscope.heads.run import Diagnosis, diagnose, load_diagnosis, plan_heads
 from anchorscope.heads.stripes import HeadStripes, head_stripes, overlap
 from anchorscope.heads.tables import HeadRow
@@ -13,6 +14,8 @@ __all__ = [
     "HeadDiagnostics",
     "HeadRow",
     "HeadStripes",
+    "HeadsPlan",
+    "HeadsRequest",
     "classify",
     "diagnose",
     "diagnose_head",

@@ -18,7 +18,7 @@ from torch import Tensor
 from anchorscope.methods import Head
 from anchorscope.methods.head import chunk_rows
 from anchorscope.runs.environment import full_precision
-from anchorscope.runs.jobs import Cancelled
+from anchorscope.runs.progress import Cancelled
 
 SINKS = (1, 4)  # first tokens whose mass is reported
 LOCAL = (128, 1024)  # last keys whose mass is reported, the query's own included

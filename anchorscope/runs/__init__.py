@@ -1,5 +1,5 @@
-"""What every command that writes a folder shares: the life of a run.
+"""The one life of a run that can be interrupted, shared by every command that writes a folder.
 
-A request is written down first (`folder`), heads are measured one by one (`jobs`), each part is one file, and the
-report comes last. The modules here know neither what is measured nor how it is summed up.
+request -> plan (`request`, `life.Plan`) -> units (`units`), whose tensors come from a source (`sources`) and which an
+executor measures (`executors`) -> parts, each written once under a checksum (`life`, `folder`) -> the report, last.
 """

@@ -27,7 +27,7 @@ from anchorscope.shapes import check, fits
 OWN = ("started", "asked")  # keys of a state that do not tell two requests apart
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunFolder:
     """The vocabulary of one command's folders.
 
@@ -48,10 +48,10 @@ class RunFolder:
     command: str
     format: str
     version: int
-    state: str
+    state: str = "run.json"
     report: str
-    tables: tuple[str, ...]
-    parts: tuple[tuple[str, str], ...]
+    tables: tuple[str, ...] = ()
+    parts: tuple[tuple[str, str], ...] = (("parts", "*.json"),)
     kept: tuple[str, str]
     figures: str = "figures"
 
@@ -101,14 +101,14 @@ class RunFolder:
         resume: bool,
     ) -> dict[str, Any]:
         """The state written down: the request, the version, what was asked for, when the (first) run started."""
-        identity = {"format": self.format, "version": self.version, "anchorscope": __version__, **request}
+        identity = self._identity(request)
         state = {**identity, "asked": dict(asked), "started": datetime.now(timezone.utc).isoformat(timespec="seconds")}
         free = shutil.disk_usage(path).free
         if any(not x.name.startswith(".") for x in path.iterdir()):
             found = self.read(path)
             if found is None:
                 raise InputError(f"--out {path} exists and is not {self.what}; name a new folder")
-            same = {key: value for key, value in found.items() if key not in OWN} == identity
+            same = _without_own(found) == identity
             before, finished = found.get("asked"), (path / self.report).exists()
             extends = finished and (resume or not self.covers(found, asked))
             if same and (extends or not finished):
@@ -130,6 +130,14 @@ class RunFolder:
         write_atomic(path / self.state, (json.dumps(state, indent=2, allow_nan=False) + "\n").encode())
         (path / self.parts[0][0]).mkdir(exist_ok=True)
         return state
+
+    def holds(self, path: Path, request: Mapping[str, Any]) -> bool:
+        """Whether a folder holds a finished run of this request."""
+        found = self.read(path)
+        return found is not None and (path / self.report).is_file() and _without_own(found) == self._identity(request)
+
+    def _identity(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        return {"format": self.format, "version": self.version, "anchorscope": __version__, **request}
 
     def _refusal(self, same: bool, finished: bool) -> str:
         noun = self.what.split(" ", 1)[1]
@@ -212,6 +220,10 @@ class RunFolder:
         for folder, pattern in parts:
             for file in (path / folder).glob(pattern):
                 file.unlink()
+
+
+def _without_own(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in state.items() if key not in OWN}
 
 
 def _both(before: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:

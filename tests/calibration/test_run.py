@@ -180,7 +180,7 @@ def test_finished_analyses_give_the_same_anchors(dump, finished, folders, tmp_pa
     assert again.config.layers == finished.config.layers
     assert not (tmp_path / "o" / "analysis").exists()
     mixed = plan_calibration([dump, folders[0]], groups=GROUPS, thetas=THETAS)
-    assert [run.folder for run, _ in mixed.analyses] == ["toy-32x2"]
+    assert [unit.folder for unit in mixed.units] == ["toy-32x2"]
     with pytest.raises(InputError, match=r"with groups 64x8: give its dump, or run analyze with --block 64 --step 8"):
         plan_calibration(folders, groups=parse_groups("64x8"))
 
@@ -196,9 +196,9 @@ def test_interrupted_run_continues_to_the_same_bytes(dump, finished, tmp_path, m
 
     with monkeypatch.context() as patch:
         if stage == "measuring":
-            real, calls = run_module.analyze, []
+            real, calls = run_module.analyze_plan, []
             patch.setattr(
-                run_module, "analyze", lambda *a, **k: calls.append(1) or (stops() if calls[1:] else real(*a, **k))
+                run_module, "analyze_plan", lambda *a, **k: calls.append(1) or (stops() if calls[1:] else real(*a, **k))
             )
         else:
             patch.setattr("anchorscope.calibration.figures.draw_all", stops)
@@ -284,7 +284,7 @@ def test_windowed_layers_are_left_out(tmp_path):
     plan = plan_calibration(mixed, groups=GROUPS)
     assert plan.sources.layers == (7,)
     assert "layers 2 have a sliding window: they are left out and run dense" in plan.warnings
-    assert {j.entry.layer for _, analysis in plan.analyses for j in analysis.jobs} == {7}
+    assert {j.entry.layer for unit in plan.units for j in unit.analysis.units} == {7}
     folder = analyze(mixed, tmp_path / "o", params=GROUPS[0], figures=False).path
     assert plan_calibration(folder).sources.layers == (7,)
     with pytest.raises(InputError, match="sliding window and run dense"):
@@ -415,7 +415,7 @@ def test_command(dump, folders, tmp_path):
     assert "mean recall 0.9 in every head; 2 prompts fitted, 1 held out" in result.stdout
     assert re.search(r"\d of 4 heads miss it", result.stdout)
     assert "24 heads to measure" in result.stderr
-    assert "of disk and" in result.stderr
+    assert "of disk" in result.stderr
     again = invoke(*arguments, "--layers", "7", "--no-figures", "--json", "--overwrite")
     report = json.loads(again.stdout)
     assert report["format"] == "anchorscope-calibration"

@@ -243,7 +243,7 @@ def test_small_batches_change_nothing(monkeypatch):
     q, k, v = (torch.randn(N, D, generator=g) for _ in range(3))
     methods = line_up("anchor,block-topk,streaming", ["block-topk.block=16"])
     want = score_lineup(Head(q, k, scale=0.3), v, methods)
-    monkeypatch.setattr(run_module, "BATCH_BYTES", 1)
+    monkeypatch.setattr(importlib.import_module("anchorscope.compare.score"), "BATCH_BYTES", 1)
     got = score_lineup(Head(q, k, scale=0.3), v, methods)
     for (_, _, a), (_, _, b) in zip(want, got, strict=True):
         assert a.pairs == b.pairs

@@ -236,7 +236,7 @@ def test_oracle_stripe_lies_on_the_oracle_curve_of_analyze():
 
 
 def test_cancelled():
-    from anchorscope.runs.jobs import Cancelled
+    from anchorscope.runs.progress import Cancelled
 
     q, k, v = inputs()
     with pytest.raises(Cancelled):

@@ -259,7 +259,7 @@ def test_damaged_parts_are_measured_again(dump, tmp_path, damage):
 
 
 def test_workers_change_nothing(dump, finished, tmp_path, monkeypatch):
-    monkeypatch.setattr(run_module.torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     before = threading.active_count()
     out = diagnose(dump, tmp_path / "o", params=PARAMS, theta=THETA, figures=False)
     assert threading.active_count() == before

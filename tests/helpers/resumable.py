@@ -13,6 +13,7 @@ from unittest import mock
 import torch
 from byte_model import byte_model
 from families import prompt, tiny
+from toy_command import squares
 
 from anchorscope import (
     analyze,
@@ -134,6 +135,16 @@ def _calibration(folder: Path) -> None:
     AnchorConfig.load(folder / "anchors.json")
 
 
+def _squares(x: Inputs, out: Path, *, other: bool = False, **how: Any) -> Any:
+    return squares(range(4) if other else range(1, 7), out, **how)
+
+
+def _sum(folder: Path) -> None:
+    if not (folder / "squares.json").exists():
+        raise ValueError("unfinished")
+
+
+TOY = Command("squares", _squares, "squares.json", _sum, "parts/*.json")
 COMMANDS = (
     Command("capture", _capture, "manifest.json", _whole_dump, "*.safetensors"),
     Command("analyze", _analyze, "report.json", load_report, "profile/*.safetensors"),

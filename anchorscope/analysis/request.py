@@ -1,0 +1,212 @@
+"""What `analyze` is asked for, and what that will take: checked before the first score is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from anchorscope.analysis.backends import Backend, resolve_backend
+from anchorscope.analysis.engine import CURVE_THETAS, HEAT_COLUMNS, HEAT_ROWS, POSITION_BINS
+from anchorscope.dumps import Dump
+from anchorscope.errors import InputError
+from anchorscope.heads.request import HeadsPlan, HeadsRequest
+from anchorscope.params import AnchorParams, anchor_pairs, recommend_groups, visible_pairs
+from anchorscope.runs.executors import threads_for
+from anchorscope.runs.life import Plan
+from anchorscope.runs.request import check_target
+from anchorscope.runs.sources import Source, as_source
+from anchorscope.runs.units import HeadUnit, choose_heads, chosen_settings
+from anchorscope.runs.values import jsonable
+
+ANCHOR_BUDGET = 0.25  # share of the pairs above which the anchor region alone is called expensive
+
+HeatMaps = Sequence[tuple[int, int]] | str | None  # (layer, head) pairs, "all", or the worst, median and best
+
+
+@dataclass(frozen=True)
+class AnalyzeRequest:
+    """What to measure of a dump.
+
+    Attributes:
+        dump: a dump folder, or an open dump.
+        thetas: nats; any number, +-inf included. Figures use the first.
+        params: block, step, init and lookback.
+        target_recall: recall to report the needed theta and density for.
+        layers, heads: original indices; None means all in the dump.
+        prompts: prompt names; None means all.
+        backend: "auto", "torch" or "triton".
+        device: "auto", "cpu", "cuda" or "cuda:i".
+        heatmaps: (layer, head) pairs, "all", or None for the worst, the median and the best head.
+        diagnose: also find out what kind of head each one is, by the first theta: see `anchorscope.diagnose`.
+    """
+
+    dump: Dump | Path | str
+    thetas: Sequence[float] = (12.0,)
+    params: AnchorParams | None = None
+    target_recall: float = 0.95
+    layers: Sequence[int] | None = None
+    heads: Sequence[int] | None = None
+    prompts: Sequence[str] | None = None
+    backend: str = "auto"
+    device: str = "auto"
+    heatmaps: HeatMaps = None
+    diagnose: bool = False
+
+    def plan(self) -> AnalysisPlan:
+        """Check the request and say what it will take.
+
+        Raises:
+            InputError: thetas empty or NaN, an unknown layer, head or prompt, a target outside (0, 1].
+            DumpError: the dump is missing or damaged.
+            MissingBackendError: back end or device absent.
+        """
+        params = AnchorParams() if self.params is None else self.params
+        thetas = tuple(float(t) for t in self.thetas)
+        if not thetas or any(np.isnan(thetas)):
+            raise InputError("thetas must hold at least one number and no NaN")
+        check_target(self.target_recall)
+        source = as_source(self.dump)
+        backend = resolve_backend(self.backend, self.device)
+        units = choose_heads(source, self.prompts, self.layers, self.heads)
+        _check_heatmaps(self.heatmaps, units)
+        settings: dict[str, Any] = {
+            "theta": [jsonable(t) for t in thetas],
+            "block": params.block,
+            "step": params.step,
+            "init": params.init_tokens,
+            "lookback": params.lookback_tokens,
+            "target_recall": self.target_recall,
+            **chosen_settings(units),
+            "backend": backend.name,
+            "device": backend.device.type,
+        }
+        kinds = self._kinds(source, params, thetas, backend, settings) if self.diagnose else None
+        each = _workspace(units, backend, params, thetas)
+        on_cpu = backend.device.type == "cpu"
+        workers = threads_for(units, each) if on_cpu and backend.name == "torch" else 1
+        memory = workers * each + (max(u.entry.bytes for u in units) if on_cpu else 0)
+        return AnalysisPlan(
+            request=self,
+            units=units,
+            identity={"dump": source.identity, "settings": settings, "profiles": [u.name for u in units]},
+            source=source,
+            device=backend.device,
+            workers=workers,
+            memory=max(memory, kinds.memory if kinds else 0),
+            disk=_disk_bytes(units, params, len(thetas)) + (kinds.disk if kinds else 0),
+            pictures=_picture_bytes(units, self.heatmaps) + (kinds.pictures if kinds else 0),
+            warnings=tuple(_anchor_warnings(units, params)),
+            settings=settings,
+            params=params,
+            thetas=thetas,
+            target_recall=self.target_recall,
+            backend=backend,
+            kinds=kinds,
+        )
+
+    def _kinds(
+        self,
+        source: Dump,
+        params: AnchorParams,
+        thetas: Sequence[float],
+        backend: Backend,
+        settings: dict[str, Any],
+    ) -> HeadsPlan:
+        """The diagnosis of the heads that are measured."""
+        chosen = {key: settings[key] for key in ("layers", "heads", "prompts")}
+        return HeadsRequest(source, params=params, theta=thetas[0], device=str(backend.device), **chosen).plan()
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnalysisPlan(Plan[HeadUnit]):
+    """The plan of an analysis; memory on a GPU is its own, and the host then holds one layer's tensors.
+
+    Attributes:
+        settings: the request as JSON.
+        params, thetas, target_recall: of the request.
+        backend: which engine measures, and where.
+        kinds: the plan of the diagnosis, if that is asked for.
+    """
+
+    settings: dict[str, Any]
+    params: AnchorParams
+    thetas: tuple[float, ...]
+    target_recall: float
+    backend: Backend
+    kinds: HeadsPlan | None = None
+
+    @property
+    def dump(self) -> Source:
+        """The source."""
+        assert self.source is not None
+        return self.source
+
+    @property
+    def jobs(self) -> tuple[HeadUnit, ...]:
+        """The units."""
+        return self.units
+
+
+def heat_map_count(heatmaps: HeatMaps, heads: int, prompts: int) -> int:
+    """How many heat maps a request draws."""
+    return heads if heatmaps == "all" else min(heads, prompts * (3 if heatmaps is None else len(heatmaps)))
+
+
+def _workspace(units: Sequence[HeadUnit], backend: Backend, params: AnchorParams, thetas: Sequence[float]) -> int:
+    largest = max(units, key=lambda u: u.entry.tokens * u.entry.head_dim).entry
+    return backend.workspace(largest.tokens, largest.head_dim, len(set(thetas)), params)
+
+
+def _check_heatmaps(heatmaps: HeatMaps, units: Sequence[HeadUnit]) -> None:
+    if heatmaps is None or heatmaps == "all":
+        return
+    if isinstance(heatmaps, str):
+        raise InputError(f"heatmaps must be 'all' or (layer, head) pairs, not {heatmaps!r}")
+    known = {(u.entry.layer, u.head) for u in units}
+    for layer, head in heatmaps:
+        if (layer, head) not in known:
+            raise InputError(f"heat map {layer}:{head}: that layer and head are not analyzed here")
+
+
+def _disk_bytes(units: Sequence[HeadUnit], params: AnchorParams, thetas: int) -> int:
+    """What tables and profiles will take; profiles are mostly their heat maps, the rest is as measured."""
+    total = 4_000
+    for unit in units:
+        n = unit.entry.tokens
+        groups, positions = params.groups(n), -(-n // -(-n // POSITION_BINS))
+        rows, columns = (-(-count // -(-count // limit)) for count, limit in ((groups, HEAT_ROWS), (n, HEAT_COLUMNS)))
+        total += 8 * rows * columns + 8 * (rows + columns) + (4 * thetas + 8) * positions
+        total += 24 * len(CURVE_THETAS) + 8_500 + 80 * thetas  # curves; the oracle, the header; numbers per theta
+        total += 6_000 + 200 * thetas  # rows of curves.csv and heads.csv
+    return total
+
+
+def _picture_bytes(units: Sequence[HeadUnit], heatmaps: HeatMaps) -> int:
+    """What the figures will take, as measured of their kinds."""
+    layers = len({(u.prompt_index, u.entry.layer) for u in units})
+    prompts = len({u.prompt_index for u in units})
+    return 55_000 * prompts + 135_000 * layers + 150_000 * heat_map_count(heatmaps, len(units), prompts)
+
+
+def _anchor_warnings(units: Sequence[HeadUnit], params: AnchorParams) -> Iterator[str]:
+    """Say where the anchor region alone costs more than a quarter of the pairs, and which groups would not."""
+    for n, window in sorted({(u.entry.tokens, u.entry.window) for u in units}, key=lambda x: (x[0], x[1] or 0)):
+        share = anchor_pairs(n, params, window) / visible_pairs(n, window)
+        if share <= ANCHOR_BUDGET:
+            continue
+        better = recommend_groups(n, window, ANCHOR_BUDGET)
+        hint = (
+            f"--block {better.block} --step {better.step} would cost "
+            f"{anchor_pairs(n, better, window) / visible_pairs(n, window):.0%}"
+            if better
+            else "the prompt is too short for any groups to be sparse"
+        )
+        layers = "" if window is None else f" (sliding window {window})"
+        yield (
+            f"at {n:,} tokens{layers} the anchor region alone keeps {share:.0%} of the pairs with groups of "
+            f"{params.block} x {params.step}; {hint}"
+        )

@@ -1,0 +1,243 @@
+"""What `calibrate` is asked for, and what that will take: checked before the first head is measured."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from anchorscope.analysis.engine import HeadShape
+from anchorscope.analysis.request import AnalysisPlan, AnalyzeRequest
+from anchorscope.calibration.choose import BY
+from anchorscope.calibration.costs import Costs, costs_json
+from anchorscope.calibration.curves import STATISTICS
+from anchorscope.calibration.sources import AnalysisUnit, Sources, group_name, hold_out, read_sources
+from anchorscope.errors import InputError
+from anchorscope.params import AnchorParams
+from anchorscope.parse import describe_indices, parse_thetas
+from anchorscope.runs.life import Plan
+from anchorscope.runs.values import jsonable
+
+THETAS = "-inf,0:16:0.25,inf"  # where the row statistics are measured; the mean has its own, finer curve
+TARGET = 0.95
+DENSE_ABOVE = 0.9
+PICTURE_BYTES = 400_000  # of all figures together, as measured
+
+
+@dataclass(frozen=True)
+class CalibrateRequest:
+    """What to choose, and from what.
+
+    Attributes:
+        sources: dump folders and finished analyses, of one model.
+        target_recall: what the statistic shall reach, at least cost; 0.95 by default.
+        budget_density: instead, the mean density over all heads to get the best statistic for.
+        by: who shares a theta and keeps the promise: "head", "layer" (mean over its heads), "model".
+        statistic: "mean" recall, "p05" (5th percentile of queries) or "last" (mean of the last block's queries).
+        minimise: "density", or "time" by measured efficiencies.
+        costs: bench.json files of `anchorscope bench`, one per kind of group.
+        dense_above: density from which on a head runs dense.
+        groups: kinds of groups to choose from, per layer; 64 x 8, 128 x 4 and 128 x 16 by default.
+        layers: layers to calibrate; None means all. Others run dense.
+        thetas: nats at which row statistics of dumps are measured; every quarter from 0 to 16 by default.
+        holdout: share of the prompts to hold out, or their names; 0 checks nothing.
+        seed: changes which prompts a share holds out.
+        backend, device: of the analyses, as in `analyze`.
+    """
+
+    sources: Sequence[Path | str] | Path | str
+    target_recall: float | None = None
+    budget_density: float | None = None
+    by: str = "head"
+    statistic: str = "mean"
+    minimise: str = "density"
+    costs: Sequence[Path | str] | Path | str | None = None
+    dense_above: float = DENSE_ABOVE
+    groups: Sequence[AnchorParams] | None = None
+    layers: Sequence[int] | str | None = None
+    thetas: Sequence[float] | None = None
+    holdout: float | Sequence[str] = 0.3
+    seed: int = 0
+    backend: str = "auto"
+    device: str = "auto"
+
+    def plan(self) -> CalibrationPlan:
+        """Check the request and say what it will take.
+
+        Raises:
+            InputError: a target or a budget that makes no sense, dumps of different models, missing heads, fewer than
+                two prompts with a holdout, times that lack a kind of group.
+            DumpError: a source that is missing or damaged.
+            MissingBackendError: back end or device absent.
+        """
+        target = self._check()
+        costs = None if self.costs is None else Costs.load(_listed(self.costs))
+        sources = read_sources(
+            list(_listed(self.sources)),
+            groups=self.groups,
+            layers=self.layers,
+            statistic=self.statistic,  # type: ignore[arg-type]  # checked
+        )
+        held = hold_out(sources.prompts, self.holdout, self.seed)
+        tokens = float(np.mean([p.tokens for p in sources.prompts]))
+        if costs is not None:
+            costs.price(sources.groups, tokens)
+        thetas = tuple(parse_thetas(THETAS)) if self.thetas is None else tuple(self.thetas)
+        units = tuple(replace(unit, plan=self._analysis(unit, sources, thetas)) for unit in sources.runs)
+        analyses = [unit.analysis for unit in units]
+        settings: dict[str, Any] = {
+            "target": target,
+            "budget_density": self.budget_density,
+            "by": self.by,
+            "statistic": self.statistic,
+            "minimise": self.minimise,
+            "dense_above": self.dense_above,
+            "groups": [group_name(p) for p in sources.groups],
+            "layers": list(sources.layers),
+            "thetas": [jsonable(t) for t in thetas] if analyses else None,
+            "holdout": self.holdout if isinstance(self.holdout, (int, float)) else list(self.holdout),
+            "seed": self.seed,
+            "costs": costs and costs_json(costs, sources.groups, tokens),
+            "backend": analyses[0].backend.name if analyses else None,
+            "device": analyses[0].backend.device.type if analyses else None,
+        }
+        curves = len(sources.prompts) * len(sources.groups) * len(sources.heads) * 30_000
+        return CalibrationPlan(
+            request=self,
+            units=units,
+            identity={"sources": list(sources.identity), "settings": settings},
+            device=analyses[0].device if analyses else torch.device("cpu"),
+            memory=max([curves, *(plan.memory for plan in analyses)]),
+            disk=sum(plan.disk for plan in analyses) + 1_500 * len(sources.heads) + 100_000,
+            pictures=PICTURE_BYTES,
+            warnings=tuple(_warnings(sources, held, analyses)),
+            sources=sources,
+            held=tuple(held),
+            settings=settings,
+            costs=costs,
+            seconds=_seconds(analyses),
+        )
+
+    def _check(self) -> float | None:
+        """Refuse what makes no sense whatever the sources are; the target recall, or None where there is a budget."""
+        target = _checked_target(self.target_recall, self.budget_density)
+        _check_word("by", self.by, BY)
+        _check_word("statistic", self.statistic, STATISTICS)
+        _check_word("minimise", self.minimise, ("density", "time"))
+        if not 0 < self.dense_above <= 1:
+            raise InputError(f"dense_above must lie above 0 and at most at 1, not {self.dense_above!r}")
+        if self.minimise == "time" and self.costs is None:
+            raise InputError(
+                "minimising time needs measured times: give --costs with the bench.json of `anchorscope bench`"
+            )
+        if self.minimise == "time" and self.budget_density is not None:
+            raise InputError(
+                "a budget of density is shared out by density: leave out --minimise time, or give a target"
+            )
+        return target
+
+    def _analysis(self, unit: AnalysisUnit, sources: Sources, thetas: Sequence[float]) -> AnalysisPlan:
+        return AnalyzeRequest(
+            unit.dump,
+            thetas=thetas,
+            params=unit.params,
+            layers=sources.layers,
+            prompts=unit.prompts,
+            backend=self.backend,
+            device=self.device,
+            heatmaps=[],
+        ).plan()
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationPlan(Plan[AnalysisUnit]):
+    """The plan of a calibration; its units are the analyses to make.
+
+    Attributes:
+        sources: what it reads, checked.
+        held: per prompt, whether it is held out.
+        settings: the request as JSON.
+        costs: measured times, if given.
+        seconds: time the analyses take, about, if none of their heads is measured yet; from timing one head.
+    """
+
+    sources: Sources
+    held: tuple[bool, ...]
+    settings: dict[str, Any]
+    costs: Costs | None
+    seconds: float
+
+    @property
+    def heads(self) -> int:
+        """Heads to measure, over prompts and kinds of groups."""
+        return sum(len(unit.analysis.units) for unit in self.units)
+
+
+def _listed(paths: Sequence[Path | str] | Path | str) -> Sequence[Path | str]:
+    return [paths] if isinstance(paths, (str, Path)) else paths
+
+
+def _checked_target(target: float | None, budget: float | None) -> float | None:
+    if target is not None and budget is not None:
+        raise InputError("give a target recall or a density budget, not both: one follows from the other")
+    if budget is not None:
+        if not 0 < budget <= 1:
+            raise InputError(f"a density budget must lie above 0 and at most at 1, not {budget!r}")
+        return None
+    target = TARGET if target is None else target
+    if not 0 < target <= 1:
+        raise InputError(f"target recall must lie above 0 and at most at 1, not {target!r}")
+    return target
+
+
+def _check_word(name: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise InputError(f"--{name} {value!r} is unknown; use one of {', '.join(known)}")
+
+
+def _seconds(plans: Sequence[AnalysisPlan]) -> float:
+    """Time the analyses take, about: one head of random tensors is timed and scaled by pairs and head size."""
+    if not plans:
+        return 0.0
+    plan = plans[0]
+    entry = max((j.entry for j in plan.units), key=lambda e: e.tokens)
+    n = min(entry.tokens, 4096 if plan.backend.device.type == "cpu" else 32768)
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(n, entry.head_dim, generator=g).to(plan.backend.device) for _ in range(3))
+    shape = HeadShape(n, entry.head_dim, plan.params, plan.thetas, entry.head_dim**-0.5)
+    took = []
+    for _ in range(2):  # the first one warms up
+        begin = time.perf_counter()
+        plan.backend.engine(q, k, v, shape)
+        took.append(time.perf_counter() - begin)
+    work = sum(j.work * j.entry.head_dim / p.workers for p in plans for j in p.units)
+    return took[-1] * work / (n * (n + 1) / 2 * entry.head_dim)
+
+
+def _warnings(sources: Sources, held: Sequence[bool], analyses: Sequence[AnalysisPlan]) -> list[str]:
+    found = []
+    if not any(held):
+        found.append("no prompt is held out: whether the thetas hold on other prompts is not checked")
+    if sources.windowed:
+        found.append(
+            f"layers {describe_indices(sources.windowed)} have a sliding window: they are left out and run dense"
+        )
+    model = sources.model or {}
+    depth, model_heads = model.get("layers"), model.get("query_heads")
+    if isinstance(depth, int) and len(sources.layers) < depth:
+        found.append(
+            f"{len(sources.layers)} of the model's {depth} layers are calibrated ({describe_indices(sources.layers)});"
+            " the others will run dense"
+        )
+    for layer in sources.layers:
+        have = sum(h[0] == layer for h in sources.heads)
+        if isinstance(model_heads, int) and have < model_heads:
+            found.append(f"layer {layer} holds {have} of {model_heads} query heads; the others will run dense")
+    if analyses and all(plan.warnings for plan in analyses):  # one kind of group that suits is enough
+        found += dict.fromkeys(sentence for plan in analyses for sentence in plan.warnings)
+    return found

@@ -1,0 +1,282 @@
+"""The one life of a run: request -> plan -> units -> parts -> report.
+
+A command says what it measures (`Command.measure`), how a saved part is read (`read`) and what all parts come to
+(`summarise`). `run` does everything else: it locks the folder, starts or continues, lets an executor measure the units
+whose parts are missing, writes each part once under a checksum, shows progress, and writes the report last of all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar, overload
+
+import torch
+
+from anchorscope.devices import is_out_of_memory
+from anchorscope.errors import RunFailure
+from anchorscope.files import again_remark, human_bytes, read_part, write_atomic, write_part
+from anchorscope.runs.executors import Context, Executor, Threads, Work
+from anchorscope.runs.folder import Run, RunFolder
+from anchorscope.runs.progress import Progress, ProgressCallback
+from anchorscope.runs.sources import Source
+from anchorscope.runs.units import Unit
+
+U = TypeVar("U", bound=Unit)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan(Generic[U]):
+    """Everything decided before the first unit is measured.
+
+    Attributes:
+        request: what the plan was made of.
+        units: what to measure, in order.
+        identity: what makes two runs measure the same, as JSON values; a folder continues only the same.
+        source: where tensors come from; None where a command reads none.
+        device: where to compute.
+        workers: units measured at the same time.
+        memory: bytes of working memory, besides the libraries themselves.
+        disk: bytes that tables, parts and report need, about.
+        pictures: bytes that the figures need besides, about.
+        warnings: sentences for the user.
+    """
+
+    request: Any = None
+    units: tuple[U, ...]
+    identity: Mapping[str, Any]
+    source: Source | None = field(default=None, repr=False)
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    workers: int = 1
+    memory: int = 0
+    disk: int = 0
+    pictures: int = 0
+    warnings: tuple[str, ...] = ()
+
+    def needs(self, *, figures: bool = True) -> str:
+        """Memory and disk that a run takes, in words."""
+        kind = "memory" if self.device.type == "cpu" else "GPU memory"
+        disk = self.disk + (self.pictures if figures else 0)
+        return f"needs about {human_bytes(self.memory)} of {kind} and {human_bytes(disk)} of disk"
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a plan is carried out; nothing of this changes what is measured.
+
+    Attributes:
+        figures: draw the figures.
+        overwrite: replace what an earlier run left in the folder.
+        resume: accept a finished run of the same request too, and measure nothing again.
+        progress: called as work proceeds.
+        notify: told sentences for the user: parts that cannot be used again, warnings.
+        executor: who measures; by default threads of this process.
+    """
+
+    figures: bool = True
+    overwrite: bool = False
+    resume: bool = False
+    progress: ProgressCallback | None = None
+    notify: Callable[[str], None] | None = None
+    executor: Executor | None = None
+
+    def report(self, event: Progress) -> None:
+        """Pass progress on."""
+        if self.progress is not None:
+            self.progress(event)
+
+    def tell(self, sentence: str) -> None:
+        """Pass a sentence on."""
+        if self.notify is not None:
+            self.notify(sentence)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What the parts of a run come to.
+
+    Attributes:
+        report: the report, as JSON values.
+        tables: content of the other files at the top of the folder, by name.
+        value: what the command returns of it besides.
+    """
+
+    report: dict[str, Any]
+    tables: Mapping[str, str] = field(default_factory=dict)
+    value: Any = None
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished run: its folder, its summary, the figures drawn, and what `Command.extend` made."""
+
+    path: Path
+    summary: Summary
+    figures: tuple[Path, ...] = ()
+    extension: Any = None
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """What the report holds."""
+        return self.summary.report
+
+
+class Command(Generic[U, T]):
+    """What a resumable command says of itself. One object is made for one run.
+
+    Attributes:
+        folder: the vocabulary of its folders; parts go into the first of `folder.parts`.
+        stage: what progress calls the measuring.
+        suffix: of its parts.
+    """
+
+    folder: ClassVar[RunFolder]
+    stage: ClassVar[str] = "heads"
+    suffix: ClassVar[str] = ".json"
+
+    def __init__(self, plan: Plan[U], options: RunOptions | None = None) -> None:
+        self.plan = plan
+        self.options = options or RunOptions()
+
+    # every command
+
+    def measure(self, unit: U, context: Context) -> Any:
+        """Measure one unit; the result goes to `save`: JSON values, unless that is overridden."""
+        raise NotImplementedError
+
+    def read(self, unit: U, saved: dict[str, Any]) -> T | None:
+        """What a sealed part holds, or None where it is of another run or not of the right shape."""
+        raise NotImplementedError
+
+    def summarise(self, parts: Parts[U, T], run: Run) -> Summary:
+        """Report and tables, made of the saved parts alone."""
+        raise NotImplementedError
+
+    # some commands
+
+    def draw(self, run: Run, summary: Summary) -> Sequence[Path]:
+        """Draw the figures into the folder; called only where they are asked for."""
+        return ()
+
+    def extend(self, run: Run) -> Any:
+        """Make what else was asked for, before the report is written."""
+        return None
+
+    def asked(self) -> dict[str, Any]:
+        """What is to be made of the measurements; a later command may ask for more."""
+        return {"figures": self.options.figures}
+
+    def executor(self) -> Executor:
+        """Who measures, if the caller does not say."""
+        return Threads(self.plan.device, self.plan.workers)
+
+    def files(self, root: Path, unit: U) -> tuple[Path, ...]:
+        """The files that hold a unit's part."""
+        return (root / self.folder.parts[0][0] / (unit.stem + self.suffix),)
+
+    def save(self, root: Path, unit: U, measured: Any) -> None:
+        """Write a unit's part, all or nothing.
+
+        Raises:
+            RunFailure: it cannot be written.
+        """
+        write_part(self.files(root, unit)[0], measured)
+
+    def load(self, root: Path, unit: U) -> T | None:
+        """A unit's part, or None where it is missing, damaged or of another run."""
+        saved = read_part(self.files(root, unit)[0])
+        return None if saved is None else self.read(unit, saved)
+
+    def make(self, root: Path, unit: U, context: Context) -> None:
+        """Measure a unit and save its part."""
+        self.save(root, unit, self.measure(unit, context))
+
+    def out_of_memory(self) -> str:
+        """The sentence to fail with when memory runs out."""
+        each = human_bytes(self.plan.memory / self.plan.workers)
+        return f"out of memory on {self.plan.device}: about {each} are needed at a time"
+
+
+class Parts(Sequence[T], Generic[U, T]):
+    """The saved parts of a run in the order of its units; each is read when it is asked for, since some are large."""
+
+    def __init__(self, command: Command[U, T], root: Path) -> None:
+        self._command, self._root = command, root
+        self.units = command.plan.units
+
+    def __len__(self) -> int:
+        return len(self.units)
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[T]: ...
+    def __getitem__(self, index: int | slice) -> T | list[T]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        part = self._command.load(self._root, self.units[index])
+        if part is None:
+            file = next(iter(self._command.files(self._root, self.units[index])), self._root)
+            raise RunFailure(f"{file} cannot be read back: run the same command again")
+        return part
+
+    def __iter__(self) -> Iterator[T]:
+        return (self[i] for i in range(len(self)))
+
+
+def run(command: Command[U, T], out: Path | str) -> Finished:
+    """Carry out a command's plan in a folder that is new, empty, or holds an unfinished run of the same request.
+
+    Raises:
+        InputError: the folder cannot be used, is in use, or holds something else.
+        RunFailure: the disk is full, or memory runs out.
+        Interrupted: Ctrl-C; says what is kept.
+    """
+    plan, folder, options = command.plan, command.folder, command.options
+    disk = plan.disk + (plan.pictures if options.figures else 0)
+    how: dict[str, Any] = {"disk": disk, "overwrite": options.overwrite, "resume": options.resume}
+    with folder.run(Path(out), plan.identity, asked=command.asked(), **how) as under_way:
+        _measure(command, under_way.path)
+        summary = command.summarise(Parts(command, under_way.path), under_way)
+        for name, text in summary.tables.items():
+            write_atomic(under_way.path / name, text.encode())
+        figures: tuple[Path, ...] = ()
+        if under_way.asked["figures"]:
+            options.report(Progress("figures", 0, 1))
+            figures = tuple(command.draw(under_way, summary))
+            options.report(Progress("figures", 1, 1))
+        extension = command.extend(under_way)
+        under_way.finish(summary.report)
+        return Finished(under_way.path, summary, figures, extension)
+
+
+def _measure(command: Command[U, T], root: Path) -> None:
+    """Let the executor make the parts that are not there yet."""
+    plan, options = command.plan, command.options
+    missing = [unit for unit in plan.units if command.load(root, unit) is None]
+    if (remark := again_remark(file for unit in missing for file in command.files(root, unit))) is not None:
+        options.tell(remark)
+    total = sum(unit.work for unit in plan.units)
+    done = total - sum(unit.work for unit in missing)
+    within = 0  # of the unit at work
+    options.report(Progress(command.stage, done, total))
+
+    def tick(work: int, detail: str = "") -> None:
+        nonlocal within
+        within += work
+        options.report(Progress(command.stage, min(done + within, total), total, detail))
+
+    def finished(unit: U) -> None:
+        nonlocal done, within
+        done, within = done + unit.work, 0
+        options.report(Progress(command.stage, done, total, unit.label))
+
+    work = Work(missing, lambda unit, context: command.make(root, unit, context), finished, plan.source, tick)
+    try:
+        (options.executor or command.executor()).run(work)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise RunFailure(command.out_of_memory()) from None

@@ -1,0 +1,60 @@
+"""Where the tensors of a run come from.
+
+A dump folder is a source today. A model that is running can be one: it answers `stream` with the layers of a prefill
+as they come by, in the order asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from anchorscope.dumps import Dump, Entry, LayerTensors, open_dump
+from anchorscope.dumps.format import Prompt
+
+
+class Source(Protocol):
+    """Q, K and V of the layers of some prompts.
+
+    Attributes:
+        identity: names the content, so that a run does not continue with other tensors.
+        model: what is known of the model, or None.
+        prompts: the prompts.
+        entries: one for each prompt and layer: shapes, scale, window, soft-cap.
+    """
+
+    @property
+    def identity(self) -> str: ...
+    @property
+    def model(self) -> Mapping[str, Any] | None: ...
+    @property
+    def prompts(self) -> Sequence[Prompt]: ...
+    @property
+    def entries(self) -> Sequence[Entry]: ...
+
+    def stream(self, wanted: Iterable[tuple[Entry, Sequence[int]]]) -> Iterator[LayerTensors]:
+        """The tensors of each entry asked for, with these query heads, one entry after another in this order.
+
+        Raises:
+            DumpError: tensors are missing or damaged.
+        """
+        ...
+
+
+def as_source(source: Dump | Path | str) -> Dump:
+    """An open dump, or the one in a folder.
+
+    Raises:
+        DumpError: missing or damaged.
+    """
+    return source if isinstance(source, Dump) else open_dump(source)
+
+
+def place_of(source: object) -> object:
+    """What tells two sources apart before they are opened: the folders."""
+    if isinstance(source, Dump):
+        return source.path.resolve()
+    if isinstance(source, (str, Path)):
+        return Path(source).resolve()
+    return tuple(map(place_of, source)) if isinstance(source, (list, tuple)) else source

@@ -1,0 +1,105 @@
+"""Units of work: what is measured in one go and saved as one part."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from anchorscope.dumps import Entry
+from anchorscope.errors import InputError
+from anchorscope.params import visible_pairs
+from anchorscope.parse import describe_indices
+from anchorscope.profiles import profile_filename
+from anchorscope.runs.sources import Source
+
+
+class Unit(Protocol):
+    """One unit of work.
+
+    Attributes:
+        stem: name of its part, without the suffix.
+        work: how long it takes, in any measure that the units of a run share.
+        label: what it is, in words.
+    """
+
+    @property
+    def stem(self) -> str: ...
+    @property
+    def work(self) -> int: ...
+    @property
+    def label(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class HeadUnit:
+    """One query head of one layer and prompt."""
+
+    prompt_index: int
+    entry: Entry
+    head: int
+
+    @property
+    def name(self) -> str:
+        """File name of its profile."""
+        return profile_filename(self.prompt_index, self.entry.layer, self.head)
+
+    @property
+    def stem(self) -> str:
+        return self.name.removesuffix(".safetensors")
+
+    @property
+    def work(self) -> int:
+        """(query, key) pairs."""
+        return visible_pairs(self.entry.tokens, self.entry.window)
+
+    @property
+    def label(self) -> str:
+        return f"{self.entry.prompt}, layer {self.entry.layer}"
+
+
+def choose_heads(
+    source: Source, prompts: Sequence[str] | None, layers: Sequence[int] | None, heads: Sequence[int] | None
+) -> tuple[HeadUnit, ...]:
+    """The heads of a source that are asked for, by prompt, layer and head; None means all.
+
+    Raises:
+        InputError: an unknown prompt, layer or head, or nothing left.
+    """
+    names = [p.name for p in source.prompts]
+    for name in prompts or ():
+        if name not in names:
+            raise InputError(f"the dump has no prompt {name!r}; it has {', '.join(names)}")
+    chosen = set(names if prompts is None else prompts)
+    all_layers = sorted({e.layer for e in source.entries})
+    for layer in layers or ():
+        if layer not in all_layers:
+            raise InputError(f"the dump has no layer {layer}; it has {describe_indices(all_layers)}")
+    entries = [e for e in source.entries if e.prompt in chosen and (layers is None or e.layer in layers)]
+    all_heads = sorted({h for e in entries for h in e.query_heads})
+    for head in heads or ():
+        if head not in all_heads:
+            raise InputError(f"the dump has no query head {head}; it has {describe_indices(all_heads)}")
+    units = tuple(
+        HeadUnit(names.index(e.prompt), e, h)
+        for e in sorted(entries, key=lambda e: (names.index(e.prompt), e.layer))
+        for h in e.query_heads
+        if heads is None or h in heads
+    )
+    if not units:
+        raise InputError("the chosen prompts, layers and heads leave nothing to analyze; widen one of them")
+    return units
+
+
+def chosen_settings(units: Sequence[HeadUnit]) -> dict[str, list[str] | list[int]]:
+    """The prompts, layers and heads of units, as settings name them."""
+    return {
+        "prompts": list(dict.fromkeys(u.entry.prompt for u in units)),
+        "layers": sorted({u.entry.layer for u in units}),
+        "heads": sorted({u.head for u in units}),
+    }
+
+
+def prompt_facts(source: Source, names: Sequence[str]) -> list[dict[str, str | int]]:
+    """Name and length of the prompts that are used, as reports list them."""
+    return [{"name": p.name, "tokens": p.tokens} for p in source.prompts if p.name in names]
