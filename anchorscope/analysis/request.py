@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,8 +17,7 @@ from anchorscope.params import AnchorParams, anchor_pairs, recommend_groups, vis
 from anchorscope.runs.executors import threads_for
 from anchorscope.runs.life import Plan
 from anchorscope.runs.request import check_target
-from anchorscope.runs.sources import Source, as_source
-from anchorscope.runs.units import HeadUnit, choose_heads, chosen_settings
+from anchorscope.runs.units import DumpRequest, HeadUnit, chosen_settings
 from anchorscope.runs.values import jsonable
 
 ANCHOR_BUDGET = 0.25  # share of the pairs above which the anchor region alone is called expensive
@@ -27,32 +25,23 @@ ANCHOR_BUDGET = 0.25  # share of the pairs above which the anchor region alone i
 HeatMaps = Sequence[tuple[int, int]] | str | None  # (layer, head) pairs, "all", or the worst, median and best
 
 
-@dataclass(frozen=True)
-class AnalyzeRequest:
+@dataclass(frozen=True, kw_only=True)
+class AnalyzeRequest(DumpRequest):
     """What to measure of a dump.
 
     Attributes:
-        dump: a dump folder, or an open dump.
         thetas: nats; any number, +-inf included. Figures use the first.
         params: block, step, init and lookback.
         target_recall: recall to report the needed theta and density for.
-        layers, heads: original indices; None means all in the dump.
-        prompts: prompt names; None means all.
         backend: "auto", "torch" or "triton".
-        device: "auto", "cpu", "cuda" or "cuda:i".
         heatmaps: (layer, head) pairs, "all", or None for the worst, the median and the best head.
         diagnose: also find out what kind of head each one is, by the first theta: see `anchorscope.diagnose`.
     """
 
-    dump: Dump | Path | str
     thetas: Sequence[float] = (12.0,)
     params: AnchorParams | None = None
     target_recall: float = 0.95
-    layers: Sequence[int] | None = None
-    heads: Sequence[int] | None = None
-    prompts: Sequence[str] | None = None
     backend: str = "auto"
-    device: str = "auto"
     heatmaps: HeatMaps = None
     diagnose: bool = False
 
@@ -69,9 +58,8 @@ class AnalyzeRequest:
         if not thetas or any(np.isnan(thetas)):
             raise InputError("thetas must hold at least one number and no NaN")
         check_target(self.target_recall)
-        source = as_source(self.dump)
         backend = resolve_backend(self.backend, self.device)
-        units = choose_heads(source, self.prompts, self.layers, self.heads)
+        source, units = self.choose()
         _check_heatmaps(self.heatmaps, units)
         settings: dict[str, Any] = {
             "theta": [jsonable(t) for t in thetas],
@@ -126,29 +114,16 @@ class AnalysisPlan(Plan[HeadUnit]):
     """The plan of an analysis; memory on a GPU is its own, and the host then holds one layer's tensors.
 
     Attributes:
-        settings: the request as JSON.
         params, thetas, target_recall: of the request.
         backend: which engine measures, and where.
         kinds: the plan of the diagnosis, if that is asked for.
     """
 
-    settings: dict[str, Any]
     params: AnchorParams
     thetas: tuple[float, ...]
     target_recall: float
     backend: Backend
     kinds: HeadsPlan | None = None
-
-    @property
-    def dump(self) -> Source:
-        """The source."""
-        assert self.source is not None
-        return self.source
-
-    @property
-    def jobs(self) -> tuple[HeadUnit, ...]:
-        """The units."""
-        return self.units
 
 
 def heat_map_count(heatmaps: HeatMaps, heads: int, prompts: int) -> int:

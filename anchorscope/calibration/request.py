@@ -161,14 +161,12 @@ class CalibrationPlan(Plan[AnalysisUnit]):
     Attributes:
         sources: what it reads, checked.
         held: per prompt, whether it is held out.
-        settings: the request as JSON.
         costs: measured times, if given.
         seconds: time the analyses take, about, if none of their heads is measured yet; from timing one head.
     """
 
     sources: Sources
     held: tuple[bool, ...]
-    settings: dict[str, Any]
     costs: Costs | None
     seconds: float
 

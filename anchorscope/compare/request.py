@@ -5,43 +5,31 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from anchorscope.compare.score import BATCH_BYTES, LAST_ROWS
 from anchorscope.devices import resolve_device
-from anchorscope.dumps import Dump
 from anchorscope.errors import InputError
 from anchorscope.methods import Contender, line_up
 from anchorscope.methods.head import chunk_rows
 from anchorscope.runs.executors import threads_for
 from anchorscope.runs.life import Plan
 from anchorscope.runs.request import check_target
-from anchorscope.runs.sources import Source, as_source
-from anchorscope.runs.units import HeadUnit, choose_heads, chosen_settings
+from anchorscope.runs.units import DumpRequest, HeadUnit, chosen_settings
 from anchorscope.runs.values import jsonable
 
 
-@dataclass(frozen=True)
-class CompareRequest:
+@dataclass(frozen=True, kw_only=True)
+class CompareRequest(DumpRequest):
     """Which methods to score on which heads of a dump.
 
     Attributes:
-        dump: a dump folder, or an open dump.
         lineup: methods and sweeps, see `anchorscope.methods.line_up`; None means all.
         target_recall: recall that figures and `best` are about.
-        layers, heads: original indices; None means all in the dump.
-        prompts: prompt names; None means all.
-        device: "auto", "cpu", "cuda" or "cuda:i".
     """
 
-    dump: Dump | Path | str
     lineup: Sequence[Contender] | None = None
     target_recall: float = 0.95
-    layers: Sequence[int] | None = None
-    heads: Sequence[int] | None = None
-    prompts: Sequence[str] | None = None
-    device: str = "auto"
 
     def plan(self) -> ComparePlan:
         """Check the request and say what it will take.
@@ -58,9 +46,8 @@ class CompareRequest:
         if len(set(labels)) < len(labels):
             raise InputError("two methods of the line-up have the same label; give each its own")
         check_target(self.target_recall)
-        source = as_source(self.dump)
         where = resolve_device(self.device)
-        units = choose_heads(source, self.prompts, self.layers, self.heads)
+        source, units = self.choose()
         settings: dict[str, Any] = {
             "methods": [_described(c) for c in lineup],
             "target_recall": self.target_recall,
@@ -94,25 +81,12 @@ class ComparePlan(Plan[HeadUnit]):
     """The plan of a comparison.
 
     Attributes:
-        settings: the request as JSON.
         lineup: the methods, as they appear in tables.
         target_recall: of the request.
     """
 
-    settings: dict[str, Any]
     lineup: tuple[Contender, ...]
     target_recall: float
-
-    @property
-    def dump(self) -> Source:
-        """The source."""
-        assert self.source is not None
-        return self.source
-
-    @property
-    def jobs(self) -> tuple[HeadUnit, ...]:
-        """The units."""
-        return self.units
 
 
 def _described(contender: Contender) -> dict[str, Any]:

@@ -5,46 +5,36 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from anchorscope.devices import resolve_device
-from anchorscope.dumps import Dump, Entry
+from anchorscope.dumps import Entry
 from anchorscope.errors import InputError
 from anchorscope.heads import diagnostics
 from anchorscope.methods.head import chunk_rows
 from anchorscope.params import AnchorParams
 from anchorscope.runs.executors import threads_for
 from anchorscope.runs.life import Plan
-from anchorscope.runs.sources import Source, as_source
-from anchorscope.runs.units import HeadUnit, choose_heads
+from anchorscope.runs.sources import Source
+from anchorscope.runs.units import DumpRequest, HeadUnit
 from anchorscope.runs.values import jsonable
 
 BLOCK, STEP, THETA = 128, 4, 12.0  # groups of 512: short prompts then have neighboring groups to compare
 NUMBERED_HEADS = 12  # maps with more heads are drawn without numbers
 
 
-@dataclass(frozen=True)
-class HeadsRequest:
+@dataclass(frozen=True, kw_only=True)
+class HeadsRequest(DumpRequest):
     """What to diagnose of a dump.
 
     Attributes:
-        dump: a dump folder, or an open dump.
         params: groups and anchor region of the stripes whose overlap is measured; 128 x 4 by default.
         theta: threshold of those stripes, nats.
-        layers, heads: original indices; None means all in the dump.
-        prompts: prompt names; None means all.
-        device: "auto", "cpu", "cuda" or "cuda:i".
         pieces: text of every token id (see `anchorscope.report.tokens`), so that heads.json can show tokens as text.
     """
 
-    dump: Dump | Path | str
     params: AnchorParams | None = None
     theta: float = THETA
-    layers: Sequence[int] | None = None
-    heads: Sequence[int] | None = None
-    prompts: Sequence[str] | None = None
-    device: str = "auto"
     pieces: Sequence[str] | None = None
 
     def plan(self) -> HeadsPlan:
@@ -58,9 +48,8 @@ class HeadsRequest:
         if math.isnan(self.theta):
             raise InputError("theta must be a number of nats (inf and -inf are legal), not NaN")
         params = self.params or AnchorParams(BLOCK, STEP)
-        source = as_source(self.dump)
         where = resolve_device(self.device)
-        heads = choose_heads(source, self.prompts, self.layers, self.heads)
+        source, heads = self.choose()
         units = _layers(source, heads)
         settings: dict[str, Any] = {
             "block": params.block,
@@ -144,19 +133,11 @@ class HeadsPlan(Plan[LayerUnit]):
     """The plan of a diagnosis; `workers` are heads measured at the same time.
 
     Attributes:
-        settings: the request as JSON.
         params, theta: of the stripes.
     """
 
-    settings: dict[str, Any]
     params: AnchorParams
     theta: float
-
-    @property
-    def dump(self) -> Source:
-        """The source."""
-        assert self.source is not None
-        return self.source
 
     @property
     def layers(self) -> tuple[LayerUnit, ...]:

@@ -35,6 +35,7 @@ class Plan(Generic[U]):
         request: what the plan was made of.
         units: what to measure, in order.
         identity: what makes two runs measure the same, as JSON values; a folder continues only the same.
+        settings: the request as JSON values, for the report.
         source: where tensors come from; None where a command reads none.
         device: where to compute.
         workers: units measured at the same time.
@@ -47,6 +48,7 @@ class Plan(Generic[U]):
     request: Any = None
     units: tuple[U, ...]
     identity: Mapping[str, Any]
+    settings: dict[str, Any] = field(default_factory=dict)
     source: Source | None = field(default=None, repr=False)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     workers: int = 1
@@ -54,6 +56,17 @@ class Plan(Generic[U]):
     disk: int = 0
     pictures: int = 0
     warnings: tuple[str, ...] = ()
+
+    @property
+    def dump(self) -> Source:
+        """The source, of a plan that has one."""
+        assert self.source is not None, "nothing is read from a source"
+        return self.source
+
+    @property
+    def jobs(self) -> tuple[U, ...]:
+        """The units, by their former name."""
+        return self.units
 
     def needs(self, *, figures: bool = True) -> str:
         """Memory and disk that a run takes, in words."""

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from anchorscope.dumps import Dump, Entry, LayerTensors, open_dump
+from anchorscope.dumps import Dump, Entry, LayerTensors
 from anchorscope.dumps.format import Prompt
 
 
@@ -40,15 +40,6 @@ class Source(Protocol):
             DumpError: tensors are missing or damaged.
         """
         ...
-
-
-def as_source(source: Dump | Path | str) -> Dump:
-    """An open dump, or the one in a folder.
-
-    Raises:
-        DumpError: missing or damaged.
-    """
-    return source if isinstance(source, Dump) else open_dump(source)
 
 
 def place_of(source: object) -> object:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
 from typing import Protocol
 
-from anchorscope.dumps import Entry
+from anchorscope.dumps import Dump, Entry, open_dump
 from anchorscope.errors import InputError
 from anchorscope.params import visible_pairs
 from anchorscope.parse import describe_indices
@@ -58,14 +59,39 @@ class HeadUnit:
         return f"{self.entry.prompt}, layer {self.entry.layer}"
 
 
+@dataclass(frozen=True)
+class DumpRequest:
+    """A request about heads of a dump; every command that reads one asks for more.
+
+    Attributes:
+        dump: a dump folder, or an open dump.
+        layers, heads: original indices; None means all in the dump.
+        prompts: prompt names; None means all.
+        device: "auto", "cpu", "cuda" or "cuda:i".
+    """
+
+    dump: Dump | Path | str
+    _: KW_ONLY
+    layers: Sequence[int] | None = None
+    heads: Sequence[int] | None = None
+    prompts: Sequence[str] | None = None
+    device: str = "auto"
+
+    def choose(self) -> tuple[Dump, tuple[HeadUnit, ...]]:
+        """The open dump, and its heads that are asked for, by prompt, layer and head.
+
+        Raises:
+            InputError: an unknown prompt, layer or head, or nothing left.
+            DumpError: the dump is missing or damaged.
+        """
+        source = self.dump if isinstance(self.dump, Dump) else open_dump(self.dump)
+        return source, choose_heads(source, self.prompts, self.layers, self.heads)
+
+
 def choose_heads(
     source: Source, prompts: Sequence[str] | None, layers: Sequence[int] | None, heads: Sequence[int] | None
 ) -> tuple[HeadUnit, ...]:
-    """The heads of a source that are asked for, by prompt, layer and head; None means all.
-
-    Raises:
-        InputError: an unknown prompt, layer or head, or nothing left.
-    """
+    """See `DumpRequest.choose`."""
     names = [p.name for p in source.prompts]
     for name in prompts or ():
         if name not in names:
