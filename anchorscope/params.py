@@ -66,10 +66,13 @@ class AnchorParams:
         """Number of query blocks of n queries; the last may be short."""
         return math.ceil(n / self.block)
 
-    def at(self, n: int, window: int | None = None, offset: int = 0) -> Geometry:
-        """Groups, key ranges and pairs of one head for n queries from position `offset` on (tokens)."""
+    def at(self, n: int, window: int | None = None, offset: int = 0, softcap: float | None = None) -> Geometry:
+        """Groups, key ranges and pairs of one head for n queries from position `offset` on (tokens).
+
+        Its softmax scale is 1, for queries that are multiplied by theirs already.
+        """
         place: Placement = {"block": self.block, "step": self.step, "init": self.init, "lookback": self.lookback}
-        return geometry((1, 1, n, 1), (1, 1, offset + n, 1), window=window, offset=offset, **place)
+        return geometry((1, 1, n, 1), (1, 1, offset + n, 1), window=window, offset=offset, softcap=softcap, **place)
 
 
 def anchor_pairs(n: int, params: AnchorParams, window: int | None = None) -> int:

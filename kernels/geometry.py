@@ -114,6 +114,15 @@ class Geometry(NamedTuple):
             start = max(start, self.offset + group * self.group - self.window + 1)
         return start, max(self.local_start(group), start)
 
+    def anchor_keys(self, group: int, last: int) -> tuple[slice, slice]:
+        """Keys of a group's anchor region up to its query `last` - 1: the first ones, and those near the group.
+
+        Keys that a window hides from the whole group are left out. The two ranges never overlap.
+        """
+        lowest = max(self.offset + group * self.group - self.reach + 1, 0)
+        local = self.local_start(group)
+        return slice(lowest, max(min(self.init, local), lowest)), slice(max(local, lowest), self.offset + last)
+
     def column_pairs(self, columns: Any, first: Any, last: Any) -> Any:
         """How many of the queries first..last-1 of a group see each candidate column; without a window, all of them.
 

@@ -34,8 +34,8 @@ def _working_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _capped(scores: Tensor, softcap: float | None) -> Tensor:
-    """c * tanh(s / c), in place."""
+def capped(scores: Tensor, softcap: float | None) -> Tensor:
+    """Scores under the soft-cap c, c * tanh(s / c), nats; changed in place."""
     return scores if softcap is None else scores.div_(softcap).tanh_().mul_(softcap)
 
 
@@ -64,47 +64,84 @@ def anchor(q: Tensor, k: Tensor, v: Tensor, **place: Unpack[Placement]) -> Ancho
 
 def anchor_at(q: Tensor, k: Tensor, v: Tensor, geo: Geometry) -> AnchorState:
     """`anchor` for a call whose geometry is known."""
-    scale, softcap, window = geo.scale, geo.softcap, geo.window
     dtype = _working_dtype(q)
     out = torch.empty(q.shape[:3] + v.shape[3:], dtype=dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=dtype, device=q.device)
-    top = torch.empty_like(lse)
+    row_max = torch.empty_like(lse)
     for b in range(geo.batch):
         for kv in range(geo.kv_heads):
             heads = slice(kv * geo.repeats, (kv + 1) * geo.repeats)
             keys, values = k[b, kv].to(dtype), v[b, kv].to(dtype)
             for g in range(geo.groups):
                 first, last = geo.rows(g)
-                local = geo.local_start(g)
-                head_end = min(geo.init, local)  # init keys that are not local already
-                end = geo.offset + last
-                if head_end == local:
-                    head_end, local = 0, 0
-                region_k = torch.cat((keys[:head_end], keys[local:end])) if head_end else keys[local:end]
-                region_v = torch.cat((values[:head_end], values[local:end])) if head_end else values[local:end]
-                position = torch.arange(local - head_end, end, device=q.device)
-                position[:head_end] = torch.arange(head_end, device=q.device)
-                for low, high in _chunks(first, last, geo.repeats * len(position), q.device):
-                    size = head_end + geo.offset + high - local
-                    rows = (q[b, heads, low:high].to(dtype) * scale).flatten(0, 1)  # (R * rows, d)
-                    s = _capped(rows @ region_k[:size].T, softcap).view(geo.repeats, high - low, size)
-                    i = torch.arange(low, high, device=q.device)[:, None] + geo.offset
-                    if window is None:  # only the last columns can be later than their query
-                        edge = max(size - (high - low), 0)
-                        s[..., edge:].masked_fill_(position[edge:size] > i, -math.inf)
-                    else:
-                        j = position[:size]
-                        s.masked_fill_((j > i) | (i - j >= window), -math.inf)
+                init, local = geo.anchor_keys(g, last)
+                near = values[local] if init.start == init.stop else torch.cat([values[init], values[local]])
+                for low, high in _chunks(first, last, geo.repeats * len(near), q.device):
+                    rows = q[b, heads, low:high].to(dtype) * geo.scale  # (R, rows, d)
+                    s, _ = anchor_scores(rows, keys.T, geo, g, low)
                     peak = s.amax(-1, keepdim=True)
                     p = s.sub_(peak).exp_()
                     total = p.sum(-1, keepdim=True)
-                    o = (p.flatten(0, 1) @ region_v[:size]).view(geo.repeats, high - low, -1)
+                    o = (p.flatten(0, 1) @ near[: s.shape[-1]]).view(geo.repeats, high - low, -1)
                     out[b, heads, low:high] = o / total
                     lse[b, heads, low:high] = (peak + total.log())[..., 0]
-                    top[b, heads, low:high] = peak[..., 0]
-    q_bar = torch.stack([x.to(dtype).mean(-2) for x in q.split(geo.block, dim=-2)], -2)
-    a_bar = torch.stack([x.mean(-1) for x in top.split(geo.block, dim=-1)], -1)
-    return AnchorState(out, lse, q_bar, a_bar)
+                    row_max[b, heads, low:high] = peak[..., 0]
+    q_bar = block_means(q.to(dtype), geo.block, -2)
+    return AnchorState(out, lse, q_bar, block_means(row_max, geo.block, -1))
+
+
+def anchor_scores(q: Tensor, keys: Tensor, geo: Geometry, group: int, first: int) -> tuple[Tensor, Tensor]:
+    """Scores of some queries of a group over the anchor region, -inf where a key is hidden, and the keys' positions.
+
+    Args:
+        q: (..., rows, d) scaled queries, the first of which is query `first` of the call.
+        keys: (d, N) keys of their kv head.
+
+    Returns:
+        Scores (..., rows, R) and positions (R,): the first keys of the region, then those up to the last query itself.
+    """
+    rows = q.shape[-2]
+    flat = q.flatten(0, -2)
+    init, local = geo.anchor_keys(group, first + rows)
+    s = flat @ keys[:, local]
+    at = torch.arange(local.start, local.stop, device=q.device)
+    if init.stop > init.start:
+        s = torch.cat([flat @ keys[:, init], s], 1)
+        at = torch.cat([torch.arange(init.start, init.stop, device=q.device), at])
+    s = capped(s, geo.softcap).view(*q.shape[:-1], -1)
+    i = torch.arange(first, first + rows, device=q.device)[:, None] + geo.offset
+    # Only keys from the first query on can be later than a query.
+    s[..., s.shape[-1] - rows :].masked_fill_(i < i.T, -math.inf)
+    if geo.window is not None:
+        s.masked_fill_(at <= i - geo.window, -math.inf)
+    return s, at
+
+
+def block_means(x: Tensor, block: int, dim: int) -> Tensor:
+    """Means of runs of `block` entries along a dimension; the last run may be short."""
+    return torch.stack([part.mean(dim) for part in x.split(block, dim)], dim)
+
+
+def margins(q_bar: Tensor, a_bar: Tensor, keys: Tensor, geo: Geometry, group: int, columns: tuple[int, int]) -> Tensor:
+    """Margins of some candidate columns of a group: the least difference over the group's blocks that see the column.
+
+    Args:
+        q_bar: (..., T, d) scaled mean queries of the group's blocks.
+        a_bar: (..., T) their mean anchors, nats.
+        keys: (d, N) keys of their kv head.
+        columns: the first column and the one past the last.
+
+    Returns:
+        (..., columns), nats. Some block sees every candidate (`Geometry.candidates`), so all are finite.
+    """
+    low, high = columns
+    s = capped(q_bar.flatten(0, -2) @ keys[:, low:high], geo.softcap).view(*a_bar.shape, high - low)
+    delta = a_bar[..., None] - s
+    if geo.window is not None:
+        first = geo.offset + group * geo.group
+        t0 = torch.arange(a_bar.shape[-1], device=s.device)[:, None] * geo.block + first
+        delta.masked_fill_(t0 - torch.arange(low, high, device=s.device) >= geo.window, math.inf)
+    return delta.amin(-2)
 
 
 def identify(
@@ -137,7 +174,6 @@ def identify(
 def identify_at(state: AnchorState, k: Tensor, geo: Geometry, theta: float | Tensor) -> Stripes:
     """`identify` for a call whose geometry is known."""
     batch, heads, blocks, _ = state.q_bar.shape
-    block, step, scale, softcap, window = geo.block, geo.step, geo.scale, geo.softcap, geo.window
     device = k.device
     limit = torch.as_tensor(theta, dtype=state.a_bar.dtype, device=device)
     if limit.ndim and limit.shape != (batch, heads):
@@ -149,24 +185,14 @@ def identify_at(state: AnchorState, k: Tensor, geo: Geometry, theta: float | Ten
     for b in range(batch):
         for kv in range(geo.kv_heads):
             own = slice(kv * geo.repeats, (kv + 1) * geo.repeats)
-            keys = k[b, kv].to(state.q_bar.dtype)
-            pooled, anchors, most = state.q_bar[b, own] * scale, state.a_bar[b, own], limit[b, own, None]
+            keys = k[b, kv].to(state.q_bar.dtype).T
+            pooled, anchors, most = state.q_bar[b, own] * geo.scale, state.a_bar[b, own], limit[b, own, None]
             for g in range(geo.groups):
-                span = slice(g * step, min((g + 1) * step, blocks))
-                tile = pooled[:, span].flatten(0, 1)  # (R * blocks of the group, d)
-                level = anchors[:, span, None]
-                start, stop = geo.candidates(g)
+                span = slice(g * geo.step, min((g + 1) * geo.step, blocks))
+                q_bar, a_bar = pooled[:, span], anchors[:, span]  # (R, blocks of the group, d), and without d
                 parts: list[list[Tensor]] = [[] for _ in range(geo.repeats)]
-                for low, high in _chunks(start, stop, len(tile), device):
-                    s = _capped(tile @ keys[low:high].T, softcap).view(geo.repeats, -1, high - low)
-                    delta = level - s
-                    if window is not None:
-                        t0 = geo.offset + torch.arange(span.start, span.stop, device=device)[:, None] * block
-                        hidden = t0 - torch.arange(low, high, device=device) >= window
-                        delta.masked_fill_(hidden, math.inf)
-                    keep = delta.amin(1) <= most
-                    if window is not None:  # inf <= inf must not select what no block sees
-                        keep &= ~hidden.all(0)
+                for low, high in _chunks(*geo.candidates(g), a_bar.numel(), device):
+                    keep = margins(q_bar, a_bar, keys, geo, g, (low, high)) <= most
                     for part, row in zip(parts, keep, strict=True):
                         part.append(row.nonzero()[:, 0] + low)
                 for r, part in enumerate(parts):
@@ -219,7 +245,7 @@ def sparse_at(
                     continue
                 stripe_k, stripe_v = (x.index_select(0, columns).to(dtype) for x in (keys, values))
                 for low, high in _chunks(first, last, len(columns), q.device):
-                    s = _capped((q[b, h, low:high].to(dtype) * scale) @ stripe_k.T, softcap)
+                    s = capped((q[b, h, low:high].to(dtype) * scale) @ stripe_k.T, softcap)
                     if window is not None:
                         i = torch.arange(low, high, device=q.device)[:, None] + geo.offset
                         s.masked_fill_(i - columns >= window, -math.inf)

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from anchorscope.kernels.geometry import Geometry
+from anchorscope.kernels.torch_backend import anchor_scores, block_means, capped, margins
 from anchorscope.params import AnchorParams
 from anchorscope.ranges import working_dtype
 from anchorscope.runs.environment import full_precision
@@ -77,8 +78,8 @@ class HeadShape:
 
     @cached_property
     def geometry(self) -> Geometry:
-        """Groups, key ranges and pairs."""
-        return self.params.at(self.tokens, self.window)
+        """Groups, key ranges and pairs, for scaled queries."""
+        return self.params.at(self.tokens, self.window, softcap=self.softcap)
 
     @cached_property
     def sorted_thetas(self) -> np.ndarray:
@@ -387,45 +388,23 @@ def _profile_head(q: Tensor, k: Tensor, v: Tensor | None, shape: HeadShape) -> H
     return books.result()
 
 
-def _cap(s: Tensor, softcap: float | None) -> Tensor:
-    return s if softcap is None else s.div_(softcap).tanh_().mul_(softcap)
-
-
-def _anchor_scores(q: Tensor, kt: Tensor, shape: HeadShape, g: Group, first: int, last: int) -> tuple[Tensor, Tensor]:
-    """Scores of queries first..last-1 over the visible anchor region, -inf where hidden, and the keys' positions.
-
-    Columns: the init keys, then the local keys up to the chunk's last query.
-    """
-    init = slice(g.init_start, g.init_stop)
-    local = slice(g.local_start, last)
-    rows = q[first:last]
-    s = _cap(torch.cat([rows @ kt[:, init], rows @ kt[:, local]], 1), shape.softcap)
-    i = torch.arange(first, last, device=q.device)[:, None]
-    # Only keys from the chunk's first query on can be later than a query.
-    own = last - first
-    s[:, s.shape[1] - own :].masked_fill_(i < i.T, -math.inf)
-    at = torch.cat([torch.arange(x.start, x.stop, device=q.device) for x in (init, local)])
-    if shape.window is not None:
-        s.masked_fill_(at <= i - shape.window, -math.inf)
-    return s, at
-
-
 def _profile_group(q: Tensor, kt: Tensor, v: Tensor | None, shape: HeadShape, g: Group, books: HeadAccumulator) -> None:
-    dev, window = q.device, shape.window
+    dev, window, geo = q.device, shape.window, shape.geometry
     width = g.last - g.local_start + g.init_stop - g.init_start + g.stop - g.start
     limit, elements = (_MAX_ROWS, _CHUNK_ELEMENTS) if dev.type == "cpu" else (_GPU_MAX_ROWS, _GPU_CHUNK_ELEMENTS)
     rows = max(16, min(limit, elements // width))
     chunks = [(a, min(a + rows, g.last)) for a in range(g.first, g.last, rows)]
     candidates = torch.arange(g.start, g.stop, device=dev)
     single = len(chunks) == 1
-    scored = _anchor_scores(q, kt, shape, g, *chunks[0]) if single else None
+    scored = anchor_scores(q[g.first : g.last], kt, geo, g.index, g.first) if single else None
 
     if g.stop > g.start:
         if scored is not None:
             anchors = scored[0].amax(1)
         else:
-            anchors = torch.cat([_anchor_scores(q, kt, shape, g, a, b)[0].amax(1) for a, b in chunks])
-        margin = _margins(q[g.first : g.last], anchors, kt[:, g.start : g.stop], shape, g)
+            anchors = torch.cat([anchor_scores(q[a:b], kt, geo, g.index, a)[0].amax(1) for a, b in chunks])
+        q_bar, a_bar = block_means(q[g.first : g.last], geo.block, -2), block_means(anchors, geo.block, -1)
+        margin = margins(q_bar, a_bar, kt, geo, g.index, (g.start, g.stop))
     else:
         margin = q.new_empty(0)
     level = books.level_of(margin)
@@ -441,8 +420,8 @@ def _profile_group(q: Tensor, kt: Tensor, v: Tensor | None, shape: HeadShape, g:
     mass = torch.zeros(g.last, dtype=torch.float64, device=dev)
     stripe_mass = torch.zeros(len(columns), dtype=torch.float64, device=dev)
     for a, b in chunks:
-        near, at = scored if scored is not None else _anchor_scores(q, kt, shape, g, a, b)
-        far = _cap(q[a:b] @ keys, shape.softcap)
+        near, at = scored if scored is not None else anchor_scores(q[a:b], kt, geo, g.index, a)
+        far = capped(q[a:b] @ keys, shape.softcap)
         if window is not None:
             i = torch.arange(a, b, device=dev)[:, None]
             far.masked_fill_(columns <= i - window, -math.inf)
@@ -477,22 +456,6 @@ def _profile_group(q: Tensor, kt: Tensor, v: Tensor | None, shape: HeadShape, g:
     books.add_group(g.index, mass, g.start, margin.float(), level)
 
 
-def _margins(q: Tensor, anchors: Tensor, kt: Tensor, shape: HeadShape, g: Group) -> Tensor:
-    """Margin of each candidate: the smallest mean anchor - pooled score over the group's blocks that see the column.
-
-    q (R, d) scaled queries of the group, anchors (R,), kt (d, c) candidate keys -> (c,).
-    """
-    block = shape.params.block
-    q_bar = torch.stack([x.mean(0) for x in q.split(block)])
-    a_bar = torch.stack([x.mean() for x in anchors.split(block)])
-    delta = a_bar[:, None] - _cap(q_bar @ kt, shape.softcap)
-    if shape.window is not None:
-        t0 = torch.arange(g.first, g.last, block, device=q.device)[:, None]
-        j = torch.arange(g.start, g.stop, device=q.device)
-        delta.masked_fill_(t0 - j >= shape.window, math.inf)
-    return delta.amin(0)
-
-
 def _far_outputs(
     q: Tensor,
     kt: Tensor,
@@ -511,9 +474,9 @@ def _far_outputs(
     Relative to the row's largest score their anchor region underflows; their sparse softmax is well defined all the
     same.
     """
-    near, at = _anchor_scores(q, kt, shape, g, *chunk)
+    near, at = anchor_scores(q[chunk[0] : chunk[1]], kt, shape.geometry, g.index, chunk[0])
     near = near[lost]
-    far = _cap(q[chunk[0] : chunk[1]][lost] @ keys, shape.softcap)
+    far = capped(q[chunk[0] : chunk[1]][lost] @ keys, shape.softcap)
     if shape.window is not None:
         far.masked_fill_(columns <= (chunk[0] + lost)[:, None] - shape.window, -math.inf)
     outputs = []

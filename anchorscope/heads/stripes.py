@@ -52,15 +52,9 @@ class HeadStripes:
 
 def head_stripes(head: Head, params: AnchorParams, theta: float) -> HeadStripes:
     """The stripes of one head: columns whose margin is at most theta (nats), per group (docs/method.md)."""
-    geo = params.at(head.n, head.window)
+    geo = params.at(head.n, head.window, softcap=head.softcap)
     with torch.inference_mode(), full_precision():
-        margins = column_margins(
-            head,
-            params.block,
-            params.step,
-            lambda first: (params.init_tokens, max(first - params.lookback_tokens, 0)),
-            lambda first: geo.candidates(first // params.group),
-        ).value
+        margins = column_margins(head, geo).value
         # theta = inf selects every candidate, and only those.
         selected = ((margins <= theta) & torch.isfinite(margins)).cpu().numpy()
     start, stop = np.array([geo.candidates(g) for g in range(geo.groups)]).T

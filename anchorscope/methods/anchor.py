@@ -42,17 +42,10 @@ class Anchor(Method):
 
     def select(self, head: Head) -> Selection:
         p = self.params
-        geo = p.at(head.n, head.window)
         init, lookback = p.init_tokens, p.lookback_tokens
         margins = head.once(
             ("anchor", self.block, self.step, init, lookback),
-            lambda: column_margins(
-                head,
-                self.block,
-                self.step,
-                region=lambda first: (init, first - lookback),
-                candidates=lambda first: geo.candidates(first // p.group),
-            ),
+            lambda: column_margins(head, p.at(head.n, head.window, softcap=head.softcap)),
         )
         j = torch.arange(head.n, device=head.device)
         local = torch.arange(p.groups(head.n), device=head.device)[:, None] * p.group - lookback

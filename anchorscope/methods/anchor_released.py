@@ -11,6 +11,7 @@ from anchorscope.methods.base import Method, setting
 from anchorscope.methods.head import Head
 from anchorscope.methods.margins import column_margins
 from anchorscope.methods.selection import Columns, Selection
+from anchorscope.params import AnchorParams
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,9 @@ class AnchorReleased(Method):
             ("anchor-released", block, self.step),
             lambda: column_margins(
                 head,
-                block,
-                self.step,
-                region=lambda first: (group, first),
-                candidates=lambda first: (block, first - block if first + group <= head.n else 0),
+                AnchorParams(block, self.step, group, 0).at(head.n, head.window, softcap=head.softcap),
+                AnchorParams(block, self.step).at(head.n, head.window),
+                groups=head.n // group,
             ),
         )
         j = torch.arange(head.n, device=head.device)

@@ -1,16 +1,15 @@
-"""Difference-aware margins: how far below its group's anchor each column stays. Shared by `anchor` and
-`anchor-released`.
-"""
+"""Margins of a head's columns, by the torch back end's own rule. Shared by `anchor`, `anchor-released` and `heads`."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from anchorscope.kernels.geometry import Geometry
+from anchorscope.kernels.torch_backend import anchor_scores, block_means, margins
 from anchorscope.methods.head import Head
 
 _ROWS = 512
@@ -29,56 +28,32 @@ class Margins(NamedTuple):
 
 
 def column_margins(
-    head: Head,
-    block: int,
-    step: int,
-    region: Callable[[int], tuple[int, int]],
-    candidates: Callable[[int], tuple[int, int]],
+    head: Head, region: Geometry, candidates: Geometry | None = None, groups: int | None = None
 ) -> Margins:
-    """Margins of the candidate columns of every group of `block * step` queries.
+    """Margins of the candidate columns of every group.
 
-    A query's anchor is its largest score over keys j < init or j >= start, later keys excepted, where (init, start) is
-    `region(first query of the group)`. The margin of column j is the least, over the group's blocks whose first query
-    sees j, of the block's mean anchor minus the score of its mean query with key j.
+    A query's anchor is its largest score over its anchor region. The margin of column j is the least, over the group's
+    blocks whose first query sees j, of the block's mean anchor minus the score of its mean query with key j.
 
     Args:
         head: the head.
-        block, step: queries pooled, and blocks per group.
-        region, candidates: both map a group's first query to a pair of key positions; candidates are half open.
+        region: the head's geometry (`AnchorParams.at`), whose anchor regions are used.
+        candidates: the geometry whose candidates are used, if another; of the same groups.
+        groups: how many groups to look at, if not all.
     """
-    group = block * step
-    count = math.ceil(head.n / group)
-    value = torch.full((count, head.n), math.inf, dtype=head.q.dtype, device=head.device)
-    pooled = head.pooled_queries(block)
+    candidates = candidates or region
+    value = torch.full((region.groups, head.n), math.inf, dtype=head.q.dtype, device=head.device)
+    pooled = head.pooled_queries(region.block)
+    keys = head.k.T
     products = 0
-    for g in range(count):
-        first, last = g * group, min((g + 1) * group, head.n)
-        start, stop = candidates(first)
-        start = max(start, head.low(first))
-        if stop <= start:
+    for g in range(region.groups if groups is None else groups):
+        (first, last), (start, stop) = region.rows(g), candidates.candidates(g)
+        if stop == start:
             continue
-        anchors = torch.cat(
-            [_anchors(head, a, min(a + _ROWS, last), *region(first)) for a in range(first, last, _ROWS)]
-        )
-        means = torch.stack([x.mean() for x in anchors.split(block)])
-        t0 = torch.arange(first, last, block, device=head.device)[:, None]
-        delta = means[:, None] - head.cap(pooled[first // block : first // block + len(means)] @ head.k[start:stop].T)
-        if head.window is None:
-            products += delta.numel()
-        else:
-            hidden = t0 - torch.arange(start, stop, device=head.device) >= head.window
-            delta.masked_fill_(hidden, math.inf)
-            products += int((~hidden).sum())
-        value[g, start:stop] = delta.amin(0)
+        rows = head.q[first:last].split(_ROWS)
+        scored = [anchor_scores(q, keys, region, g, first + i * _ROWS)[0] for i, q in enumerate(rows)]
+        a_bar = block_means(torch.cat([s.amax(1) for s in scored]), region.block, 0)
+        q_bar = pooled[first // region.block :][: len(a_bar)]
+        value[g, start:stop] = margins(q_bar, a_bar, keys, region, g, (start, stop))
+        products += sum(max(stop - max(start, head.low(t)), 0) for t in range(first, last, region.block))
     return Margins(value, products)
-
-
-def _anchors(head: Head, first: int, last: int, init: int, start: int) -> Tensor:
-    """Largest score of queries first..last-1 over keys below `init` and from `start` on, (last - first,)."""
-    low = head.low(first)
-    start = max(start, low)
-    best = head.scores(first, last, start, last).amax(1)
-    stop = min(init, start)
-    if stop > low:
-        best = torch.maximum(best, head.scores(first, last, low, stop).amax(1))
-    return best

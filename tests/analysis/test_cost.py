@@ -45,12 +45,12 @@ def test_growth_is_at_most_quadratic():
 
 @pytest.mark.parametrize(("thetas", "block", "step"), [(3, 64, 4), (41, 64, 4), (41, 128, 16)])
 def test_memory_is_stated_beforehand(thetas, block, step):
-    (_, base), (small, _), (large, stated) = (head(n, thetas, block, step) for n in (1, 2048, 4096))
+    (_, base), (small, _), (large, stated) = (head(n, thetas, block, step) for n in (1, 3072, 4096))
     used = peak_allocated(large)
     assert used <= stated
     assert stated - base <= 2.5 * used  # what is stated for a single token is the process' own
     assert used < 4096 * 4096 * 4 / 3  # nothing holds a number for each pair of positions
-    assert used <= 2.1 * peak_allocated(small)
+    assert used <= 1.4 * peak_allocated(small)  # a third more tokens; by their square it would be 1.78
 
 
 def test_memory_of_one_long_head():

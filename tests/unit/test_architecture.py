@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "capture": {"dumps", "models"},
     "runs": {"dumps"},
     "analysis": {"dumps", "kernels", "plots", "runs", "heads"},
-    "methods": set(),
+    "methods": {"kernels"},
     "compare": {"dumps", "methods", "plots", "runs"},
     "heads": {"dumps", "methods", "plots", "report", "runs"},
     "bench": {"dumps", "kernels", "plots", "runs"},
