@@ -1,4 +1,4 @@
-"""Numbers as people are shown them: rounding must not turn what was measured into something it is not."""
+"""Numbers and names as people are shown them: rounding must not turn what was measured into something it is not."""
 
 from __future__ import annotations
 
@@ -33,6 +33,19 @@ def theta_text(value: float | str | None) -> str:
         return "inf" if value > 0 else "-inf"
     up = math.ceil(value * 100 - 1e-6) / 100
     return f"{up:.2f}" if up >= value else f"{up + 0.01:.2f}"
+
+
+def exact_theta(value: float | str | None) -> str:
+    """A theta as a user types it: `8`, `7.25`, `inf`, `-inf`; texts as they are, "-" for None."""
+    if value is None or isinstance(value, str):
+        return "-" if value is None else value
+    return f"{value:.10g}" if math.isfinite(value) else ("inf" if value > 0 else "-inf")
+
+
+def short_name(name: str, most: int = 44, gap: str = "...") -> str:
+    """A name in at most `most` characters, cut in the middle."""
+    room = most - len(gap)
+    return name if len(name) <= most else f"{name[: room - room // 2]}{gap}{name[-(room // 2) :]}"
 
 
 def threads_text(count: int) -> str:

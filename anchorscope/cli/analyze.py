@@ -10,10 +10,13 @@ import typer
 
 from anchorscope.cli import options as opt
 from anchorscope.cli.common import announce, chosen, progress_bar, stdout_console, warn, warn_of_model
+from anchorscope.cli.tables import boxed_table, print_places
 from anchorscope.errors import InputError
-from anchorscope.shown import share_text, theta_text
+from anchorscope.shown import exact_theta, share_text, theta_text
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from anchorscope.analysis.run import Analysis
 
 SHORT_ROWS = 10
@@ -126,17 +129,13 @@ def _heatmaps(text: str | None) -> list[tuple[int, int]] | str | None:
 
 def print_summary(result: Analysis) -> None:
     """The tables an analysis ends with, at most 80 columns wide."""
-    from rich.table import Table
-
     report = result.report
     console = stdout_console()
     target, settings = report["target"]["recall"], report["settings"]
-    theta = _theta(settings["theta"][0])
+    theta = exact_theta(settings["theta"][0])
 
     console.print(f"theta {theta}, groups of {settings['block']} x {settings['step']}, means over prompts and heads")
-    table = Table()
-    for name in ("layer", "recall", "worst", "head", "sparsity", "stripes", "out.err."):
-        table.add_column(name, justify="right")
+    table = boxed_table(("layer", "recall", "worst", "head", "sparsity", "stripes", "out.err."))
     for item in report["by_layer"]:
         table.add_row(str(item["layer"]), *_layer_cells(item["thetas"][0]))
     table.add_section()
@@ -165,14 +164,7 @@ def print_summary(result: Analysis) -> None:
         counts = result.diagnosis.report["summary"]["all"]["classes"]
         line = ", ".join(f"{n} {name}" for name, n in counts.items() if n) or "prompts too short to tell"
         console.print(f"Kinds of head: {line}; details in {result.diagnosis.path}", soft_wrap=True, highlight=False)
-    console.print(f"Tables and profiles: {result.path}", soft_wrap=True, highlight=False)
-    if result.figures:
-        console.print(f"Figures: {result.path / 'figures'}", soft_wrap=True, highlight=False)
-
-
-def _theta(value: float | str | None) -> str:
-    """A theta of the report: a number, "inf", "-inf" or null."""
-    return "-" if value is None else value if isinstance(value, str) else f"{value:.10g}"
+    print_places(console, "Tables and profiles", result.path, result.figures)
 
 
 def _layer_cells(row: dict[str, Any]) -> list[str]:
@@ -187,15 +179,11 @@ def _layer_cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def _theta_table(report: dict[str, Any]) -> Any:
-    from rich.table import Table
-
-    table = Table()
-    for name in ("theta", "recall", "p05", "last rows", "worst", "density", "out.err."):
-        table.add_column(name, justify="right")
+def _theta_table(report: dict[str, Any]) -> Table:
+    table = boxed_table(("theta", "recall", "p05", "last rows", "worst", "density", "out.err."))
     for row in report["overall"]:
         table.add_row(
-            _theta(row["theta"]),
+            exact_theta(row["theta"]),
             share_text(row["recall_mean"]),
             share_text(row["recall_p05_mean"]),
             share_text(row["recall_last_mean"]),
@@ -206,13 +194,10 @@ def _theta_table(report: dict[str, Any]) -> Any:
     return table
 
 
-def _short_table(rows: list[dict[str, Any]], target: float) -> Any:
-    from rich.table import Table
-
-    table = Table()
-    table.add_column("prompt", max_width=18, no_wrap=True)
-    for name in ("layer", "head", "recall", "density", "theta needed", "density then"):
-        table.add_column(name, justify="right")
+def _short_table(rows: list[dict[str, Any]], target: float) -> Table:
+    names = ("prompt", "layer", "head", "recall", "density", "theta needed", "density then")
+    table = boxed_table(names, left=("prompt",))
+    table.columns[0].max_width = 18
     for row in rows:
         table.add_row(
             row["prompt"],

@@ -13,9 +13,10 @@ import typer
 
 from anchorscope.cli import options as opt
 from anchorscope.cli.common import note, progress_bar, stdout_console, warn
+from anchorscope.cli.tables import new_table, optional
 from anchorscope.errors import InputError, RunFailure
 from anchorscope.files import human_bytes
-from anchorscope.shown import share_text, threads_text
+from anchorscope.shown import exact_theta, share_text, threads_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -213,21 +214,7 @@ def print_result(data: dict[str, Any], ratios: list[Ratio] | None = None) -> Non
 
 
 def _table(title: str, names: list[str]) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-        show_edge=False,
-    )
-    for name in names:
-        table.add_column(name, justify="left" if name in ("back end", "time", "") else "right", no_wrap=True)
-    return table
+    return new_table(names, title=title, left=("back end", "time", ""), pad_edge=False, show_edge=False)
 
 
 def _sections(data: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -251,12 +238,8 @@ def _spread(time: dict[str, float]) -> str:
     return f"{(time['p80_ms'] - time['p20_ms']) / time['median_ms']:.0%}"
 
 
-def _theta(value: float | str) -> str:
-    return value if isinstance(value, str) else f"{value:.10g}"
-
-
-def _optional(value: float | None, pattern: str) -> str:
-    return "-" if value is None else format(value, pattern)
+def _bytes(count: int | None) -> str:
+    return "-" if count is None else human_bytes(count)
 
 
 def _dense_table(data: dict[str, Any]) -> Table:
@@ -266,14 +249,13 @@ def _dense_table(data: dict[str, Any]) -> Table:
             time = dense["timing"]
             best = "*" if dense["name"] == row["baseline"] else ""
             repeated = ", K/V repeated" if dense["kv_repeated"] else ""
-            memory = dense["peak_memory_bytes"]
             table.add_row(
                 label,
                 f"{dense['name']}{best}{repeated}",
                 _ms(time["median_ms"]),
                 _spread(time),
                 f"{dense['tflops']:.3g}",
-                "-" if memory is None else human_bytes(memory),
+                _bytes(dense["peak_memory_bytes"]),
                 f"{dense['output_error']:.1e}",
             )
             label = ""
@@ -300,12 +282,12 @@ def _time_table(data: dict[str, Any]) -> Table:
             stages, whole = sparse["stages"], sparse["whole"]
             table.add_row(
                 label,
-                _theta(sparse["theta"]),
+                exact_theta(sparse["theta"]),
                 *(_ms(stages[stage]["median_ms"]) for stage in ("anchor", "identification", "sparse")),
                 _ms(whole["median_ms"]),
                 _spread(whole),
                 _ms(whole["first_ms"]),
-                "refused" if not row["check"]["passed"] else _optional(sparse["speedup"], ".2f"),
+                "refused" if not row["check"]["passed"] else optional(sparse["speedup"], ".2f"),
             )
             label = ""
     return table
@@ -316,17 +298,16 @@ def _quality_table(data: dict[str, Any]) -> Table:
     table = _table("What that kept and cost", names)
     for label, row in _sections(data):
         for sparse in row["sparse"]:
-            memory = sparse["extra_memory_bytes"]
             table.add_row(
                 label,
-                _theta(sparse["theta"]),
+                exact_theta(sparse["theta"]),
                 share_text(sparse["recall"], 4),
                 share_text(sparse["density"], 4),
                 share_text(sparse["stripe_density"], 4),
                 f"{sparse['output_error']:.1e}",
-                _optional(sparse["efficiency"], ".2f"),
+                optional(sparse["efficiency"], ".2f"),
                 f"{sparse['tflops']:.3g}",
-                "-" if memory is None else human_bytes(memory),
+                _bytes(sparse["extra_memory_bytes"]),
             )
             label = ""
     return table

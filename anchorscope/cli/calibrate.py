@@ -10,6 +10,7 @@ import typer
 
 from anchorscope.cli import options as opt
 from anchorscope.cli.common import announce, progress_bar, stdout_console, warn_of_model
+from anchorscope.cli.tables import new_table, print_places
 from anchorscope.shown import share_text, theta_text
 
 if TYPE_CHECKING:
@@ -144,34 +145,22 @@ def print_summary(result: Calibration) -> None:
     _print_comparison(console, report)
     if report["lengths"]:
         console.print(_length_table(report))
-    console.print(f"Anchors: {result.path / 'anchors.json'}", soft_wrap=True, highlight=False)
-    if result.figures:
-        console.print(f"Figures: {result.path / 'figures'}", soft_wrap=True, highlight=False)
-
-
-def _table(*columns: str, title: str | None = None) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title=title, title_justify="left", title_style="")
-    for name in columns:
-        table.add_column(name, justify="right", no_wrap=True)
-    return table
+    print_places(console, "Anchors", result.path / "anchors.json", result.figures)
 
 
 def _layer_table(report: dict[str, Any]) -> Table:
-    table = _table("layer", "groups", "theta", "dense", "density", "fitted", "held out", "short")
+    table = new_table(("layer", "groups", "theta", "dense", "density", "fitted", "held out", "short"))
     for row in report["layers"]:
         low, high = row["theta_min"], row["theta_max"]
-        thetas = "-" if low is None else _nats(low) if low == high else f"{_nats(low)} to {_nats(high)}"
+        thetas = "-" if low is None else theta_text(low) if low == high else f"{theta_text(low)} to {theta_text(high)}"
         table.add_row(
             str(row["layer"]),
             f"{row['block']}x{row['step']}",
             thetas,
             f"{row['dense_heads']} of {row['heads']}",
-            _share(row["fitted_density"]),
-            _share(row["fitted_recall"]),
-            _share(row["held_out_recall"]),
+            share_text(row["fitted_density"]),
+            share_text(row["fitted_recall"]),
+            share_text(row["held_out_recall"]),
             "-" if row["heads_missed"] is None else str(row["heads_missed"]),
         )
     return table
@@ -179,12 +168,12 @@ def _layer_table(report: dict[str, Any]) -> Table:
 
 def _pooled_table(report: dict[str, Any]) -> Table:
     timed = report["fitted"]["time"] is not None
-    table = _table("all heads", "recall", "p05", "last", "worst head", "density", *(["time"] if timed else []))
+    table = new_table(("all heads", "recall", "p05", "last", "worst head", "density", *(["time"] if timed else [])))
     for name, part in (("fitted", "fitted"), ("held out", "held_out")):
         row = report[part]
         if row is not None:
             cells = ("recall", "recall_p05", "recall_last", "recall_worst_head", "density")
-            table.add_row(name, *(_share(row[c]) for c in cells), *([_share(row["time"])] if timed else []))
+            table.add_row(name, *(share_text(row[c]) for c in cells), *([share_text(row["time"])] if timed else []))
     return table
 
 
@@ -216,11 +205,11 @@ def _print_comparison(console: Console, report: dict[str, Any]) -> None:
     found = report["against_one_theta"]
     part = "held_out" if report["held_out"] else "fitted"
     where = "held-out" if report["held_out"] else "fitting"
-    table = _table(
-        "", "theta", report["settings"]["statistic"], "worst head", "5% of heads", "density",
+    table = new_table(
+        ("", "theta", report["settings"]["statistic"], "worst head", "5% of heads", "density"),
         title=f"Against one theta for all heads at equal density ({where} prompts)",
-    )  # fmt: skip
-    table.columns[0].justify = "left"
+        left=("",),
+    )
     for row in found["at_choice"]:
         name = row["method"]
         if "group" in row:
@@ -229,7 +218,7 @@ def _print_comparison(console: Console, report: dict[str, Any]) -> None:
             name = f"one theta, all {row['group']}"
         value = row[part]
         cells = ("value", "value_worst_head", "value_heads_p05", "density")
-        table.add_row(name, _nats(row["theta"]), *(_share(value[c]) for c in cells))
+        table.add_row(name, theta_text(row["theta"]), *(share_text(value[c]) for c in cells))
     console.print(table)
     better = found["gain"][part]
     if better is not None:
@@ -242,25 +231,16 @@ def _print_comparison(console: Console, report: dict[str, Any]) -> None:
 def _length_table(report: dict[str, Any]) -> Table:
     cells = report["lengths"]
     tokens = sorted({c["tokens"] for c in cells})
-    table = _table(
-        "fitted at", *(f"at {n:,}" for n in tokens), title="Recall, density, share of heads short, by prompt length"
-    )
+    title = "Recall, density, share of heads short, by prompt length"
+    table = new_table(["fitted at", *(f"at {n:,}" for n in tokens)], title=title)
     for fit in sorted({c["fit_tokens"] for c in cells}):
         row = [next(c for c in cells if (c["fit_tokens"], c["tokens"]) == (fit, n)) for n in tokens]
         table.add_row(
             f"{fit:,}",
             *(
-                f"{_share(c['value'])} {_share(c['density'])}"
+                f"{share_text(c['value'])} {share_text(c['density'])}"
                 + ("" if c["heads_missed_share"] is None else f" {c['heads_missed_share']:.0%}")
                 for c in row
             ),
         )
     return table
-
-
-def _nats(value: float | str | None) -> str:
-    return theta_text(value)
-
-
-def _share(value: float | None) -> str:
-    return share_text(value)

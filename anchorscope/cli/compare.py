@@ -10,6 +10,7 @@ import typer
 
 from anchorscope.cli import options as opt
 from anchorscope.cli.common import announce, chosen, progress_bar, stdout_console, warn, warn_of_model
+from anchorscope.cli.tables import new_table, print_places
 from anchorscope.errors import InputError
 from anchorscope.shown import share_text
 
@@ -91,9 +92,6 @@ def compare(
 
 def print_summary(result: Comparison) -> None:
     """The table a comparison ends with, at most 80 columns wide."""
-    from rich import box
-    from rich.table import Table
-
     report = result.report
     console = stdout_console()
     shared = {row["method"]: row["needed"] for row in report["needed"]["shared"]}
@@ -104,17 +102,12 @@ def print_summary(result: Comparison) -> None:
     shown = [r for r in recalls if r in (0.9, 0.95, 0.99)][:3]
     if target not in shown:
         shown = sorted([target, *(r for r in shown if r != 0.95)])
-    table = Table(
+    table = new_table(
+        ["method", *(f"{kind}\n{r:g}" for kind in ("shared", "own") for r in shown), "search\ncost"],
         title=f"density needed (interpolated between settings), {report['heads']} heads",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+        left=("method",),
     )
-    table.add_column("method", max_width=22, no_wrap=True)
-    for kind in ("shared", "own"):
-        for r in shown:
-            table.add_column(f"{kind}\n{r:g}", justify="right")
-    table.add_column("search\ncost", justify="right")
+    table.columns[0].max_width = 22
 
     def order(label: str) -> tuple[bool, float]:
         density = _at(own[label], target)["density"]
@@ -124,7 +117,7 @@ def print_summary(result: Comparison) -> None:
     for i, label in enumerate(ranked):
         if label in oracles and i and ranked[i - 1] not in oracles:
             table.add_section()
-        cells = [_density(_at(rows[label], r)["density"]) for rows in (shared, own) for r in shown]
+        cells = [share_text(_at(rows[label], r)["density"]) for rows in (shared, own) for r in shown]
         cost = _at(own[label], target)["identify_cost"]
         table.add_row(label, *cells, share_text(cost))
     console.print(table)
@@ -133,17 +126,11 @@ def print_summary(result: Comparison) -> None:
         "the recall at its own setting; -: not reached. search cost: arithmetic of\n"
         f"identification where each head reaches {target:g}, share of dense."
     )
-    console.print(f"Tables: {result.path}", soft_wrap=True, highlight=False)
-    if result.figures:
-        console.print(f"Figures: {result.path / 'figures'}", soft_wrap=True, highlight=False)
+    print_places(console, "Tables", result.path, result.figures)
 
 
 def _at(cells: list[dict[str, Any]], recall: float) -> dict[str, Any]:
     return next(c for c in cells if c["recall"] == recall)
-
-
-def _density(value: float | None) -> str:
-    return share_text(value)
 
 
 def print_methods() -> None:

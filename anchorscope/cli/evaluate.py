@@ -11,6 +11,7 @@ import typer
 
 from anchorscope.cli import options as opt
 from anchorscope.cli.common import note, progress_bar, stdout_console
+from anchorscope.cli.tables import clean_name, new_table, print_places
 from anchorscope.errors import InputError
 from anchorscope.shown import share_text
 
@@ -175,62 +176,50 @@ def print_summary(result: Evaluation) -> None:
         _print_prompts(console, result.prompts, result.report["settings"]["chunk"]["prompts"])
     if result.tasks:
         _print_tasks(console, result.tasks, result.report["settings"]["chunk"]["tasks"])
-    console.print(f"Tables: {result.path}", soft_wrap=True, highlight=False)
-    if result.figures:
-        console.print(f"Figures: {result.path / 'figures'}", soft_wrap=True, highlight=False)
-
-
-def _table(title: str, left: list[str], right: list[str]) -> Any:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=Text(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=0)
-    for name in left:
-        table.add_column(name, no_wrap=True)
-    for name in right:
-        table.add_column(name, justify="right", no_wrap=True)
-    return table
+    print_places(console, "Tables", result.path, result.figures)
 
 
 def _print_prompts(console: Any, prompts: list[dict[str, Any]], chunk: int | None) -> None:
-    table = _table(
-        "Prompts: sparse against dense",
-        ["prompt", "arm"],
-        ["tokens", "den-\nsity", "recall", "dense\nppl", "change", "95%", "KL", "same\ntop 1"],
+    table = new_table(
+        ["prompt", "arm", "tokens", "den-\nsity", "recall", "dense\nppl", "change", "95%", "KL", "same\ntop 1"],
+        title="Prompts: sparse against dense",
+        left=("prompt", "arm"),
+        padding=0,
     )
     for r in prompts:
         low, high = (_signed(100 * (x - 1)) for x in r["intervals"]["perplexity_ratio"])
         table.add_row(
-            _short(r["prompt"], 6),
-            _short(r["arm"], 10),
+            clean_name(r["prompt"], 6, "~"),
+            clean_name(r["arm"], 10, "~"),
             str(r["length"]),
-            _share(r["density"]),
-            _share(r["recall"]),
+            share_text(r["density"]),
+            share_text(r["recall"]),
             f"{r['perplexity_dense']:.4g}",
             f"{_signed(100 * (r['perplexity_ratio'] - 1))}%",
             f"{low} {high}",
             f"{r['kl_mean']:.4f}" if r["kl_mean"] >= 1e-4 else f"{r['kl_mean']:.0e}",
-            _share(r["top1_agreement"]),
+            share_text(r["top1_agreement"]),
         )
     console.print(table)
     _print_times(console, prompts, chunk)
 
 
 def _print_tasks(console: Any, tasks: list[dict[str, Any]], chunk: int | None) -> None:
-    table = _table(
-        "Tasks: score, and log-probability of the answer (nats per token)",
-        ["task", "arm"],
-        ["tokens", "n", "den-\nsity", "dense\nscore", "sparse\nscore", "95%", "dense\nlogp", "sparse\nlogp"],
+    scores = ("dense\nscore", "sparse\nscore")
+    table = new_table(
+        ["task", "arm", "tokens", "n", "den-\nsity", *scores, "95%", "dense\nlogp", "sparse\nlogp"],
+        title="Tasks: score, and log-probability of the answer (nats per token)",
+        left=("task", "arm"),
+        padding=0,
     )
     for r in tasks:
         low, high = r["intervals"]["score_sparse"]
         table.add_row(
-            _short(r["task"], 14),
-            _short(r["arm"], 10),
+            clean_name(r["task"], 14, "~"),
+            clean_name(r["arm"], 10, "~"),
             str(r["length"]),
             str(r["samples"]),
-            _share(r["density"]),
+            share_text(r["density"]),
             f"{r['score_dense']:.2f}",
             f"{r['score_sparse']:.2f}",
             f"{low:.2f} {high:.2f}",
@@ -253,20 +242,10 @@ def _print_times(console: Any, results: list[dict[str, Any]], chunk: int | None)
     console.print(f"Prefill of {longest:,} tokens {how}, means:")
     for arm, times in found.items():
         seconds, attention = (sum(t[k] for t in times) for k in ("prefill_seconds", "attention_seconds"))
-        console.print(
-            f"  {_short(arm, 24):<24} {seconds / len(times):8.2f} s, {attention / seconds:.0%} of it in attention"
-        )
+        name = clean_name(arm, 24, "~")
+        console.print(f"  {name:<24} {seconds / len(times):8.2f} s, {attention / seconds:.0%} of it in attention")
     console.print()
 
 
 def _signed(percent: float) -> str:
     return f"{percent:+.{2 if abs(percent) < 9.995 else 1 if abs(percent) < 99.95 else 0}f}"
-
-
-def _share(value: float | None) -> str:
-    return share_text(value)
-
-
-def _short(name: str, most: int) -> str:
-    clean = "".join(c if c.isprintable() else "?" for c in name)
-    return clean if len(clean) <= most else f"{clean[: most // 2]}~{clean[-(most - most // 2 - 1) :]}"

@@ -9,8 +9,8 @@ import typer
 
 from anchorscope.cli import options as opt
 from anchorscope.cli.common import announce, chosen, progress_bar, stdout_console, warn, warn_of_model
+from anchorscope.cli.tables import clean_name, new_table, optional, print_places
 from anchorscope.errors import InputError
-from anchorscope.files import visible
 from anchorscope.shown import share_text
 
 if TYPE_CHECKING:
@@ -86,10 +86,6 @@ def heads(
 
 def print_summary(result: Diagnosis) -> None:
     """The tables a run ends with, at most 80 columns wide."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
     console = stdout_console()
     report = result.report
     prompts = [p["name"] for p in report["prompts"]]
@@ -97,20 +93,11 @@ def print_summary(result: Diagnosis) -> None:
         rows = [h for h in report["heads"] if h["prompt"] == prompt]
         single = len(rows) <= MOST_ROWS
         counts = {k: sum(h["class"] == k for h in rows) for k in ("streaming", "mixed", "retrieval")}
-        table = Table(
-            title=Text(visible(f"{_short(prompt)}: " + ", ".join(f"{n} {k}" for k, n in counts.items()))),
-            title_justify="left",
-            box=box.SIMPLE_HEAD,
-            padding=(0, 1, 0, 0),
-        )
-        for name in ("layer", "head", "class") if single else ("layer", "S/M/R"):
-            table.add_column(name, no_wrap=True, justify="left" if name == "class" else "right")
-        for name in ("sink", "hid-\nden", "last\n128", "win-\ndow", "keys"):
-            table.add_column(name, justify="right")
-        if not single:
-            table.add_column("dist.", justify="right")
-        for name in ("next\ngroup", "same\nkv", "prev.\nlayer"):
-            table.add_column(name, justify="right")
+        names = ["layer", "head", "class"] if single else ["layer", "S/M/R"]
+        names += ["sink", "hid-\nden", "last\n128", "win-\ndow", "keys", *([] if single else ["dist."])]
+        names += ["next\ngroup", "same\nkv", "prev.\nlayer"]
+        title = f"{clean_name(prompt, 36)}: " + ", ".join(f"{n} {k}" for k, n in counts.items())
+        table = new_table(names, title=title, left=("class",))
         groups = [[h] for h in rows] if single else _by_layer(rows)
         for group in groups:
             kinds = "/".join(str(sum(h["class"] == k for h in group)) for k in counts)
@@ -122,8 +109,8 @@ def print_summary(result: Diagnosis) -> None:
             table.add_row(
                 *key,
                 *map(_share, shares),
-                _whole(_mean(group, "effective_keys_median")),
-                *([] if single else [_whole(_mean(group, "distance"))]),
+                optional(_mean(group, "effective_keys_median"), ",.0f"),
+                *([] if single else [optional(_mean(group, "distance"), ",.0f")]),
                 *map(_share, overlaps),
                 _layer_overlap(group),
             )
@@ -138,9 +125,7 @@ def print_summary(result: Diagnosis) -> None:
         "about consecutive layers.",
         soft_wrap=True,
     )
-    console.print(f"Tables: {result.path}", soft_wrap=True, highlight=False)
-    if result.figures:
-        console.print(f"Figures: {result.path / 'figures'}", soft_wrap=True, highlight=False)
+    print_places(console, "Tables", result.path, result.figures)
 
 
 def _print_tokens(rows: list[dict[str, Any]]) -> None:
@@ -192,12 +177,3 @@ def _layer_overlap(rows: list[dict[str, Any]]) -> str:
     """Overlap with the layer before; "0.40 <5" where the nearest one captured is layer 5 and not the one before."""
     text, before = _share(_mean(rows, "overlap_layer")), rows[0]["previous_layer"]
     return text if text == "-" or before is None or before == rows[0]["layer"] - 1 else f"{text} <{before}"
-
-
-def _whole(value: float | None) -> str:
-    return "-" if value is None else f"{value:,.0f}"
-
-
-def _short(name: str) -> str:
-    clean = "".join(c if c.isprintable() else "?" for c in name)
-    return clean if len(clean) <= 36 else f"{clean[:17]}...{clean[-16:]}"

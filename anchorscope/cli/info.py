@@ -10,6 +10,7 @@ import typer
 
 from anchorscope.cli import options as opt
 from anchorscope.cli.common import stderr_console, stdout_console, warn_of_model
+from anchorscope.cli.tables import new_table
 from anchorscope.errors import DumpError
 from anchorscope.files import human_bytes, visible
 
@@ -101,9 +102,6 @@ def describe(result: Verification) -> dict[str, Any]:
 
 
 def _show(result: Verification) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
     from anchorscope.parse import describe_indices
 
     dump, console = result.dump, stdout_console()
@@ -136,11 +134,7 @@ def _show(result: Verification) -> None:
         )
         groups.setdefault(kind_of, []).append(e.layer)
     titles = ("prompt", "tokens", "heads/kv", "d", "dtype", "V", "window", "cap", "layers")
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for title in titles:
-        left = title in ("prompt", "layers")
-        # the prompt's name and the layers may be long: they fold, numbers never do
-        table.add_column(title, justify="left" if left else "right", overflow="fold", no_wrap=not left)
+    table = new_table(titles, fold=("prompt", "layers"), padding=(0, 1), pad_edge=False)
     for cells, layers in groups.items():
         table.add_row(*cells, describe_indices(layers))
     if groups:
@@ -158,20 +152,14 @@ def _show(result: Verification) -> None:
 
 def _show_proof(console: Console, dump: Dump) -> None:
     """What shows that the model is what it claims to be: what its loader reported, and what it predicts."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
     known = dump.manifest.get("proof")
     if known is not None:
         console.print(f"loader   {visible(_loader_words(known.get('loader')), 600)}", soft_wrap=True, markup=False)
     proofs = [(p.name, p.proof) for p in dump.prompts if p.proof is not None]
     if not proofs:
         return
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("prompt", overflow="fold")
-    for title in ("predicted", "run of", "perplexity", "top 1"):
-        table.add_column(title, justify="right", no_wrap=True)
-    table.add_column("", overflow="fold")
+    titles = ("prompt", "predicted", "run of", "perplexity", "top 1", "")
+    table = new_table(titles, fold=("prompt", ""), padding=(0, 1), pad_edge=False)
     for name, proof in proofs[:SHOWN_PROOFS]:
         cells = ("-", "-", f"not scored: {visible(proof.reason or '')}")
         if proof.perplexity is not None:

@@ -28,9 +28,9 @@ from anchorscope.plots.style import (
     new_figure,
     plain_log,
     share,
-    short_name,
     tidy,
 )
+from anchorscope.shown import short_name
 
 # Twelve colors told apart side by side; methods beyond them repeat with another dash.
 COLORS = (

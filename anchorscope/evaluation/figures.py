@@ -30,10 +30,10 @@ from anchorscope.plots.style import (
     label,
     legend,
     new_figure,
-    short_name,
     tidy,
     token_ticks,
 )
+from anchorscope.shown import short_name
 
 ARM_COLORS = (BLUE, ORANGE, GREEN, RED, SKY)
 MARKERS = "osD^v"

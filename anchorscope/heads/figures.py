@@ -32,8 +32,8 @@ from anchorscope.plots.style import (
     TEXT,
     new_figure,
     share,
-    short_name,
 )
+from anchorscope.shown import short_name
 
 CLASS_COLORS = dict(zip(CLASSES, (BLUE, GREEN, ORANGE), strict=True))
 NUMBERS = (10, 32)  # most heads and layers with a number or letter in each cell

@@ -35,17 +35,16 @@ from anchorscope.plots.style import (
     TEXT,
     label,
     legend,
-    nats,
     new_figure,
     plain_log,
     setting,
     share,
-    short_name,
     shown_positions,
     tidy,
     token_ticks,
 )
 from anchorscope.profiles import HeadProfile
+from anchorscope.shown import exact_theta, short_name
 
 
 def layer_head_grid(profiles: Sequence[HeadProfile], *, target_recall: float = 0.95) -> Figure:
@@ -78,7 +77,7 @@ def layer_head_grid(profiles: Sequence[HeadProfile], *, target_recall: float = 0
     )
     figure = new_figure(max(3 * panel + 1.9, 11.0), height, title, subtitle)
     panels = figure.subplots(1, 3, squeeze=True)
-    at_theta = f"at theta {nats(float(first.thetas[0]))}"
+    at_theta = f"at theta {exact_theta(float(first.thetas[0]))}"
     floor = min(0.9, math.floor(float(np.nanmin(recall)) * 10) / 10)
     _grid(panels[0], recall, f"recall {at_theta}", "cividis", (floor, 1.0))
     _grid(panels[1], sparsity, f"sparsity {at_theta}", "viridis", (0.0, 1.0))
@@ -159,14 +158,14 @@ def recall_density(profiles: Sequence[HeadProfile], *, target_recall: float = 0.
     )
     notes: list[Bbox] = []
     for t in _thetas_shown(first.thetas, 6):
-        _note(axes, at[:, t], f"theta {nats(float(first.thetas[t]))}", (-7, 6), BLUE, notes, bold=t == 0)
+        _note(axes, at[:, t], f"theta {exact_theta(float(first.thetas[t]))}", (-7, 6), BLUE, notes, bold=t == 0)
     numbers = 0
     if len(profiles) <= 12:
         numbers = sum(
             _note(axes, mark, str(p.head), (9, -10), MUTED, notes) for p, mark in zip(profiles, marks, strict=True)
         )
     numbered = ", with its number" if numbers else ""
-    theta_0 = nats(float(first.thetas[0]))
+    theta_0 = exact_theta(float(first.thetas[0]))
     handles = [
         Line2D(
             [],
@@ -222,7 +221,7 @@ def recall_by_position(profiles: Sequence[HeadProfile]) -> Figure:
         axes.stairs(row[0], edges, baseline=None, color=SKY, linewidth=0.8, alpha=0.7)
     shown = _thetas_shown(first.thetas)
     shades = [BLUE, GREEN, ORANGE, RED]
-    handles = [Line2D([], [], color=SKY, linewidth=1.0, label=f"a head at theta {nats(float(first.thetas[0]))}")]
+    handles = [Line2D([], [], color=SKY, linewidth=1.0, label=f"a head at theta {exact_theta(float(first.thetas[0]))}")]
     for shade, t in zip(shades, shown, strict=False):
         axes.stairs(
             mean[t],
@@ -232,7 +231,7 @@ def recall_by_position(profiles: Sequence[HeadProfile]) -> Figure:
             linewidth=2.4 if t == 0 else 1.3,
             zorder=4 if t == 0 else 3,
         )
-        text = f"mean of heads at theta {nats(float(first.thetas[t]))}"
+        text = f"mean of heads at theta {exact_theta(float(first.thetas[t]))}"
         handles.append(Line2D([], [], color=shade, linewidth=2.4 if t == 0 else 1.3, label=text))
     low = min(float(rows[:, 0].min()), float(mean[shown].min()))
     floor = min(0.9, max(0.0, math.floor((low - 0.02) * 10) / 10))
@@ -328,7 +327,7 @@ def _grid(
 def _digits(value: float, *, up: bool) -> str:
     """A share rounded down to two digits, or (`up`) a theta rounded up to one."""
     if not math.isfinite(value):
-        return nats(value)
+        return exact_theta(value)
     return f"{math.ceil(value * 10 - 1e-6) / 10:.1f}" if up else f"{math.floor(value * 100 + 1e-6) / 100:.2f}"
 
 

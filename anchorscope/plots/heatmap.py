@@ -30,16 +30,15 @@ from anchorscope.plots.style import (
     TEXT,
     label,
     legend,
-    nats,
     new_figure,
     setting,
     share,
-    short_name,
     shown_positions,
     tidy,
     token_ticks,
 )
 from anchorscope.profiles import HeadProfile
+from anchorscope.shown import exact_theta, short_name
 
 MASS_FLOOR = 1e-5  # low end of the heat map's colors, the same in all figures so that heads compare
 SHOWN_ROWS, SHOWN_COLUMNS = 64, 480  # cells drawn: more would be narrower than a pixel and could vanish
@@ -61,7 +60,7 @@ def stripe_heatmap(profile: HeadProfile) -> Figure:
     cells = _shown_cells(p)
     n = p.tokens
     recall, density = float(p.recall[0]), float(p.density[0])
-    theta = nats(float(p.thetas[0]))
+    theta = exact_theta(float(p.thetas[0]))
     title = f"{short_name(p.prompt)}, layer {p.layer}, head {p.head} (kv head {p.kv_head})"
     title += f": what theta {theta} keeps"
     stripes = "no candidates" if p.candidate_pairs == 0 else f"stripe density {share(float(p.stripe_density[0]))}"

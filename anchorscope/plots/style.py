@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from anchorscope.profiles import HeadProfile
-from anchorscope.shown import share_text
+from anchorscope.shown import exact_theta, share_text
 
 DPI = 110
 POSITIONS = 64  # bins of query positions drawn: more lines could not be told apart
@@ -46,11 +46,6 @@ def new_figure(width: float, height: float, title: str, subtitle: str, *, constr
 
 def _plain(text: str) -> str:
     return "".join(c if c.isprintable() and ord(c) < 0x2E80 else "?" for c in text)
-
-
-def short_name(name: str, most: int = 44) -> str:
-    """A name that fits into a title, cut in the middle."""
-    return name if len(name) <= most else f"{name[: most // 2 - 1]}...{name[-(most // 2 - 2) :]}"
 
 
 def tidy(axes: Axes, *, grid: bool = True) -> None:
@@ -91,11 +86,6 @@ def plain_log(axis: Axis, locator: LogLocator | None = None) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def nats(theta: float) -> str:
-    """Theta as a user types it: `8`, `7.25`, `inf`, `-inf`."""
-    return f"{theta:.10g}" if math.isfinite(theta) else ("inf" if theta > 0 else "-inf")
-
-
 def share(value: float) -> str:
     """A share with the digits that matter: 0.943, 0.0312, 0.00637, 4.2e-05, 0.000."""
     if value < 1e-9:  # rounding of sums
@@ -109,7 +99,7 @@ def share(value: float) -> str:
 
 def setting(p: HeadProfile, *, thetas: bool = True) -> str:
     text = f"{p.tokens:,} tokens, groups of {p.block} x {p.step}"
-    return f"{text}, theta {nats(float(p.thetas[0]))}" if thetas else text
+    return f"{text}, theta {exact_theta(float(p.thetas[0]))}" if thetas else text
 
 
 def shown_positions(edges: np.ndarray, recall: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

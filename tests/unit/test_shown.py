@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from anchorscope.shown import share_text, theta_text
+from anchorscope.shown import exact_theta, share_text, short_name, theta_text
 
 
 @pytest.mark.parametrize(
@@ -59,3 +59,17 @@ def test_every_theta_of_the_curve_is_shown_in_full():
     from anchorscope.analysis.engine import CURVE_THETAS
 
     assert all(float(theta_text(float(x))) == x for x in CURVE_THETAS)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(8.0, "8"), (7.25, "7.25"), (math.inf, "inf"), (-math.inf, "-inf"), ("inf", "inf"), (None, "-")],
+)
+def test_a_theta_is_shown_as_it_was_asked_for(value, text):
+    assert exact_theta(value) == text
+
+
+def test_a_long_name_keeps_both_ends():
+    assert short_name("abcdefghij", 10) == "abcdefghij"
+    assert short_name("abcdefghijk", 10) == "abcd...ijk"
+    assert short_name("abcdefghijk", 6, "~") == "abc~jk"
