@@ -25,6 +25,7 @@ from anchorscope.plots.style import (
     SMALL,
     TEXT,
     label,
+    legend_name,
     new_figure,
     plain_log,
     share,
@@ -349,7 +350,7 @@ def _line(
         marker=look.marker or None,
         markersize=2.6 if small else 4.2,
         zorder=3 if look.oracle else 2,
-        label=name,
+        label=legend_name(name, 99),
     )
 
 
@@ -378,7 +379,7 @@ def _unstretch(height: np.ndarray) -> np.ndarray:
 
 def _legend(figure: Figure, style: Mapping[str, Look]) -> None:
     handles = [
-        Line2D([], [], color=look.color, linestyle=look.dash, marker=look.marker or None, markersize=4.5, label=name)
-        for name, look in style.items()
+        Line2D([], [], color=look.color, linestyle=look.dash, marker=look.marker or None, markersize=4.5, label=shown)
+        for shown, look in ((legend_name(name, 99), look) for name, look in style.items())
     ]
     figure.legend(handles=handles, loc="outside right upper", fontsize=SMALL, edgecolor=FAINT, handlelength=2.8)

@@ -29,6 +29,7 @@ from anchorscope.plots.style import (
     TEXT,
     label,
     legend,
+    legend_name,
     new_figure,
     tidy,
     token_ticks,
@@ -97,7 +98,7 @@ def positions(results: Sequence[Result]) -> Figure:
     for i, r in enumerate(results):
         curve = r["by_position"]
         edges = [*curve["position"], r["length"] - 1]
-        style = {"color": ARM_COLORS[i % 5], "linewidth": 1.6, "label": short_name(r["arm"], 24), "baseline": None}
+        style = {"color": ARM_COLORS[i % 5], "linewidth": 1.6, "label": legend_name(r["arm"], 24), "baseline": None}
         left.stairs(np.maximum(curve["kl"], ROUNDING), edges, **style)
         right.stairs(1 - np.asarray(curve["agreement"]), edges, **style)
     left.set_yscale("log")
@@ -140,7 +141,7 @@ def perplexity(results: Sequence[Result]) -> Figure:
             markersize=5,
             capsize=2.5,
             linewidth=1.3,
-            label=short_name(arm, 28),
+            label=legend_name(arm, 28),
         )
     dense = {(r["prompt"], r["length"]): r["perplexity_dense"] for r in results}
     names = [f"{short_name(p, 24)}, {n:,}\ndense {dense[p, n]:.2f}" for p, n in rows]
@@ -176,7 +177,7 @@ def layers(results: Sequence[Result]) -> Figure:
                 markersize=3.5,
                 color=ARM_COLORS[i % 5],
                 linewidth=1.3,
-                label=short_name(arm, 24),
+                label=legend_name(arm, 24),
             )
         tidy(axes)
         token_ticks(axes, x=True)
@@ -220,7 +221,7 @@ def task_scores(results: Sequence[Result], metric: str = "score") -> Figure:
                 markersize=8 if i == 0 else 5,
                 capsize=2.5,
                 linewidth=1.2,
-                label=short_name(arm, 20),
+                label=legend_name(arm, 20),
             )
         tidy(ax)
         ax.set_title(task, size=TEXT, color=INK, loc="left")

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from anchorscope.profiles import HeadProfile
-from anchorscope.shown import exact_theta, share_text
+from anchorscope.shown import exact_theta, share_text, short_name
 
 DPI = 110
 POSITIONS = 64  # bins of query positions drawn: more lines could not be told apart
@@ -48,6 +48,11 @@ def _plain(text: str) -> str:
     return "".join(c if c.isprintable() and ord(c) < 0x2E80 else "?" for c in text)
 
 
+def legend_name(name: str, most: int = 44) -> str:
+    """A name as a legend shows it: matplotlib leaves out those that begin with an underscore."""
+    return f" {short_name(name, most)}" if name.startswith("_") else short_name(name, most)
+
+
 def tidy(axes: Axes, *, grid: bool = True) -> None:
     """Small ticks, no box above and on the right, a faint grid behind the data."""
     axes.tick_params(labelsize=SMALL, colors=INK, length=3)
@@ -67,7 +72,9 @@ def label(axes: Axes, x: str = "", y: str = "") -> None:
 
 
 def legend(owner: Axes | Figure, **options: Any) -> None:
-    """A legend at the common size, on paper that keeps the lines behind it readable."""
+    """A legend at the common size, on paper that keeps the lines behind it readable; none where nothing has a name."""
+    if "handles" not in options and isinstance(owner, Axes) and not owner.get_legend_handles_labels()[0]:
+        return
     owner.legend(**{"fontsize": SMALL, "frameon": True, "framealpha": 0.9, "edgecolor": FAINT, **options})
 
 

@@ -43,9 +43,12 @@ class Source(Protocol):
 
 
 def place_of(source: object) -> object:
-    """What tells two sources apart before they are opened: the folders."""
+    """What tells two sources apart before they are opened: the folders. A list of one is that one."""
     if isinstance(source, Dump):
         return source.path.resolve()
     if isinstance(source, (str, Path)):
         return Path(source).resolve()
-    return tuple(map(place_of, source)) if isinstance(source, (list, tuple)) else source
+    if not isinstance(source, (list, tuple)):
+        return source
+    places = tuple(map(place_of, source))
+    return places[0] if len(places) == 1 else places

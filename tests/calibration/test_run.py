@@ -279,6 +279,16 @@ def test_captured_heads_only(tmp_path):
     assert all(len(x.thetas) == 4 and x.dense[2:] == (True, True) for x in done.config.layers)
 
 
+def test_a_plan_of_other_sources_is_refused(tmp_path):
+    one, other = write(tmp_path / "one", ("a", "b")), write(tmp_path / "other", ("c", "d"))
+    plan = plan_calibration(one, target_recall=0.8, groups=GROUPS, thetas=THETAS)
+    for sources in (other, [one, other]):
+        with pytest.raises(InputError, match=r"^the plan was made of .*one, not of .*other"):
+            calibrate(sources, tmp_path / "o", plan=plan, figures=False)
+    assert not (tmp_path / "o").exists()
+    assert calibrate([tmp_path / "other" / ".." / "one"], tmp_path / "o", plan=plan, figures=False).config.layers
+
+
 def test_windowed_layers_are_left_out(tmp_path):
     mixed = write(tmp_path / "w", ("a", "b"), windows=(2,))
     plan = plan_calibration(mixed, groups=GROUPS)
