@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from anchorscope.models.facts import text_config
+from anchorscope.models.config import text_config
 from anchorscope.models.placement import model_device
 from anchorscope.models.positions import reset_rotations
-from anchorscope.models.prefill import run
+from anchorscope.models.prefill import keeps_few_rows, run
 from anchorscope.models.weights import check_materialised, listed
 from anchorscope.proof import CONTEXT, SCORED, ModelProof, PromptProof
 
@@ -213,8 +212,3 @@ def runs_to_end(model: PreTrainedModel, tokens: int, layers: Sequence[int] | Non
         return True
     count = int(getattr(text_config(model), "num_hidden_layers", 0) or 0)
     return (count - 1 - max(layers)) * tokens <= count * CONTEXT
-
-
-def keeps_few_rows(model: PreTrainedModel) -> bool:
-    """Whether the model's forward can make the logits of the last positions alone."""
-    return "logits_to_keep" in inspect.signature(model.forward).parameters

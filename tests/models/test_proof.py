@@ -130,7 +130,7 @@ def test_logits_are_in_the_memory_estimate() -> None:
     model, ids = tiny("gemma2", vocab_size=20_000, max_position_embeddings=1024), prompt(400).token_ids or ()
     with LiveBytes() as live, NextTokens(model, ids):
         prefill(model, ids)
-    curve = prefill_curve(model, ids, len(ids), None, prefill)
+    curve = prefill_curve(model, ids, len(ids), None)
     assert max(live.events) > 1.2 * curve.bytes(len(ids))  # the logits are most of it here, the cap included
     whole = type(curve)(curve.lengths, curve.points, curve.unit, curve.tokens, logits_bytes(model, ids, 257))
     assert whole.bytes(len(ids)) == pytest.approx(max(live.events), rel=0.1)
