@@ -47,10 +47,15 @@ def prove_model(model: PreTrainedModel, loading: Mapping[str, Any] | None = None
 
 
 def _from_no_checkpoint(model: PreTrainedModel) -> list[str]:
-    """Weights that `from_pretrained` made up: it marks those that it read, and a model made otherwise has no marks."""
+    """Weights that `from_pretrained` made up: it marks those that it read, and a model made otherwise has no marks.
+
+    Those that accelerate keeps elsewhere have no marks either: their place on the meta device is put in afterwards.
+    """
     marked: list[str] = []
     others: list[str] = []
     for name, x in model.named_parameters():
+        if x.device.type == "meta":
+            continue
         (marked if getattr(x, "_is_hf_initialized", False) else others).append(name)
     return [name for name in others if not _is_added(model, name)] if marked else []
 
