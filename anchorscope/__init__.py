@@ -48,7 +48,7 @@ if TYPE_CHECKING:
         MissingBackendError,
         RunFailure,
     )
-    from anchorscope.evaluation import Evaluation, evaluate, load_evaluation
+    from anchorscope.evaluation import EvaluateRequest, Evaluation, evaluate, load_evaluation, plan_evaluation
     from anchorscope.heads import HeadsRequest, diagnose, load_diagnosis
     from anchorscope.methods import Method, line_up
     from anchorscope.models import PromptInput, intercept
@@ -75,7 +75,7 @@ _HOMES = {
     "anchorscope.compare": ("CompareRequest", "load_comparison"),
     "anchorscope.dumps": ("Dump", "Entry", "LayerTensors", "open_dump", "verify", "write_dump"),
     "anchorscope.errors": ("AnchorScopeError", "DumpError", "InputError", "MissingBackendError", "RunFailure"),
-    "anchorscope.evaluation": ("Evaluation", "evaluate", "load_evaluation"),
+    "anchorscope.evaluation": ("EvaluateRequest", "Evaluation", "evaluate", "load_evaluation", "plan_evaluation"),
     "anchorscope.heads": ("HeadsRequest", "diagnose", "load_diagnosis"),
     "anchorscope.methods": ("Method", "line_up"),
     "anchorscope.params": ("AnchorParams",),
@@ -98,6 +98,7 @@ __all__ = [
     "Dump",
     "DumpError",
     "Entry",
+    "EvaluateRequest",
     "Evaluation",
     "HeadProfile",
     "HeadsRequest",
@@ -129,6 +130,7 @@ __all__ = [
     "open_dump",
     "plan_analysis",
     "plan_calibration",
+    "plan_evaluation",
     "redraw",
     "register_attention",
     "run_bench",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from anchorscope.cli import options as opt
-from anchorscope.cli.common import note, progress_bar, stdout_console
+from anchorscope.cli.common import announce, note, progress_bar, stdout_console
 from anchorscope.cli.tables import clean_name, new_table, print_places
 from anchorscope.errors import InputError
 from anchorscope.shown import share_text
@@ -91,15 +91,27 @@ def evaluate(
     # Before anything heavy or slow: a misspelt option should not wait for it.
     from anchorscope.params import AnchorParams
 
-    arms = _arms(config or [], names or [], theta)
-    params = AnchorParams(block, step)
-    tasks = [x.strip() for x in task.split(",") if x.strip()]
-    if not prompt and not tasks:
+    asked = {
+        "arms": _arms(config or [], names or [], theta),
+        "params": AnchorParams(block, step),
+        "prompts": prompt or (),
+        "tasks": [x.strip() for x in task.split(",") if x.strip()],
+        "lengths": None if lengths is None else [int(x) for x in _numbers(lengths, "--lengths", whole=True)],
+        "depths": _numbers(depths, "--depths"),
+        "samples": samples,
+        "seed": seed,
+        "chunk": chunk,
+        "chat": chat,
+        "measure": measure,
+        "backend": backend,
+        "device": device,
+        "model_dtype": model_dtype,
+        "revision": revision,
+        "trust_remote_code": trust_remote_code,
+        "force": force,
+    }
+    if not prompt and not asked["tasks"]:
         raise InputError("nothing to evaluate: give --prompt FILE or --task NAME")
-    if model_dtype not in (None, "bf16", "fp16", "fp32"):
-        raise InputError(f"--model-dtype must be bf16, fp16 or fp32, not {model_dtype!r}")
-    wanted = None if lengths is None else [int(x) for x in _numbers(lengths, "--lengths", whole=True)]
-    places = _numbers(depths, "--depths")
     if not sys.stderr.isatty() or model == "smollm2" or model.lower().endswith(".gguf"):
         os.environ.setdefault("TQDM_DISABLE", "1")  # conversion bars of a GGUF are noise
 
@@ -107,35 +119,16 @@ def evaluate(
 
     require_transformers()
     from anchorscope.evaluation import evaluate as run
+    from anchorscope.evaluation import plan_evaluation
+    from anchorscope.evaluation.run import FOLDER
 
     quiet_transformers()
+    FOLDER.refuse_early(out, {"figures": not no_figures}, overwrite=overwrite)
     note(f"loading {model}")
+    plan = plan_evaluation(model, notify=note, **asked)
+    announce(plan, plan.extent, figures=not no_figures)
     with progress_bar() as bar:
-        result = run(
-            model,
-            out,
-            arms=arms,
-            params=params,
-            prompts=prompt or (),
-            tasks=tasks,
-            lengths=wanted,
-            depths=places,
-            samples=samples,
-            seed=seed,
-            chunk=chunk,
-            chat=chat,
-            measure=measure,
-            backend=backend,
-            device=device,
-            model_dtype=model_dtype,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            force=force,
-            figures=not no_figures,
-            overwrite=overwrite,
-            progress=bar,
-            notify=note,
-        )
+        result = run(model, out, figures=not no_figures, overwrite=overwrite, progress=bar, notify=note, plan=plan)
     if as_json:
         sys.stdout.write((result.path / "evaluation.json").read_text(encoding="utf-8"))
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from anchorscope.evaluation.run import Evaluation, evaluate, load_evaluation
+from anchorscope.evaluation.request import EvaluateRequest, EvaluationPlan
+from anchorscope.evaluation.run import Evaluation, evaluate, load_evaluation, plan_evaluation
 
-__all__ = ["Evaluation", "evaluate", "load_evaluation"]
+__all__ = ["EvaluateRequest", "Evaluation", "EvaluationPlan", "evaluate", "load_evaluation", "plan_evaluation"]

@@ -48,7 +48,7 @@ class LayerWork:
 
 
 @dataclass
-class Work:
+class PrefillWork:
     """What one arm's prefill cost: seconds in all, and layer by layer in attention."""
 
     tokens: int = 0
@@ -73,7 +73,7 @@ class Work:
         known = [x.recall for x in self.layers.values()]
         return None if not known or None in known else float(np.mean([x for x in known if x is not None]))
 
-    def leave_out_measuring(self, dense: Work) -> None:
+    def leave_out_measuring(self, dense: PrefillWork) -> None:
         """Set the seconds to those in attention, plus what the dense arm spent outside it.
 
         Measuring recall runs between the attention calls; attention's own seconds do not include it.
@@ -89,14 +89,14 @@ class Work:
         }
 
     @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Work:
-        """Back again."""
+    def from_json(cls, value: dict[str, Any]) -> PrefillWork:
+        """The same, read from its JSON."""
         layers = {x["layer"]: LayerWork(**{k: v for k, v in x.items() if k != "layer"}) for x in value["layers"]}
         return cls(value["tokens"], value["seconds"], layers)
 
 
 @dataclass(frozen=True)
-class Options:
+class LaneOptions:
     """How arms run.
 
     Attributes:
@@ -129,15 +129,15 @@ class Answer:
     text: str
     score: float
     scores: TokenScores
-    work: Work
+    work: PrefillWork
     reference: Reference
 
 
 class Lane:
     """One arm on its way through one prompt."""
 
-    def __init__(self, model: PreTrainedModel, arm: Arm, options: Options, *, measure: bool) -> None:
-        self.work = Work()
+    def __init__(self, model: PreTrainedModel, arm: Arm, options: LaneOptions, *, measure: bool) -> None:
+        self.work = PrefillWork()
         self._cache: Any = None
         self._held = 0  # tokens in the cache
         self._model, self._arm, self._options, self._measure = model, arm, options, measure
@@ -235,8 +235,8 @@ def spans(tokens: int, chunk: int | None) -> list[tuple[int, int]]:
 
 @torch.inference_mode()
 def run_prompt(
-    model: PreTrainedModel, arms: Sequence[Arm], token_ids: Sequence[int], options: Options, *, measure: bool
-) -> dict[str, tuple[TokenScores, Work]]:
+    model: PreTrainedModel, arms: Sequence[Arm], token_ids: Sequence[int], options: LaneOptions, *, measure: bool
+) -> dict[str, tuple[TokenScores, PrefillWork]]:
     """Run a prompt in every arm, chunk by chunk, so that whole logits exist for one chunk and two arms at a time.
 
     Returns:
@@ -267,7 +267,7 @@ def run_sample(
     model: PreTrainedModel,
     arm: Arm,
     sample: Sample,
-    options: Options,
+    options: LaneOptions,
     *,
     measure: bool,
     dense: Answer | None,

@@ -81,7 +81,7 @@ def _slices(logits: torch.Tensor) -> Iterator[slice]:
     return row_slices(logits, SLICE_BYTES if logits.device.type == "cpu" else 128 * SLICE_BYTES)
 
 
-def summarise_tokens(dense_nll: np.ndarray, scores: TokenScores) -> dict[str, float]:
+def summarize_tokens(dense_nll: np.ndarray, scores: TokenScores) -> dict[str, float]:
     """Perplexities, their ratio, divergence (mean, 99th percentile by linear interpolation) and agreement."""
     return {
         "perplexity_dense": math.exp(float(dense_nll.mean())),
@@ -129,10 +129,10 @@ def by_position(dense_nll: np.ndarray, scores: TokenScores) -> dict[str, list[fl
 
 def wilson(score: float, samples: int) -> list[float]:
     """95% interval of a mean score between 0 and 1 (Wilson's, for shares; wider than needed for part scores)."""
-    centre = (score + Z * Z / (2 * samples)) / (1 + Z * Z / samples)
+    center = (score + Z * Z / (2 * samples)) / (1 + Z * Z / samples)
     half = Z / (1 + Z * Z / samples) * math.sqrt(score * (1 - score) / samples + Z * Z / (4 * samples**2))
     # rounding must not keep an end from 0 or 1
-    return [0.0 if score == 0 else centre - half, 1.0 if score == 1 else centre + half]
+    return [0.0 if score == 0 else center - half, 1.0 if score == 1 else center + half]
 
 
 def mean_interval(values: Sequence[float], seed: int) -> list[float] | None:

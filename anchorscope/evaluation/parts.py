@@ -11,7 +11,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from anchorscope.evaluation.lanes import Work
+from anchorscope.evaluation.lanes import PrefillWork
 from anchorscope.evaluation.metrics import TokenScores
 from anchorscope.files import check_regular, parse_json, seal, sealed, write_atomic
 from anchorscope.shapes import fits
@@ -43,7 +43,7 @@ class Part:
     """
 
     scores: TokenScores
-    work: Work
+    work: PrefillWork
     text: str | None = None
     score: float | None = None
 
@@ -81,7 +81,7 @@ class Part:
         prints = {name: _fingerprint(x) for name, x in arrays.items()}
         if not sealed(record) or not fits(record, {**_SHAPE, "run": run, "arrays": prints}):
             return None
-        return cls(TokenScores(**arrays), Work.from_json(record["work"]), record["text"], record["score"])
+        return cls(TokenScores(**arrays), PrefillWork.from_json(record["work"]), record["text"], record["score"])
 
 
 def _fingerprint(x: np.ndarray) -> str:

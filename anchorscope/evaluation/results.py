@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from anchorscope.evaluation.lanes import Work, join_scores
+from anchorscope.evaluation.lanes import PrefillWork, join_scores
 from anchorscope.evaluation.metrics import (
     TokenScores,
     by_position,
     mean_interval,
-    summarise_tokens,
+    summarize_tokens,
     token_intervals,
     wilson,
 )
@@ -63,11 +63,11 @@ def prompt_result(name: str, length: int, arm: str, dense: Part, part: Part, see
         "prompt": name,
         "length": length,
         "arm": arm,
-        **summarise_tokens(reference, scores),
+        **summarize_tokens(reference, scores),
         "recall": part.work.recall,
         "density": part.work.density,
         "intervals": token_intervals(reference, scores, seed),
-        "last_half": summarise_tokens(reference[half:], late),
+        "last_half": summarize_tokens(reference[half:], late),
         "by_position": by_position(reference, scores),
         "layers": _layers(dense.work, part.work),
         "times": _times([dense.work], [part.work]),
@@ -113,7 +113,7 @@ def task_result(
         intervals[name] = mean_interval(values, seed)
     return {
         **result,
-        **summarise_tokens(reference, join_scores([p.scores for p in parts])),
+        **summarize_tokens(reference, join_scores([p.scores for p in parts])),
         "recall": None if None in recalls else float(np.mean([r for r in recalls if r is not None])),
         "density": float(np.mean([p.work.density for p in parts])),
         "intervals": intervals,
@@ -175,7 +175,7 @@ def _logprob(part: Part) -> float:
     return -float(part.scores.nll.mean())
 
 
-def _layers(dense: Work, sparse: Work) -> list[dict[str, Any]]:
+def _layers(dense: PrefillWork, sparse: PrefillWork) -> list[dict[str, Any]]:
     return [
         {
             "layer": index,
@@ -189,12 +189,12 @@ def _layers(dense: Work, sparse: Work) -> list[dict[str, Any]]:
     ]
 
 
-def _times(dense: Sequence[Work], sparse: Sequence[Work]) -> dict[str, dict[str, float]]:
+def _times(dense: Sequence[PrefillWork], sparse: Sequence[PrefillWork]) -> dict[str, dict[str, float]]:
     """Mean seconds of a prefill, those in attention, and tokens per second, of both sides."""
     return {side: _mean_times(works) for side, works in (("dense", dense), ("sparse", sparse))}
 
 
-def _mean_times(works: Sequence[Work]) -> dict[str, float]:
+def _mean_times(works: Sequence[PrefillWork]) -> dict[str, float]:
     seconds = math.fsum(w.seconds for w in works)
     attention = math.fsum(w.attention_seconds for w in works)
     return {

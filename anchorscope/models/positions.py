@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from anchorscope.errors import InputError
-from anchorscope.models.config import text_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -68,7 +67,7 @@ NO_LIMIT = Positions(None, None)
 
 def model_positions(model: PreTrainedModel) -> Positions:
     """The lengths that a model is made for, from its configuration and its tables of positions."""
-    config = text_config(model)
+    config = model.config.get_text_config(decoder=True)
     stated = getattr(config, "max_position_embeddings", None)
     if not isinstance(stated, int) or isinstance(stated, bool) or stated <= 0:
         return NO_LIMIT

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from anchorscope.files import MAX_JSON_BYTES, human_bytes, json_bytes, read_json
 from anchorscope.locks import folder_lock
 from anchorscope.shapes import check, fits
 
+_IS_FILE = "is a file or lies below one; name a folder"
 OWN = ("started", "asked")  # keys of a state that do not tell two requests apart
 
 
@@ -90,6 +92,32 @@ class RunFolder:
             except KeyboardInterrupt:
                 raise Interrupted(self._kept(path)) from None
 
+    def refuse_early(
+        self, path: Path, asked: Mapping[str, Any], *, overwrite: bool = False, resume: bool = False
+    ) -> None:
+        """Refuse what `run` would refuse whatever the request is, before minutes are spent on planning one.
+
+        Args:
+            path: the folder; nothing is written.
+            asked, overwrite, resume: as for `run`.
+
+        Raises:
+            InputError: the folder cannot be used, or holds something else or a finished run.
+        """
+        if not next(x for x in (path.absolute(), *path.absolute().parents) if os.path.lexists(x)).is_dir():
+            raise InputError(f"--out {path} {_IS_FILE}")
+        try:
+            empty = _is_empty(path)
+        except OSError:  # it is not there yet, or `run` says what is wrong with it
+            return
+        if empty:
+            return
+        found = self.read(path)
+        if found is None:
+            raise InputError(f"--out {path} {self._foreign()}")
+        if (path / self.report).exists() and not (overwrite or resume) and self.covers(found, asked):
+            raise InputError(f"--out {path} holds {self._refusal(same=True, finished=True)}")
+
     def _begin(
         self,
         path: Path,
@@ -104,10 +132,10 @@ class RunFolder:
         identity = self._identity(request)
         state = {**identity, "asked": dict(asked), "started": datetime.now(timezone.utc).isoformat(timespec="seconds")}
         free = shutil.disk_usage(path).free
-        if any(not x.name.startswith(".") for x in path.iterdir()):
+        if not _is_empty(path):
             found = self.read(path)
             if found is None:
-                raise InputError(f"--out {path} exists and is not {self.what}; name a new folder")
+                raise InputError(f"--out {path} {self._foreign()}")
             same = _without_own(found) == identity
             before, finished = found.get("asked"), (path / self.report).exists()
             extends = finished and (resume or not self.covers(found, asked))
@@ -138,6 +166,9 @@ class RunFolder:
 
     def _identity(self, request: Mapping[str, Any]) -> dict[str, Any]:
         return {"format": self.format, "version": self.version, "anchorscope": __version__, **request}
+
+    def _foreign(self) -> str:
+        return f"exists and is not {self.what}; name a new folder"
 
     def _refusal(self, same: bool, finished: bool) -> str:
         noun = self.what.split(" ", 1)[1]
@@ -222,6 +253,10 @@ class RunFolder:
                 file.unlink()
 
 
+def _is_empty(path: Path) -> bool:
+    return all(x.name.startswith(".") for x in path.iterdir())
+
+
 def _without_own(state: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in state.items() if key not in OWN}
 
@@ -275,7 +310,7 @@ def make_folder(path: Path) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        raise InputError(f"--out {path} is a file or lies below one; name a folder") from None
+        raise InputError(f"--out {path} {_IS_FILE}") from None
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise RunFailure(f"--out {path} cannot be made: {error.strerror}; free some space") from None

@@ -70,9 +70,12 @@ class Plan(Generic[U]):
 
     def needs(self, *, figures: bool = True) -> str:
         """Memory and disk that a run takes, in words."""
-        kind = "memory" if self.device.type == "cpu" else "GPU memory"
         disk = self.disk + (self.pictures if figures else 0)
-        return f"needs about {human_bytes(self.memory)} of {kind} and {human_bytes(disk)} of disk"
+        return f"needs about {self.memory_words()} and {human_bytes(disk)} of disk"
+
+    def memory_words(self) -> str:
+        """The working memory, in words."""
+        return f"{human_bytes(self.memory)} of {'memory' if self.device.type == 'cpu' else 'GPU memory'}"
 
 
 @dataclass(frozen=True)
@@ -189,6 +192,10 @@ class Command(Generic[U, T]):
         """The files that hold a unit's part."""
         return (root / self.folder.parts[0][0] / (unit.stem + self.suffix),)
 
+    def missing(self, root: Path, unit: U) -> tuple[Path, ...]:
+        """Which of its files are to be made, of a unit that has no whole part."""
+        return self.files(root, unit)
+
     def save(self, root: Path, unit: U, measured: Any) -> None:
         """Write a unit's part, all or nothing.
 
@@ -201,10 +208,6 @@ class Command(Generic[U, T]):
         """A unit's part, or None where it is missing, damaged or of another run."""
         saved = read_part(self.files(root, unit)[0])
         return None if saved is None else self.read(unit, saved)
-
-    def holds(self, root: Path, unit: U) -> bool:
-        """Whether a unit's part is there and whole, so that it need not be measured."""
-        return self.load(root, unit) is not None
 
     def make(self, root: Path, unit: U, context: Context) -> None:
         """Measure a unit and save its part."""
@@ -235,7 +238,7 @@ class Parts(Sequence[T], Generic[U, T]):
             return [self[i] for i in range(*index.indices(len(self)))]
         part = self._command.load(self._root, self.units[index])
         if part is None:
-            file = next(iter(self._command.files(self._root, self.units[index])), self._root)
+            file = next(iter(self._command.missing(self._root, self.units[index])), self._root)
             raise RunFailure(f"{file} cannot be read back: run the same command again")
         return part
 
@@ -272,8 +275,8 @@ def run(command: Command[U, T], out: Path | str) -> Finished:
 def _measure(command: Command[U, T], root: Path) -> None:
     """Let the executor make the parts that are not there yet."""
     plan, options = command.plan, command.options
-    missing = [unit for unit in plan.units if not command.holds(root, unit)]
-    if (remark := again_remark(file for unit in missing for file in command.files(root, unit))) is not None:
+    missing = [unit for unit in plan.units if command.load(root, unit) is None]
+    if (remark := again_remark(file for unit in missing for file in command.missing(root, unit))) is not None:
         options.tell(remark)
     total = sum(unit.work for unit in plan.units)
     done = total - sum(unit.work for unit in missing)

@@ -13,6 +13,7 @@ import functools
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 from anchorscope.errors import InputError
@@ -105,4 +106,8 @@ def check_target(recall: float) -> None:
 
 def _named(source: object) -> str:
     paths = place_of(source)
-    return ", ".join(map(str, paths)) if isinstance(paths, tuple) else str(paths)
+    if isinstance(paths, tuple):
+        return ", ".join(map(str, paths))
+    if isinstance(source, str):
+        return source
+    return str(paths) if isinstance(paths, Path) else type(source).__name__  # a model's own words fill a screen

@@ -13,7 +13,7 @@ from byte_model import byte_model
 
 from anchorscope.errors import InputError
 from anchorscope.evaluation import evaluate
-from anchorscope.evaluation.lanes import DENSE, Arm, Options, run_sample
+from anchorscope.evaluation.lanes import DENSE, Arm, LaneOptions, run_sample
 from anchorscope.evaluation.tasks import Sample
 from anchorscope.models import PromptInput
 from anchorscope.params import AnchorParams
@@ -76,7 +76,7 @@ def sample(count: int, budget: int = 12) -> Sample:
 
 
 def answer(model: Any, question: Sample, *, arm: Arm | None = None, dense: Any = None, stepwise: bool = True) -> Any:
-    options = Options(None, stepwise=stepwise)
+    options = LaneOptions(None, stepwise=stepwise)
     spell = lambda found: " ".join(map(str, found))  # noqa: E731
     return run_sample(model, arm or Arm(DENSE, None), question, options, measure=False, dense=dense, decode=spell)
 

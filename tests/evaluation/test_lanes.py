@@ -10,7 +10,17 @@ import torch
 from byte_model import byte_model
 
 from anchorscope.anchors import AnchorConfig
-from anchorscope.evaluation.lanes import DENSE, Arm, Lane, Options, Work, group_multiple, run_prompt, run_sample, spans
+from anchorscope.evaluation.lanes import (
+    DENSE,
+    Arm,
+    Lane,
+    LaneOptions,
+    PrefillWork,
+    group_multiple,
+    run_prompt,
+    run_sample,
+    spans,
+)
 from anchorscope.evaluation.tasks import Sample
 from anchorscope.params import AnchorParams
 
@@ -47,7 +57,7 @@ def test_chunks_hold_whole_groups_of_every_arm():
 
 def test_everything_selected_is_dense_and_the_anchor_region_alone_is_not(model):
     arms = [arm(math.inf, "all"), arm(-math.inf, "none")]
-    found = run_prompt(model, arms, ids(400), Options(64), measure=True)
+    found = run_prompt(model, arms, ids(400), LaneOptions(64), measure=True)
     dense, everything, nothing = (found[name] for name in (DENSE, "all", "none"))
     assert everything[0].kl.max() < 1e-5
     assert everything[0].agree.mean() > 0.999
@@ -66,7 +76,7 @@ def test_everything_selected_is_dense_and_the_anchor_region_alone_is_not(model):
 def test_chunks_equal_the_whole(family, layers):
     net = byte_model(family)
     arms = [arm(0.5, layers=layers)]
-    whole, parts = (run_prompt(net, arms, ids(300), Options(c), measure=False) for c in (None, 64))
+    whole, parts = (run_prompt(net, arms, ids(300), LaneOptions(c), measure=False) for c in (None, 64))
     for name in (DENSE, "sparse"):
         for metric in ("nll", "kl"):
             np.testing.assert_allclose(
@@ -82,7 +92,7 @@ def test_dense_equals_the_model(model):
         p = model(torch.tensor([tokens])).logits[0].double().log_softmax(-1)
     want = -p[:-1].gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
     for chunk in (None, 32):
-        found = run_prompt(model, [], tokens, Options(chunk), measure=False)
+        found = run_prompt(model, [], tokens, LaneOptions(chunk), measure=False)
         np.testing.assert_allclose(found[DENSE][0].nll, want, atol=1e-4)
 
 
@@ -98,7 +108,7 @@ def decode(found):
 def test_answers_equal_generate(model, chunk):
     tokens = ids(100)
     found = run_sample(
-        model, Arm(DENSE, None), sample(tokens), Options(chunk), measure=False, dense=None, decode=decode
+        model, Arm(DENSE, None), sample(tokens), LaneOptions(chunk), measure=False, dense=None, decode=decode
     )
     want = model.generate(torch.tensor([tokens]), max_new_tokens=9, do_sample=False, pad_token_id=0)[0, 100:]
     assert found.text == decode(want.tolist())
@@ -113,9 +123,9 @@ def test_answers_equal_generate(model, chunk):
 
 def test_sparse_answers_are_compared_with_dense_ones(model):
     question = sample(ids(400))
-    dense = run_sample(model, Arm(DENSE, None), question, Options(64), measure=False, dense=None, decode=decode)
+    dense = run_sample(model, Arm(DENSE, None), question, LaneOptions(64), measure=False, dense=None, decode=decode)
     same, other = (
-        run_sample(model, arm(theta), question, Options(64), measure=True, dense=dense, decode=decode)
+        run_sample(model, arm(theta), question, LaneOptions(64), measure=True, dense=dense, decode=decode)
         for theta in (math.inf, -math.inf)
     )
     assert same.text == dense.text
@@ -131,18 +141,24 @@ def test_an_answer_ends_when_everything_is_found_or_the_model_ends_it(model):
     first = int(model.generate(torch.tensor([tokens]), max_new_tokens=1, pad_token_id=0, do_sample=False)[0, -1])
     found = Sample("needle", 70, None, 0, tuple(tokens), (5,), (str(first),), 9)
     options = {"measure": False, "dense": None, "decode": decode}
-    answer = run_sample(model, Arm(DENSE, None), found, Options(None), **options)
+    answer = run_sample(model, Arm(DENSE, None), found, LaneOptions(None), **options)
     assert (answer.text, answer.score, len(answer.scores.nll)) == (str(first), 1.0, 1)
     net = byte_model()
     net.generation_config.eos_token_id = [first]
-    assert run_sample(net, Arm(DENSE, None), sample(tokens), Options(None), **options).text == str(first)
+    assert run_sample(net, Arm(DENSE, None), sample(tokens), LaneOptions(None), **options).text == str(first)
 
 
 def test_models_without_chunks_decode_token_by_token():
     net = byte_model("jamba")
     tokens = ids(40)
     found = run_sample(
-        net, Arm(DENSE, None), sample(tokens), Options(None, stepwise=True), measure=False, dense=None, decode=decode
+        net,
+        Arm(DENSE, None),
+        sample(tokens),
+        LaneOptions(None, stepwise=True),
+        measure=False,
+        dense=None,
+        decode=decode,
     )
     with torch.inference_mode():
         logits = net(torch.tensor([[*tokens, 5, 6]]), use_cache=False).logits[0, -3:]
@@ -152,21 +168,21 @@ def test_models_without_chunks_decode_token_by_token():
 
 def test_measuring_is_in_nobodys_time(model, monkeypatch):
     """The seconds of a measured arm are those of its attention and of what dense spent elsewhere."""
-    found = run_prompt(model, [arm(0.0)], ids(300), Options(64), measure=True)
+    found = run_prompt(model, [arm(0.0)], ids(300), LaneOptions(64), measure=True)
     dense, sparse = found[DENSE][1], found["sparse"][1]
     elsewhere = dense.seconds - dense.attention_seconds
     assert sparse.seconds == pytest.approx(elsewhere + sparse.attention_seconds)
-    assert Work.from_json(sparse.to_json()) == sparse
+    assert PrefillWork.from_json(sparse.to_json()) == sparse
 
 
 def test_a_layer_left_dense_keeps_everything(model):
-    found = run_prompt(model, [arm(-math.inf, layers=[1])], ids(300), Options(64), measure=True)
+    found = run_prompt(model, [arm(-math.inf, layers=[1])], ids(300), LaneOptions(64), measure=True)
     layers = found["sparse"][1].layers
     assert [layers[i].kind for i in range(3)] == ["dense", "sparse", "dense"]
     assert layers[0].recall == layers[2].recall == 1
     assert layers[0].kept_pairs == layers[0].visible_pairs == 6 * 300 * 301 // 2
     assert layers[1].kept_pairs < layers[1].visible_pairs
-    lane = Lane(model, arm(0.0), Options(None), measure=False)
+    lane = Lane(model, arm(0.0), LaneOptions(None), measure=False)
     with torch.inference_mode():
         lane.step(torch.tensor(ids(200)), every=False, cached=False)
     assert lane.work.recall is None
@@ -180,7 +196,7 @@ def test_on_a_gpu(dtype):
     net = byte_model(head_dim=64).to("cuda", dtype)
     params = AnchorParams(64, 2)
     arms = [arm(math.inf, "all", params=params), arm(-math.inf, "none", params=params)]
-    found = run_prompt(net, arms, ids(1500), Options(512, "triton"), measure=True)
+    found = run_prompt(net, arms, ids(1500), LaneOptions(512, "triton"), measure=True)
     assert found["all"][0].kl.mean() < 1e-3 < found["none"][0].kl.mean()
     assert found["all"][1].density == 1 > found["none"][1].density
     assert found["all"][1].recall == pytest.approx(1, abs=1e-3)
@@ -188,7 +204,9 @@ def test_on_a_gpu(dtype):
         assert work.attention_seconds > 0
     assert 0 < found[DENSE][1].attention_seconds < found[DENSE][1].seconds
     dense, sparse = (
-        run_sample(net, each, sample(ids(900)), Options(512, "triton"), measure=False, dense=reference, decode=decode)
+        run_sample(
+            net, each, sample(ids(900)), LaneOptions(512, "triton"), measure=False, dense=reference, decode=decode
+        )
         for each, reference in ((Arm(DENSE, None), None), (arms[1], None))
     )
     assert len(dense.text.split()) == len(sparse.text.split()) == 9

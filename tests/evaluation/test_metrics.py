@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from anchorscope.evaluation import metrics
-from anchorscope.evaluation.metrics import Reference, TokenScores, summarise_tokens, token_intervals
+from anchorscope.evaluation.metrics import Reference, TokenScores, summarize_tokens, token_intervals
 
 
 def logits(rows=70, width=311, seed=0, scale=4.0):
@@ -27,7 +27,7 @@ def test_against_brute_force(monkeypatch, rows_at_a_time):
     np.testing.assert_array_equal(got.agree, (p.argmax(1) == q.argmax(1)).double())
     nll = reference.nll
     np.testing.assert_allclose(nll, -p.gather(1, targets[:, None])[:, 0], atol=1e-5)
-    summary = summarise_tokens(nll, got)
+    summary = summarize_tokens(nll, got)
     assert summary["perplexity_dense"] == pytest.approx(float((-p.gather(1, targets[:, None])).mean().exp()), rel=1e-5)
     assert summary["perplexity_ratio"] == pytest.approx(summary["perplexity_sparse"] / summary["perplexity_dense"])
     assert summary["kl_p99"] == pytest.approx(float(np.quantile(got.kl, 0.99)))

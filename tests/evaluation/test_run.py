@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
+import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import jsonschema
 import pytest
@@ -16,12 +17,13 @@ from byte_model import byte_model
 from anchorscope.anchors import AnchorConfig
 from anchorscope.cli import main
 from anchorscope.errors import DumpError, InputError, RunFailure
-from anchorscope.evaluation import evaluate, load_evaluation, results
+from anchorscope.evaluation import EvaluateRequest, evaluate, load_evaluation, plan_evaluation, results
+from anchorscope.evaluation import request as request_module
 from anchorscope.evaluation import run as run_module
+from anchorscope.evaluation.lanes import Arm
 from anchorscope.evaluation.text import OWN_TEXT
 from anchorscope.models import PromptInput, model_facts
 from anchorscope.params import AnchorParams
-from anchorscope.runs import folder as runfolder
 
 ROOT = Path(__file__).parents[2]
 PARAMS = AnchorParams(16, 2)
@@ -52,10 +54,6 @@ def finished(model, tokenizer, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         short_words(patch)
         return evaluate(model, tmp_path_factory.mktemp("out") / "o", tokenizer=tokenizer, **REQUEST)
-
-
-def files(path):
-    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
 
 
 def rows(path):
@@ -180,62 +178,94 @@ def test_chunks_change_nothing(finished, model, tokenizer, tmp_path):
         assert a["recall"] == pytest.approx(b["recall"], abs=1e-4)
 
 
-def test_an_interrupted_run_continues_and_ends_with_the_same_bytes(model, tokenizer, tmp_path, monkeypatch):
+def test_arms_that_are_there_are_kept(finished, model, tokenizer, tmp_path, monkeypatch):
+    """One sparse arm of a sample is damaged, one of a prompt is gone: dense runs beside both, and is kept as it is."""
     short_words(monkeypatch)
-    still = SimpleNamespace(perf_counter=lambda: 0.0)
-    monkeypatch.setattr("anchorscope.evaluation.lanes.time", still)
-    monkeypatch.setattr("anchorscope.runtime.usage.time", still)
-    monkeypatch.setattr(
-        runfolder, "datetime", SimpleNamespace(now=lambda _: SimpleNamespace(isoformat=lambda **_: "t"))
-    )
-    request = {**REQUEST, "tasks": ["needle", "common-words"], "depths": [0.5], "samples": 1, "figures": False}
-    request["tokenizer"] = tokenizer
-    whole = evaluate(model, tmp_path / "whole", **request)
-    parts = len(files(whole.path / "parts"))
-    for stop in (1, parts // 2):  # after the first part, amid a sample
-
-        def interrupt(_, stop=stop):
-            if len(files(tmp_path / f"stopped{stop}" / "parts")) >= stop:
-                raise KeyboardInterrupt
-
-        out = tmp_path / f"stopped{stop}"
-        with pytest.raises(KeyboardInterrupt):
-            evaluate(model, out, **request, progress=interrupt)
-        assert not (out / "evaluation.json").exists()
-        done = files(out / "parts")
-        assert 0 < len(done) < parts
-        with pytest.raises(DumpError, match="no finished evaluation"):
-            load_evaluation(out)
-        broken = out / "parts" / sorted(done)[1]
-        broken.write_bytes(broken.read_bytes()[:100])  # a damaged part is made again, the others are kept
-        kept = (out / "parts" / sorted(done)[0]).stat().st_mtime_ns
-        assert evaluate(model, out, **request).report == whole.report
-        assert (out / "parts" / sorted(done)[0]).stat().st_mtime_ns == kept
-        assert files(out) == files(whole.path)
+    out = shutil.copytree(finished.path, tmp_path / "o")
+    (out / "evaluation.json").unlink()
+    gone, damaged = (out / "parts" / f"{unit:05d}-arm{arm:02d}.safetensors" for unit, arm in ((0, 2), (3, 1)))
+    gone.unlink()
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    with pytest.raises(DumpError, match="no finished evaluation"):
+        load_evaluation(out)
+    kept = {p: p.stat().st_mtime_ns for p in (out / "parts").iterdir() if p != damaged}
+    ran, said = [], []
+    for name in ("run_prompt", "run_sample"):
+        real = getattr(run_module, name)
+        spy = lambda *x, real=real, **how: ran.append((real.__name__, x[1])) or real(*x, **how)  # noqa: E731
+        monkeypatch.setattr(run_module, name, spy)
+    found = evaluate(model, out, tokenizer=tokenizer, notify=said.append, **REQUEST)
+    assert [(name, arms.name if isinstance(arms, Arm) else [x.name for x in arms]) for name, arms in ran] == [
+        ("run_prompt", ["none"]),
+        ("run_sample", "dense"),
+        ("run_sample", "all"),
+    ]
+    assert {p: p.stat().st_mtime_ns for p in kept} == kept
+    (again,) = [x for x in said if "measured again" in x]
+    assert again.startswith(f"warning: 1 part is measured again, like {damaged}")
+    assert untimed(found.report) == untimed(finished.report)
 
 
-def test_the_folder_is_guarded(finished, model, tokenizer, tmp_path, monkeypatch):
-    short_words(monkeypatch)
-    with pytest.raises(InputError, match="holds a finished evaluation; add --overwrite"):
-        evaluate(model, finished.path, tokenizer=tokenizer, **REQUEST)
+def untimed(report):
+    """A report without what its seconds are."""
+    if isinstance(report, dict):
+        return {k: untimed(v) for k, v in report.items() if k != "times" and not k.startswith("seconds")}
+    return [untimed(x) for x in report] if isinstance(report, list) else report
+
+
+def test_a_folder_that_cannot_be_used_is_refused_before_loading(finished, tmp_path, monkeypatch, capsys):
+    class Loaded(Exception):
+        pass
+
+    def load(*_, **__):
+        raise Loaded
+
+    monkeypatch.setattr(request_module, "ready_model", load)
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match="is not an evaluation"):
-        evaluate(model, tmp_path, tokenizer=tokenizer, **REQUEST)
-    with pytest.raises(InputError, match="is a file"):
-        evaluate(model, tmp_path / "notes.txt", tokenizer=tokenizer, **REQUEST)
+    how = {"arms": ARMS, "tasks": ["needle"]}
+    for out, why in (
+        (finished.path, "holds a finished evaluation; add --overwrite"),
+        (tmp_path, "is not an evaluation"),
+        (tmp_path / "notes.txt", "is a file"),
+        (tmp_path / "notes.txt" / "below", "is a file or lies below one"),
+    ):
+        with pytest.raises(InputError, match=why):
+            evaluate("some/model", out, **how)
+        assert command("some/model", out, "--task", "needle", "--theta", "1") == 2
+        assert why in capsys.readouterr().err
+    for wrong in ({"backend": "cuda"}, {"device": "tpu"}, {"model_dtype": "int8"}, {"prompts": ["absent.txt"]}):
+        with pytest.raises(InputError, match=r"cuda|tpu|int8|absent"):
+            evaluate("some/model", tmp_path / "o", **wrong, **how)
+    for out, options in ((finished.path, {"overwrite": True}), (finished.path, {"resume": True}), (tmp_path / "o", {})):
+        with pytest.raises(Loaded):
+            evaluate("some/model", out, **options, **how)
 
-    def interrupt(event):
-        if event.work == 300:  # the first prompt is done
-            raise KeyboardInterrupt
 
-    out = tmp_path / "o"
-    request = {"arms": ARMS, "params": PARAMS, "prompts": REQUEST["prompts"], "figures": False}
-    with pytest.raises(KeyboardInterrupt):
-        evaluate(model, out, lengths=[100, 200], **request, progress=interrupt)
-    with pytest.raises(InputError, match="an unfinished evaluation with other settings"):
-        evaluate(model, out, lengths=[100], **request)
-    assert [r["length"] for r in evaluate(model, out, lengths=[100], overwrite=True, **request).prompts] == [100, 100]
-    assert len(files(out / "parts")) == 3
+def test_a_plan_says_what_a_run_takes(finished, model, tokenizer, tmp_path, monkeypatch):
+    short_words(monkeypatch)
+    plan = plan_evaluation(model, tokenizer=tokenizer, **REQUEST)
+    lengths = [len(u.content.token_ids) for u in plan.units]
+    assert plan.extent == f"{3 * len(lengths)} prefills, {3 * sum(lengths):,} tokens in all"
+    assert plan.logits == 2 * 224 * 260 * 4
+    facts = model_facts(model)
+    caches = 3 * 2 * facts["layers"] * facts["kv_heads"] * facts["head_dim"] * 600 * 4
+    assert plan.memory == plan.logits + caches
+    assert re.search(r"of memory beside the model \(logits .*, KV caches up to .*\) and .* of disk$", plan.needs())
+    sizes = [(p.suffix == ".png", p.stat().st_size) for p in finished.path.rglob("*") if p.is_file()]
+    for said, pictures in ((plan.disk, False), (plan.pictures, True)):
+        assert said == pytest.approx(sum(size for png, size in sizes if png == pictures), rel=0.2)
+    request = {"arms": {"a": AnchorConfig.uniform(1.0, [1, 2], 6, PARAMS)}, "prompts": REQUEST["prompts"], "chunk": 224}
+    said = []
+    for notify in (None, said.append):
+        plan = EvaluateRequest(byte_model("gemma3_text"), **request).plan(notify)
+        assert sum("sliding windows" in x for x in (*plan.warnings, *said)) == 1, "told at once, or kept"
+    done = evaluate(plan.loaded.model, tmp_path / "o", plan=plan, figures=False, notify=said.append)
+    assert [x["arm"] for x in done.prompts] == ["a"]
+    assert sum("sliding windows" in x or "prefills" in x for x in said) == 1, "who made the plan has been told"
+    with pytest.raises(InputError, match="chunk is decided by the plan"):
+        evaluate(plan.loaded.model, tmp_path / "p", plan=plan, chunk=96)
+    with pytest.raises(InputError, match=r"made of Gemma3ForCausalLM, not of [A-Z]\w+: make one"):
+        evaluate(model, tmp_path / "p", plan=plan)
 
 
 @pytest.mark.parametrize(
@@ -301,25 +331,17 @@ def test_a_model_without_chunks_runs_whole(tmp_path, monkeypatch):
     found = evaluate(net, tmp_path / "a", chunk=96, notify=said.append, **request)
     assert any("cannot prefill in chunks: prompts run whole" in x for x in said)
     assert found.report["settings"]["chunk"]["prompts"] is None
-    monkeypatch.setattr(run_module, "free_bytes", lambda _: 1000)
+    monkeypatch.setattr(request_module, "free_bytes", lambda _: 1000)
     with pytest.raises(InputError, match=r"its logits need \d+"):
         evaluate(net, tmp_path / "b", chunk=96, **request)
 
 
-@pytest.mark.parametrize(
-    ("error", "kind", "message"),
-    [
-        (MemoryError(), RunFailure, "out of memory: use a smaller --chunk"),
-        (RuntimeError("you tried: can't allocate memory"), RunFailure, "out of memory: use a smaller --chunk"),
-        (RuntimeError("shapes"), RuntimeError, "^shapes$"),
-    ],
-)
-def test_out_of_memory_is_said(model, tmp_path, monkeypatch, error, kind, message):
+def test_out_of_memory_is_said(model, tmp_path, monkeypatch):
     def burst(*_, **__):
-        raise error
+        raise MemoryError
 
     monkeypatch.setattr(run_module, "run_prompt", burst)
-    with pytest.raises(kind, match=message):
+    with pytest.raises(RunFailure, match="out of memory: use a smaller --chunk"):
         evaluate(model, tmp_path / "o", arms={"a": 1.0}, prompts=REQUEST["prompts"])
 
 
