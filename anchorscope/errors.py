@@ -36,3 +36,22 @@ class Interrupted(KeyboardInterrupt):
 
     It stays a KeyboardInterrupt, so that `except Exception` does not swallow it.
     """
+
+
+def first_line(error: BaseException, most: int = 300) -> str:
+    """The first line of an error's text that says something, with the next where it ends in a colon; or its type.
+
+    Args:
+        error: anything that was raised.
+        most: how many characters are kept.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    while lines[0].endswith(":") and len(lines) > 1:
+        lines[:2] = [f"{lines[0]} {lines[1]}"]
+    return lines[0][:most]
+
+
+def type_and_line(error: BaseException, most: int = 300) -> str:
+    """An error's type and its first line, for errors of other programs' code."""
+    kind, line = type(error).__name__, first_line(error, most)
+    return kind if line == kind else f"{kind}: {line}"

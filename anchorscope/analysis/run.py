@@ -173,6 +173,9 @@ class AnalyzeCommand(Command[HeadUnit, HeadProfile]):
             return None
         return saved if saved.dump_identity == self.plan.dump.identity else None
 
+    def holds(self, root: Path, unit: HeadUnit) -> bool:
+        return self.load(root, unit) is not None and is_whole(self.files(root, unit)[0])
+
     def summarise(self, parts: Parts[HeadUnit, HeadProfile], run: Run) -> Summary:
         lines, head_rows, curve_rows = [], [], []
         for profile in parts:
@@ -242,6 +245,15 @@ def redraw(
     FOLDER.check_finished(path)
     with folder_lock(path):
         return _draw(path, state, heatmaps, progress or (lambda _: None))
+
+
+def is_whole(profile: Path) -> bool:
+    """Whether a profile is undamaged, its heat map too, which `heat=False` leaves unread."""
+    try:
+        HeadProfile.load(profile)
+    except DumpError:
+        return False
+    return True
 
 
 def load_report(out: Path | str) -> dict[str, Any]:

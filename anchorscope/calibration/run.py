@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from anchorscope.analysis.run import FOLDER as ANALYSES
-from anchorscope.analysis.run import analyze_plan
+from anchorscope.analysis.run import PROFILES, analyze_plan, is_whole
 from anchorscope.anchors import AnchorConfig
 from anchorscope.calibration.judge import choose_and_judge, gather
 from anchorscope.calibration.request import CalibrateRequest, CalibrationPlan
@@ -122,6 +122,10 @@ class CalibrateCommand(Command[AnalysisUnit, Measured]):
 
         how = RunOptions(figures=False, overwrite=self.options.overwrite, resume=True, progress=forward)
         analyze_plan(unit.analysis, root / ANALYSIS / unit.folder, how)
+
+    def holds(self, root: Path, unit: AnalysisUnit) -> bool:
+        folder = root / ANALYSIS / unit.folder
+        return self.load(root, unit) is not None and all(map(is_whole, sorted((folder / PROFILES).iterdir())))
 
     def load(self, root: Path, unit: AnalysisUnit) -> Measured | None:
         """The curves of a finished analysis."""

@@ -15,19 +15,50 @@ from anchorscope.models.hook import AttentionCall
 
 
 @dataclass(frozen=True)
+class Storage:
+    """What a dump holds of each layer.
+
+    Attributes:
+        kv_heads: the kv heads, ascending, with the query heads that read them; None means all.
+        dtype: the stored dtype "bf16", "fp16" or "fp32"; None means the run's own.
+        values: whether V is stored.
+    """
+
+    kv_heads: tuple[int, ...] | None = None
+    dtype: str | None = None
+    values: bool = True
+
+    def heads(self, heads: int, kv_heads: int) -> tuple[list[int], list[int]]:
+        """The stored query heads and kv heads of a layer that has H = `heads` and Hkv = `kv_heads`.
+
+        Query head h reads kv head h // (H // Hkv).
+        """
+        kept = list(range(kv_heads)) if self.kv_heads is None else list(self.kv_heads)
+        group = heads // kv_heads
+        return [h for kv in kept for h in range(kv * group, (kv + 1) * group)], kept
+
+
+@dataclass(frozen=True)
 class LayerShape:
-    """What a layer's attention looks like, learned from a short trial run."""
+    """What a layer's attention looks like, learned from a short trial run.
+
+    Attributes:
+        heads: query heads H.
+        kv_heads: kv heads Hkv.
+        head_dim: d.
+        dtype: the dtype "bf16", "fp16" or "fp32" in which its tensors are stored by default.
+    """
 
     heads: int
     kv_heads: int
     head_dim: int
     dtype: str
 
-    def bytes(self, tokens: int, kv_heads: Sequence[int] | None, dtype: str | None, values: bool) -> int:
-        """Size of this layer's tensor file for a prompt of `tokens` tokens."""
-        kv = self.kv_heads if kv_heads is None else len(kv_heads)
-        heads = kv * (self.heads // self.kv_heads)
-        return layer_bytes(heads, kv, tokens, self.head_dim, dtype or self.dtype, values)
+    def bytes(self, tokens: int, storage: Storage) -> int:
+        """The size of this layer's tensor file for a prompt of `tokens` tokens."""
+        heads, kv_heads = storage.heads(self.heads, self.kv_heads)
+        dtype = storage.dtype or self.dtype
+        return layer_bytes(len(heads), len(kv_heads), tokens, self.head_dim, dtype, storage.values)
 
 
 class LayersDone(Exception):
@@ -73,13 +104,11 @@ class Recorder:
     """A sink that writes the wanted layers of one prompt while the model runs, in one call or chunk by chunk.
 
     Args:
-        dump: where to.
+        dump: the dump to write to.
         prompt: the prompt's name.
-        tokens: its length N.
+        tokens: the prompt's length N.
         layers: layer indices to write; others are ignored.
-        kv_heads: kv heads to write, with the query heads that read them; all by default.
-        dtype: stored dtype; the run's own by default.
-        values: whether to write V.
+        storage: what is written of each layer.
         stop_early: raise `LayersDone` once every wanted layer is complete.
         on_layer: called after each completed layer with its index.
     """
@@ -90,10 +119,8 @@ class Recorder:
         prompt: str,
         tokens: int,
         layers: Sequence[int],
+        storage: Storage = Storage(),
         *,
-        kv_heads: Sequence[int] | None = None,
-        dtype: str | None = None,
-        values: bool = True,
         stop_early: bool = False,
         on_layer: Callable[[int], None] | None = None,
     ) -> None:
@@ -101,9 +128,7 @@ class Recorder:
         self._prompt = prompt
         self._tokens = tokens
         self._wanted = set(layers)
-        self._kv_heads = kv_heads
-        self._dtype = dtype
-        self._values = values
+        self._storage = storage
         self._stop_early = stop_early
         self._on_layer = on_layer
         self._open: dict[int, _Open] = {}
@@ -131,12 +156,11 @@ class Recorder:
         check_output(call, start, window, softcap_of(call.options))
         state.window = window
 
-        heads, kv = call.q.shape[1], call.k.shape[1]
-        picked = list(range(kv)) if self._kv_heads is None else list(self._kv_heads)
-        state.writer.put("q", start, call.q[0], rows=query_heads_of(picked, heads, kv))
-        state.writer.put("k", start, call.k[0, :, -n:], rows=picked)
-        if self._values:
-            state.writer.put("v", start, call.v[0, :, -n:], rows=picked)
+        query_heads, kv_heads = self._storage.heads(call.q.shape[1], call.k.shape[1])
+        state.writer.put("q", start, call.q[0], rows=query_heads)
+        state.writer.put("k", start, call.k[0, :, -n:], rows=kv_heads)  # the last n keys are this call's own
+        if self._storage.values:
+            state.writer.put("v", start, call.v[0, :, -n:], rows=kv_heads)
         state.position = start + n
         if state.position == self._tokens:
             state.writer.close(window=window)
@@ -154,29 +178,21 @@ class Recorder:
         self._open.clear()
 
     def _begin(self, layer: int, call: AttentionCall) -> _Open:
-        _, heads, _, head_dim = call.q.shape
-        kv = call.k.shape[1]
-        picked = list(range(kv)) if self._kv_heads is None else list(self._kv_heads)
+        query_heads, kv_heads = self._storage.heads(call.q.shape[1], call.k.shape[1])
         writer = self._dump.layer(
             self._prompt,
             layer,
-            query_heads=query_heads_of(picked, heads, kv),
-            kv_heads=picked,
+            query_heads=query_heads,
+            kv_heads=kv_heads,
             tokens=self._tokens,
-            head_dim=head_dim,
-            dtype=self._dtype or stored_dtype(call.q.dtype),
+            head_dim=call.q.shape[3],
+            dtype=self._storage.dtype or stored_dtype(call.q.dtype),
             scale=call.scale,
             softcap=softcap_of(call.options),
-            values=self._values,
+            values=self._storage.values,
         )
         self._open[layer] = _Open(writer)
         return self._open[layer]
-
-
-def query_heads_of(kv_heads: Sequence[int], heads: int, kv: int) -> list[int]:
-    """The query heads that read the given kv heads, ascending: head h reads kv head h // (H // Hkv)."""
-    group = heads // kv
-    return [head for row in kv_heads for head in range(row * group, (row + 1) * group)]
 
 
 def stored_dtype(dtype: torch.dtype) -> str:

@@ -18,15 +18,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from anchorscope.dtypes import dtype_name
+from anchorscope.capture.recorder import Recorder
 from anchorscope.dumps.writer import DumpWriter, prompt_record
 from anchorscope.errors import InputError
-from anchorscope.models.check import check_call, check_output, visible_window
+from anchorscope.models.check import check_call
 from anchorscope.models.hook import AttentionCall
 
 
 class _Sdpa(nn.Module):
-    """Stands for the module that a plain function call has none of."""
+    """Stands for the attention module, which a plain function call does not have."""
 
 
 @contextlib.contextmanager
@@ -46,7 +46,7 @@ def capture_sdpa(
         prompt: the prompt's name in the dump.
         layers: which calls to keep, counted from 0; all by default.
         token_ids: the prompt's token ids, if they are to be recorded.
-        text: its text, likewise.
+        text: the prompt's text, if it is to be recorded.
         overwrite: replace a dump that is there.
 
     Yields:
@@ -59,88 +59,96 @@ def capture_sdpa(
     """
     functional: Any = nn.functional
     original: Callable[..., Tensor] = functional.scaled_dot_product_attention
-    stack = contextlib.ExitStack()
-    done: list[int] = []
-    count = 0
-    writer: DumpWriter | None = None
-    length = 0
+    with contextlib.ExitStack() as stack:
 
-    def watched(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        *,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        nonlocal count, writer, length
-        result = original(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-        layer, count = count, count + 1
-        if layers is not None and layer not in layers:
+        def begin(tokens: int) -> DumpWriter:
+            record = prompt_record(prompt, tokens, text=text, token_ids=token_ids)
+            return stack.enter_context(DumpWriter(out, {"model": None, "prompts": [record]}, overwrite=overwrite))
+
+        calls = _Calls(begin, prompt, layers)
+
+        def watched(
+            query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            attn_mask: Tensor | None = None,
+            dropout_p: float = 0.0,
+            is_causal: bool = False,
+            **options: Any,
+        ) -> Tensor:
+            result = original(query, key, value, attn_mask, dropout_p, is_causal, **options)
+            scale = query.shape[-1] ** -0.5 if options.get("scale") is None else options["scale"]
+            output = result.transpose(1, 2) if result.ndim == 4 else result
+            said = {"is_causal": is_causal, "dropout": dropout_p}
+            mask = _four(attn_mask)
+            calls.add(AttentionCall(_Sdpa(), calls.count, "sdpa", query, key, value, mask, float(scale), said, output))
             return result
-        call = AttentionCall(
-            module=_Sdpa(),
-            layer=layer,
-            implementation="sdpa",
-            q=query,
-            k=key,
-            v=value,
-            mask=_four(attn_mask),
-            scale=float(query.shape[-1] ** -0.5 if scale is None else scale),
-            options={"is_causal": is_causal, "dropout": dropout_p},
-            output=result.transpose(1, 2) if result.ndim == 4 else result,
-        )
-        check_call(call)
-        heads, n, head_dim = query.shape[1:]
-        if writer is None:
-            header = {"model": None, "prompts": [prompt_record(prompt, n, text=text, token_ids=token_ids)]}
-            writer = stack.enter_context(DumpWriter(out, header, overwrite=overwrite))
-            length = n
-        if n != length or key.shape[2] != n:
-            raise InputError(
-                f"call {layer} has {n} queries and {key.shape[2]} keys where the prompt has {length} tokens:"
-                " capture one forward over the whole prompt, without a cache"
-            )
-        window = visible_window(call, 0)
-        check_output(call, 0, window, None)
-        file = writer.layer(
-            prompt,
-            layer,
-            query_heads=list(range(heads)),
-            kv_heads=list(range(key.shape[1])),
-            tokens=n,
-            head_dim=head_dim,
-            dtype=dtype_name(query.dtype),
-            scale=call.scale,
-            window=window,
-        )
-        try:
-            for name, x in (("q", query), ("k", key), ("v", value)):
-                file.put(name, 0, x[0])
-            file.close()
-        except BaseException:
-            file.abort()
-            raise
-        done.append(layer)
-        return result
 
-    with stack:
         functional.scaled_dot_product_attention = watched
         try:
-            yield done
+            yield calls.done
         finally:
             functional.scaled_dot_product_attention = original
-        if layers is not None and (missing := sorted(set(layers) - set(done))):
-            raise InputError(f"call {missing[0]} was not made: the code made {count} calls")
-        if writer is None:
+        calls.finish()
+
+
+class _Calls:
+    """The calls of one forward, counted, and those that are wanted written.
+
+    Args:
+        begin: makes the dump for a prompt of so many tokens.
+        prompt: the prompt's name.
+        layers: which calls to keep; None means all.
+    """
+
+    def __init__(self, begin: Callable[[int], DumpWriter], prompt: str, layers: Sequence[int] | None) -> None:
+        self.count = 0
+        self.done: list[int] = []
+        self._begin = begin
+        self._prompt = prompt
+        self._layers = layers
+        self._dump: DumpWriter | None = None
+        self._tokens = 0
+
+    def add(self, call: AttentionCall) -> None:
+        """Count a call, and write it if it is wanted.
+
+        Raises:
+            InputError: as `capture_sdpa`.
+        """
+        layer, self.count = self.count, self.count + 1
+        if self._layers is not None and layer not in self._layers:
+            return
+        check_call(call)
+        n, keys = call.q.shape[2], call.k.shape[2]
+        if self._dump is None:
+            self._dump, self._tokens = self._begin(n), n
+        if n != self._tokens or keys != n:
+            raise InputError(
+                f"call {layer} has {n} queries and {keys} keys where the prompt has {self._tokens} tokens:"
+                " capture one forward over the whole prompt, without a cache"
+            )
+        recorder = Recorder(self._dump, self._prompt, n, [layer])
+        try:
+            recorder(call)
+        finally:
+            recorder.abort()
+        self.done.append(layer)
+
+    def finish(self) -> None:
+        """Complete the dump.
+
+        Raises:
+            InputError: a wanted call, or any call at all, was not made.
+        """
+        if self._layers is not None and (missing := sorted(set(self._layers) - set(self.done))):
+            raise InputError(f"call {missing[0]} was not made: the code made {self.count} calls")
+        if self._dump is None:
             raise InputError(
                 "torch.nn.functional.scaled_dot_product_attention was never called inside the context"
                 " (code that imported the function by name is not seen)"
             )
-        writer.finish()
+        self._dump.finish()
 
 
 def _four(mask: Tensor | None) -> Tensor | None:

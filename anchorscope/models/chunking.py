@@ -20,7 +20,8 @@ import torch
 from torch import nn
 
 from anchorscope.devices import is_out_of_memory
-from anchorscope.errors import InputError
+from anchorscope.errors import InputError, type_and_line
+from anchorscope.models.config import text_config
 from anchorscope.models.hook import AttentionCall, intercept
 from anchorscope.models.language import language_only
 from anchorscope.models.positions import TRIAL_TOKENS, Rotations
@@ -89,10 +90,8 @@ def explained(model: PreTrainedModel, advice: str) -> Iterator[None]:
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
         if is_out_of_memory(error):
             raise
-        what = next(iter(str(error).splitlines()), "")[:200]
-        raise InputError(
-            f"{type(model).__name__} cannot run in chunks, its own code fails: {type(error).__name__}: {what}{advice}"
-        ) from error
+        what = type_and_line(error, 200)
+        raise InputError(f"{type(model).__name__} cannot run in chunks, its own code fails: {what}{advice}") from error
 
 
 def _trials(prefills: Sequence[Prefill], recurrent: bool, window: int | None) -> list[tuple[int, ...]]:
@@ -125,7 +124,7 @@ def check_rotations(model: PreTrainedModel, token_ids: Sequence[int], prefills: 
 
 def rope_types(model: PreTrainedModel) -> str:
     """The kinds of scaling that the configuration names, for messages."""
-    parameters = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    parameters = getattr(text_config(model), "rope_parameters", None) or {}
     sets = [v for v in parameters.values() if isinstance(v, dict)] or [parameters]
     kinds = {str(x.get("rope_type", x.get("type", "default"))) for x in sets}
     return "rope type " + ", ".join(sorted(kinds - {"default"}) or ["default"])

@@ -10,6 +10,7 @@ import torch
 
 from anchorscope.dtypes import dtype_name
 from anchorscope.models.adapters import adapters_at_work, parameters_of, signs_of, unwrapped
+from anchorscope.models.config import text_config
 from anchorscope.models.placement import stored_values
 from anchorscope.models.positions import max_positions
 
@@ -59,11 +60,6 @@ def model_facts(model: PreTrainedModel, name: str | None = None, revision: str |
         "positions": max_positions(model),
         "fingerprint": digest.hexdigest(),
     }
-
-
-def text_config(model: PreTrainedModel) -> PretrainedConfig:
-    """The configuration of the language model, also inside a multimodal one."""
-    return model.config.get_text_config(decoder=True)
 
 
 def name_of(model: PreTrainedModel) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anchorscope.errors import InputError, MissingBackendError
+from anchorscope.errors import InputError, MissingBackendError, first_line
 from anchorscope.models.damage import check_file
 
 if TYPE_CHECKING:
@@ -32,8 +32,8 @@ def open_gguf(path: Path) -> GGUFReader:
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror or error})") from None
     except Exception as error:  # the reader trusts the file: any error can come of a damaged one
-        what = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path} is no whole GGUF file, it is damaged or cut short ({what[:200]})") from None
+        what = first_line(error, 200)
+        raise InputError(f"{path} is no whole GGUF file, it is damaged or cut short ({what})") from None
     parts = contents(reader, "split.count", 1)
     if isinstance(parts, int) and parts > 1:
         raise InputError(f"{path} is one of {parts} parts of a model: merge them first (llama-gguf-split --merge)")

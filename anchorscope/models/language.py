@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from anchorscope.models.facts import text_config
+from anchorscope.models.config import text_config
 from anchorscope.models.hook import AttentionCall, AttentionInputs
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Loading the model to capture: a Hugging Face id, a local folder, a GGUF file or a preset."""
+"""Loading a model: a Hugging Face id, a local folder, a GGUF file or a preset."""
 
 from __future__ import annotations
 
@@ -6,18 +6,21 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
+
 from anchorscope.devices import resolve_device
 from anchorscope.dtypes import torch_dtype
 from anchorscope.errors import InputError, MissingBackendError
 from anchorscope.models.adapters import unwrapped
+from anchorscope.models.config import check_config
 from anchorscope.models.facts import name_of
 from anchorscope.models.gguf_config import Gguf, agree
 from anchorscope.models.gguf_metadata import open_gguf
-from anchorscope.models.locate import guarded, load_tokenizer, locate, no_conversion
+from anchorscope.models.locate import Place, guarded, load_tokenizer, locate, no_conversion
 from anchorscope.models.weights import check_materialised, check_report
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,13 @@ def require_transformers() -> None:
         )
 
 
+def transformers_version() -> str:
+    """The version of transformers that runs the models."""
+    import transformers
+
+    return transformers.__version__
+
+
 def quiet_transformers() -> None:
     """Keep transformers' own remarks and progress bars off the terminal: for programs with their own, not libraries."""
     from transformers.utils import logging
@@ -82,7 +92,7 @@ def load_model(
         source: a preset, a `.gguf` file, a local folder, or a Hugging Face id; tried in this order.
         device: "auto", "cpu", "cuda" or "cuda:i".
         model_dtype: "bf16", "fp16" or "fp32"; by default what the checkpoint holds (fp32 for GGUF).
-        revision: of a Hugging Face id.
+        revision: the revision of a Hugging Face id.
         trust_remote_code: run code that comes with the model; off unless the user says so.
         notify: told about downloads, and about tensors of the checkpoint that the model does not use.
 
@@ -98,29 +108,16 @@ def load_model(
     if place.gguf is not None:
         dtype = torch_dtype(model_dtype or "fp32")
     common = {**place.options, "trust_remote_code": trust_remote_code}
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     file = None if place.gguf is None else Gguf.read(open_gguf(place.gguf), place.gguf)
     config = guarded(place, lambda: AutoConfig.from_pretrained(place.folder, **common))
     check_config(config, source)
     metadata = {} if file is None else agree(config, file)
     tokenizer = load_tokenizer(place, common, notify)
-
-    def weights() -> tuple[PreTrainedModel, dict[str, Any]]:
-        found: Any = AutoModelForCausalLM.from_pretrained(
-            place.folder,
-            config=config,
-            dtype=dtype,
-            device_map={"": str(where)},
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # they are in the report, with their shapes
-            output_loading_info=True,
-            **common,
-        )
-        return cast("tuple[PreTrainedModel, dict[str, Any]]", found)
-
     with no_conversion():
-        model, report = guarded(place, weights)
+        options = {"config": config, "dtype": dtype, "device_map": {"": str(where)}, **common}
+        model, report = guarded(place, lambda: _weights(place, options))
     unexpected = check_report(report, source, notify)
     check_materialised(model, source)
     model.eval()
@@ -133,6 +130,20 @@ def load_model(
     )
 
 
+def _weights(place: Place, options: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model with its weights, and the loader's report on them."""
+    from transformers import AutoModelForCausalLM
+
+    found: Any = AutoModelForCausalLM.from_pretrained(
+        place.folder,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,  # they are in the report, with their shapes
+        output_loading_info=True,
+        **options,
+    )
+    return cast("tuple[PreTrainedModel, dict[str, Any]]", found)
+
+
 def ready_model(model: str | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, **loading: Any) -> LoadedModel:
     """A model by name, loaded with `loading` (see `load_model`), or one that is loaded already, with its tokenizer.
 
@@ -141,21 +152,22 @@ def ready_model(model: str | PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     """
     if isinstance(model, str):
         return load_model(model, **loading)
-    check_materialised(model, name_of(model))
-    base = unwrapped(model)
-    loaded = LoadedModel(base, tokenizer, name_of(base), None)
-    check_config(base.config, loaded.name)
-    return loaded
+    if isinstance(model, torch.nn.Module):
+        check_materialised(model, name_of(model))
+    base = pretrained(model)
+    return LoadedModel(base, tokenizer, name_of(base), None)
 
 
-def check_config(config: PretrainedConfig, name: str) -> None:
-    """Refuse architectures whose attention is not causal self-attention throughout.
+def pretrained(model: Any) -> PreTrainedModel:
+    """The transformers model itself, behind torch.compile and adapters.
 
     Raises:
-        InputError: encoder-decoder.
+        InputError: not a decoder-only model of transformers, or an adapter that is no part of its layers.
     """
-    if getattr(config, "is_encoder_decoder", False):
-        raise InputError(
-            f"model {name} ({config.model_type}) is an encoder-decoder:"
-            " only causal (decoder-only) models can be captured"
-        )
+    from transformers import PreTrainedModel
+
+    model = unwrapped(model)
+    if not isinstance(model, PreTrainedModel):
+        raise InputError(f"AnchorScope needs a loaded transformers model, not {type(model).__name__}")
+    check_config(model.config, name_of(model))
+    return model

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from anchorscope.errors import AnchorScopeError, InputError, MissingBackendError, RunFailure
+from anchorscope.devices import is_out_of_memory
+from anchorscope.errors import AnchorScopeError, InputError, MissingBackendError, RunFailure, first_line, type_and_line
 from anchorscope.models.damage import check_folder, has_tokenizer
 from anchorscope.models.gguf_metadata import open_gguf
 from anchorscope.models.presets import PRESETS, preset_file
@@ -136,7 +137,7 @@ def guarded(place: Place, load: Callable[[], T]) -> T:
             f"model {place.source} needs a package that is missing ({first_line(error)}){remedy}"
         ) from None
     except Exception as error:  # configs of any content reach the model's own code
-        if _is_memory(error):
+        if is_out_of_memory(error):
             raise RunFailure(
                 f"model {place.source} does not fit into the memory that is free: use --model-dtype bf16 or a smaller"
                 " model, and see that the sizes in its config are right"
@@ -145,8 +146,8 @@ def guarded(place: Place, load: Callable[[], T]) -> T:
             raise InputError(_own_code(place.source)) from None
         if not place.local:
             raise InputError(_hub_sentence(place.source, error)) from None
-        what = f"{type(error).__name__}: " if not isinstance(error, (OSError, ValueError, RuntimeError)) else ""
-        raise InputError(f"model {place.source} cannot be loaded: {what}{first_line(error)}") from None
+        said = first_line(error) if isinstance(error, (OSError, ValueError, RuntimeError)) else type_and_line(error)
+        raise InputError(f"model {place.source} cannot be loaded: {said}") from None
 
 
 @contextmanager
@@ -161,14 +162,6 @@ def no_conversion() -> Iterator[None]:
             os.environ.pop(CONVERSION, None)
         else:
             os.environ[CONVERSION] = before
-
-
-def first_line(error: BaseException) -> str:
-    """An error's first line that says something, with the next where it ends in a colon."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    while lines[0].endswith(":") and len(lines) > 1:
-        lines[:2] = [f"{lines[0]} {lines[1]}"]
-    return lines[0][:300]
 
 
 def _hub_sentence(source: str, error: BaseException) -> str:
@@ -218,9 +211,3 @@ def _no_config(path: Path, source: str) -> str:
 
 def _own_code(source: str) -> str:
     return f"model {source} brings its own code: read it, then allow it with --trust-remote-code"
-
-
-def _is_memory(error: BaseException) -> bool:
-    from anchorscope.devices import is_out_of_memory
-
-    return is_out_of_memory(error)

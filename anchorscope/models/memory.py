@@ -1,4 +1,4 @@
-"""How much memory a prefill will take, before it is run.
+"""How much memory a prefill will take, before it is run, and what is said of it.
 
 Small runs are watched operation by operation: the bytes of live tensors after each one. Every operation allocates a
 polynomial of the prompt's length (quadratic at most: masks, eager scores), and runs of different lengths make the same
@@ -11,8 +11,8 @@ from __future__ import annotations
 import bisect
 import os
 import weakref
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +21,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from anchorscope.devices import is_out_of_memory
+from anchorscope.errors import AnchorScopeError
+from anchorscope.files import human_bytes
 from anchorscope.models.placement import model_device
-from anchorscope.models.prefill import prefill_module
+from anchorscope.models.prefill import keeps_few_rows, prefill, prefill_module
+from anchorscope.proof import SCORED
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from transformers import PreTrainedModel
 
 LENGTHS = (64, 128, 256)  # tokens in a piece of the small runs
@@ -105,9 +107,7 @@ class Curve:
         return bisect.bisect_right(range(1, self.tokens + 1), budget, key=self.bytes)
 
 
-def prefill_curve(
-    model: PreTrainedModel, token_ids: Sequence[int], tokens: int, chunk: int | None, run: Callable[..., Any]
-) -> Curve:
+def prefill_curve(model: PreTrainedModel, token_ids: Sequence[int], tokens: int, chunk: int | None) -> Curve:
     """Learn how much memory a prefill of up to `tokens` tokens allocates, from runs of a few hundred.
 
     Args:
@@ -115,12 +115,11 @@ def prefill_curve(
         token_ids: some ids to run; repeated where more are needed.
         tokens: N.
         chunk: as for the prefill. With more than three pieces, three of the real size are run.
-        run: the prefill, called as run(model, token_ids, chunk=...).
     """
 
     def watch(count: int, piece: int | None) -> list[list[int]]:
         ids = [token_ids[i % len(token_ids)] for i in range(count)]
-        return _watch_pieces(model, lambda: run(model, ids, chunk=piece))
+        return _watch_pieces(model, lambda: prefill(model, ids, chunk=piece))
 
     if chunk is not None and 3 * chunk < tokens:
         # only the cache behind a piece grows, and everything else linearly with it
@@ -196,3 +195,79 @@ def free_bytes(device: torch.device) -> int | None:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, AttributeError):
         return None
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a prefill will take of its device's memory, known before it starts.
+
+    Attributes:
+        curve: its peak against the length, made for the longest prompt.
+        weights: bytes of the model's weights.
+        free: bytes that are free on the device, or None where the system does not say.
+        chunk: tokens prefilled at a time, or None for the whole prompt.
+    """
+
+    curve: Curve
+    weights: int
+    free: int | None
+    chunk: int | None
+
+    @property
+    def needed(self) -> int:
+        """Bytes of the longest prompt's prefill, beyond the weights."""
+        return self.curve.bytes(self.curve.tokens)
+
+    def sentences(self) -> Iterator[str]:
+        """What the user should know before the run."""
+        yield (
+            f"memory: {human_bytes(self.weights)} of weights and about {human_bytes(self.needed)} for the prefill of"
+            f" {self.curve.tokens} tokens"
+        )
+        if self.free is not None and self.needed > self.free:
+            yield f"warning: only {human_bytes(self.free)} of memory are free: {self.advice()}"
+
+    def advice(self) -> str:
+        """What would fit, by the same estimate."""
+        fits = 0 if self.free is None else self.curve.fitting(0.9 * self.free)
+        how = f"in chunks of {self.chunk}" if self.chunk else "in one piece"
+        smaller = f"a --chunk below {self.chunk}" if self.chunk else "--chunk 2048 (the prompt in pieces)"
+        if fits >= self.curve.tokens or fits < 2:
+            return f"try {smaller}, fewer --tokens, or --model-dtype bf16"
+        return f"about {fits} tokens fit {how}; try {smaller}, --tokens {fits}, or --model-dtype bf16"
+
+
+def forecast(
+    model: PreTrainedModel, token_ids: Sequence[int], chunk: int | None, tell: Callable[[str], None]
+) -> Forecast | None:
+    """Estimate what the prefill of a prompt will take, and say so; None where it cannot be known.
+
+    Args:
+        model: the model, loaded.
+        token_ids: the longest prompt.
+        chunk: tokens prefilled at a time, or None for the whole prompt.
+        tell: receives the estimate, and a warning where less is free.
+    """
+    free = free_bytes(model_device(model))
+    try:
+        curve = prefill_curve(model, token_ids, len(token_ids), chunk)
+        if keeps_few_rows(model):
+            rows = min(SCORED + 1, len(token_ids), chunk or len(token_ids))
+            curve = replace(curve, tail=logits_bytes(model, token_ids, rows))
+    except Exception as error:  # tensors of any kind pass by; an estimate must not stop a capture, and that is said
+        if isinstance(error, AnchorScopeError) or is_out_of_memory(error):
+            raise
+        tell(f"memory: unknown, the model's operations could not be watched ({type(error).__name__})")
+        return None
+    found = Forecast(curve, weight_bytes(model), free, chunk)
+    for sentence in found.sentences():
+        tell(sentence)
+    return found
+
+
+def out_of_memory(error: BaseException, known: Forecast | None) -> str:
+    """The sentence for a prefill that ran out of memory, with what would fit."""
+    what = "out of GPU memory" if isinstance(error, torch.OutOfMemoryError) else "out of memory"
+    if known is None:
+        return f"{what} before the prefill began: use --model-dtype bf16, a smaller --chunk or a smaller model"
+    return f"{what}: the prefill needs about {human_bytes(known.needed)} beyond the weights; {known.advice()}"

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from anchorscope.errors import InputError
+from anchorscope.models.config import text_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -67,7 +68,7 @@ NO_LIMIT = Positions(None, None)
 
 def model_positions(model: PreTrainedModel) -> Positions:
     """The lengths that a model is made for, from its configuration and its tables of positions."""
-    config = model.config.get_text_config(decoder=True)
+    config = text_config(model)
     stated = getattr(config, "max_position_embeddings", None)
     if not isinstance(stated, int) or isinstance(stated, bool) or stated <= 0:
         return NO_LIMIT

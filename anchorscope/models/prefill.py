@@ -98,8 +98,13 @@ def prefill(model: PreTrainedModel, token_ids: Sequence[int], *, chunk: int | No
     return getattr(run(model, token_ids, sizes), "logits", None)
 
 
+def keeps_few_rows(model: PreTrainedModel) -> bool:
+    """Whether the model's forward can make the logits of the last positions alone."""
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
+
+
 def prefill_module(model: PreTrainedModel) -> nn.Module:
     """The module whose forward is a prefill without N x vocabulary logits: the model itself if it can keep one row of
     them, else its body without the head.
     """
-    return model if "logits_to_keep" in inspect.signature(model.forward).parameters else model.base_model
+    return model if keeps_few_rows(model) else model.base_model

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from anchorscope.errors import InputError, MissingBackendError
 from anchorscope.files import MAX_PROMPT_BYTES, read_stream, visible
@@ -140,29 +140,8 @@ def tokenize(
             chat template.
         MissingBackendError: the template needs jinja2, which is missing.
     """
-    text = prompt.text
-    if text is not None and any("\ud800" <= c <= "\udfff" for c in text):
-        raise InputError(f"prompt {prompt.name} holds half of a surrogate pair, which is no text")
-    offsets: list[tuple[int, int]] | None = None
-    if prompt.token_ids is not None:
-        ids = list(prompt.token_ids)
-    elif text is None:
-        raise InputError(f"prompt {prompt.name} has neither text nor token ids")
-    elif tokenizer is None:
-        raise InputError(f"prompt {prompt.name}: the model brings no tokenizer, so give token ids")
-    else:
-        options: dict[str, Any] = {"return_offsets_mapping": True} if tokenizer.is_fast else {}
-        if chat:
-            text, special_tokens = in_template(f"prompt {prompt.name}", text, tokenizer), False
-        # `verbose` off: a text longer than the model is the normal case, it is cut below
-        encoded = tokenizer(text, verbose=False, add_special_tokens=special_tokens, **options)
-        ids, offsets = list(encoded["input_ids"]), encoded.get("offset_mapping")
-        if (token := _doubled(ids, text, tokenizer)) is not None:
-            notify(
-                f"warning: prompt {prompt.name} begins with {token} twice: its text has it and the tokenizer adds it;"
-                " take it out of the text, or let the tokenizer add none (--no-special-tokens)"
-            )
-    whole = len(ids)
+    encoded = _encoded(prompt, tokenizer, chat, special_tokens, notify)
+    ids, text, whole = encoded.ids, encoded.text, len(encoded.ids)
     if tokens is not None:
         if whole < tokens:
             notify(
@@ -179,12 +158,50 @@ def tokenize(
     if bad is not None:
         raise InputError(f"prompt {prompt.name}: token id {bad} is outside the model's vocabulary of {vocabulary}")
     if text is not None and len(ids) < whole:
-        assert tokenizer is not None
-        if offsets is not None:
-            text = text[: max(end for _, end in offsets[: len(ids)])]
+        if encoded.offsets is not None:
+            text = text[: max(end for _, end in encoded.offsets[: len(ids)])]
         else:
-            text = str(tokenizer.decode(ids))
+            text = None if tokenizer is None else str(tokenizer.decode(ids))
     return TokenizedPrompt(prompt.name, tuple(ids), text)
+
+
+class _Encoded(NamedTuple):
+    """A whole prompt's ids, the text they came from, and each token's (start, end) in it; None where not known."""
+
+    ids: list[int]
+    text: str | None
+    offsets: list[tuple[int, int]] | None
+
+
+def _encoded(
+    prompt: PromptInput,
+    tokenizer: PreTrainedTokenizerBase | None,
+    chat: bool,
+    special_tokens: bool,
+    notify: Callable[[str], None],
+) -> _Encoded:
+    """The whole prompt as token ids; see `tokenize`."""
+    text = prompt.text
+    if text is not None and any("\ud800" <= c <= "\udfff" for c in text):
+        raise InputError(f"prompt {prompt.name} holds half of a surrogate pair, which is no text")
+    if prompt.token_ids is not None:
+        return _Encoded(list(prompt.token_ids), text, None)
+    if text is None:
+        raise InputError(f"prompt {prompt.name} has neither text nor token ids")
+    if tokenizer is None:
+        raise InputError(f"prompt {prompt.name}: the model brings no tokenizer, so give token ids")
+    options: dict[str, Any] = {"return_offsets_mapping": True} if tokenizer.is_fast else {}
+    if chat:
+        text, special_tokens = in_template(f"prompt {prompt.name}", text, tokenizer), False
+    # `verbose` off: a text longer than the model is the normal case, `tokenize` cuts it
+    found = tokenizer(text, verbose=False, add_special_tokens=special_tokens, **options)
+    ids = list(found["input_ids"])
+    if (token := _doubled(ids, text, tokenizer)) is not None:
+        notify(
+            f"warning: prompt {prompt.name} begins with {token} twice: its text has it and the tokenizer adds it;"
+            " take it out of the text, or let the tokenizer add none (--no-special-tokens)"
+        )
+    return _Encoded(ids, text, found.get("offset_mapping"))
 
 
 def _doubled(ids: Sequence[int], text: str, tokenizer: PreTrainedTokenizerBase) -> str | None:

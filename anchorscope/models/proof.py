@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from anchorscope.models.facts import text_config
+from anchorscope.models.config import text_config
 from anchorscope.models.placement import model_device
 from anchorscope.models.positions import reset_rotations
-from anchorscope.models.prefill import run
+from anchorscope.models.prefill import keeps_few_rows, run
 from anchorscope.models.weights import check_materialised, listed
 from anchorscope.proof import CONTEXT, SCORED, ModelProof, PromptProof
 
@@ -48,10 +47,15 @@ def prove_model(model: PreTrainedModel, loading: Mapping[str, Any] | None = None
 
 
 def _from_no_checkpoint(model: PreTrainedModel) -> list[str]:
-    """Weights that `from_pretrained` made up: it marks those that it read, and a model made otherwise has no marks."""
+    """Weights that `from_pretrained` made up: it marks those that it read, and a model made otherwise has no marks.
+
+    Those that accelerate keeps elsewhere have no marks either: their place on the meta device is put in afterwards.
+    """
     marked: list[str] = []
     others: list[str] = []
     for name, x in model.named_parameters():
+        if x.device.type == "meta":
+            continue
         (marked if getattr(x, "_is_hf_initialized", False) else others).append(name)
     return [name for name in others if not _is_added(model, name)] if marked else []
 
@@ -213,8 +217,3 @@ def runs_to_end(model: PreTrainedModel, tokens: int, layers: Sequence[int] | Non
         return True
     count = int(getattr(text_config(model), "num_hidden_layers", 0) or 0)
     return (count - 1 - max(layers)) * tokens <= count * CONTEXT
-
-
-def keeps_few_rows(model: PreTrainedModel) -> bool:
-    """Whether the model's forward can make the logits of the last positions alone."""
-    return "logits_to_keep" in inspect.signature(model.forward).parameters

@@ -209,6 +209,10 @@ class Command(Generic[U, T]):
         saved = read_part(self.files(root, unit)[0])
         return None if saved is None else self.read(unit, saved)
 
+    def holds(self, root: Path, unit: U) -> bool:
+        """Whether a unit's part is there and whole, so that it need not be measured."""
+        return self.load(root, unit) is not None
+
     def make(self, root: Path, unit: U, context: Context) -> None:
         """Measure a unit and save its part."""
         self.save(root, unit, self.measure(unit, context))
@@ -275,7 +279,7 @@ def run(command: Command[U, T], out: Path | str) -> Finished:
 def _measure(command: Command[U, T], root: Path) -> None:
     """Let the executor make the parts that are not there yet."""
     plan, options = command.plan, command.options
-    missing = [unit for unit in plan.units if command.load(root, unit) is None]
+    missing = [unit for unit in plan.units if not command.holds(root, unit)]
     if (remark := again_remark(file for unit in missing for file in command.missing(root, unit))) is not None:
         options.tell(remark)
     total = sum(unit.work for unit in plan.units)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from anchorscope.anchors import AnchorConfig, LayerAnchors
-from anchorscope.errors import InputError
+from anchorscope.errors import InputError, first_line
 from anchorscope.models import AttentionCall, intercept, model_facts, prefill
 from anchorscope.models.check import Unrepresentable, check_call, check_output, softcap_of, visible_window
 from anchorscope.models.hook import AttentionInputs
@@ -94,7 +94,7 @@ class Plan:
                 raise
             raise InputError(
                 f"{type(model).__name__} cannot be tried on two tokens of text, so it cannot run sparse: it says"
-                f" {next(iter(str(error).splitlines()), type(error).__name__)!r}"
+                f" {first_line(error)!r}"
             ) from error
         if not trial.seen:
             raise InputError(

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from anchorscope.devices import BACKENDS
 from anchorscope.errors import InputError
-from anchorscope.models.adapters import unwrapped
 from anchorscope.models.hook import AttentionInputs, Own, divert, register
 from anchorscope.models.language import Language
-from anchorscope.models.load import require_transformers
+from anchorscope.models.load import pretrained, require_transformers
 from anchorscope.models.proof import prove_model
 from anchorscope.runtime.attend import SparseRun, outer_contexts
 from anchorscope.runtime.plan import Configuration, Plan
@@ -149,17 +148,10 @@ def register_attention(
 
 
 def _loaded(model: Any) -> PreTrainedModel:
-    """The model itself, behind torch.compile and adapters.
+    """The model itself, behind torch.compile and adapters; contexts around this one do not see the trial of an adapter.
 
     Raises:
-        InputError: not a decoder-only model of transformers, or an adapter that is no part of its layers.
+        InputError: as `pretrained`.
     """
-    from transformers import PreTrainedModel
-
     with outer_contexts("pass"):
-        model = unwrapped(model)
-    if not isinstance(model, PreTrainedModel):
-        raise InputError(f"sparse attention needs a loaded transformers model, not {type(model).__name__}")
-    if model.config.is_encoder_decoder:
-        raise InputError(f"{type(model).__name__} is an encoder-decoder: only decoder-only models can run sparse")
-    return model
+        return pretrained(model)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 
 from anchorscope.capture import capture_model
+from anchorscope.capture.request import CaptureRequest
 from anchorscope.dumps import Entry, open_dump, verify
 from anchorscope.errors import InputError, MissingBackendError, RunFailure
 from anchorscope.models import AttentionCall, PromptInput, intercept, prefill
@@ -226,6 +229,22 @@ def test_overflow_is_named_by_layer_and_head(tmp_path: Path) -> None:
         model.model.layers[1].self_attn.v_proj.weight[8:].mul_(1e6)  # kv head 1
     with pytest.raises(InputError, match=r"layer 1 .*v of kv head 1 holds NaN or infinity"):
         capture_model(model, [prompt()], tmp_path / "d", dtype="fp16", notify=quiet)
+    assert not (tmp_path / "d").exists()
+
+
+def test_the_options_are_the_fields_of_the_request(tmp_path: Path) -> None:
+    shown = inspect.signature(capture_model).parameters
+    assert {f.name for f in fields(CaptureRequest)} | {"out", "overwrite", "resume", "progress", "notify"} == set(shown)
+    assert shown["values"].default is True
+    with pytest.raises(TypeError, match=r"capture_model\(\) got an unexpected keyword argument 'kvheads'"):
+        capture_model(tiny(), [prompt()], tmp_path / "d", kvheads=[0])
+    assert not (tmp_path / "d").exists()
+
+
+@pytest.mark.parametrize("model", [torch.nn.Linear(2, 2), 5])
+def test_what_is_no_model_is_refused_by_its_type(tmp_path: Path, model: Any) -> None:
+    with pytest.raises(InputError, match=f"needs a loaded transformers model, not {type(model).__name__}"):
+        capture_model(model, [prompt()], tmp_path / "d", notify=quiet)
     assert not (tmp_path / "d").exists()
 
 

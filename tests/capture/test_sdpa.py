@@ -50,6 +50,16 @@ def test_calls_become_layers(tmp_path: Path) -> None:
             assert torch.equal(got, expected[0])
 
 
+def test_float64_is_stored_as_fp32_like_a_models(tmp_path: Path) -> None:
+    q, k, v = tensors(0, dtype=torch.float64)
+    with capture_sdpa(tmp_path / "d"):
+        functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    dump = open_dump(tmp_path / "d")
+    t = dump.load(dump.entries[0])
+    assert torch.equal(t.q, q[0].float())
+    assert torch.equal(t.k, k[0].float())
+
+
 def test_chosen_calls_only(tmp_path: Path) -> None:
     with capture_sdpa(tmp_path / "d", layers=[1]) as calls:
         for seed in range(3):

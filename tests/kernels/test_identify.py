@@ -78,3 +78,8 @@ def test_shares_of_the_mask(monkeypatch: pytest.MonkeyPatch, theta: float) -> No
     assert whole.columns.numel() > 0
     assert torch.equal(whole.columns, parts.columns)
     assert torch.equal(whole.offsets, parts.offsets)
+
+
+def test_misspelt_parameters_are_no_candidates():
+    with pytest.raises(TypeError, match="'blok'"):
+        candidates((1, 2, 64, 8), 64, blok=3)

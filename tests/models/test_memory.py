@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from anchorscope.capture import capture_model
-from anchorscope.capture import run as capture_run
+from anchorscope.capture.recorder import Recorder
 from anchorscope.errors import RunFailure
-from anchorscope.models import prefill
+from anchorscope.models import memory, prefill
 from anchorscope.models.memory import LiveBytes, prefill_curve, weight_bytes
 
 pytest.importorskip("transformers")
@@ -24,7 +24,7 @@ def stated_and_allocated(family: str, tokens: int, chunk: int | None, out: Path)
     """Bytes stated for a prefill, and those that the allocator gave at once while it was captured."""
     model = tiny(family, max_position_embeddings=65536, hidden_size=192, intermediate_size=512, head_dim=32)
     p = prompt(tokens)
-    stated = prefill_curve(model, p.token_ids or (), tokens, chunk, prefill).bytes(tokens)
+    stated = prefill_curve(model, p.token_ids or (), tokens, chunk).bytes(tokens)
     used = peak_allocated(lambda: capture_model(model, [p], out, chunk=chunk, layers=[0, 1, 2], notify=lambda _: None))
     print(f"\n{family}, {tokens} tokens, chunk {chunk}: stated {stated / 1e6:.1f} MB, used {used / 1e6:.1f} MB")
     return stated, used
@@ -48,14 +48,14 @@ def test_memory_is_bounded_at_32768_tokens(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("tokens", "chunk"), [(200, None), (700, None), (700, 300), (700, 100), (700, 699)])
 def test_the_estimate_is_the_live_bytes_of_the_real_run(tokens: int, chunk: int | None) -> None:
     model, ids = tiny("gemma3_text", max_position_embeddings=1024), prompt(700).token_ids or ()
-    stated = prefill_curve(model, ids, tokens, chunk, prefill).bytes(tokens)
+    stated = prefill_curve(model, ids, tokens, chunk).bytes(tokens)
     with LiveBytes() as live:
         prefill(model, ids[:tokens], chunk=chunk)
     assert stated == pytest.approx(max(live.events), rel=0.1)
 
 
 def test_fitting_is_the_inverse_of_bytes() -> None:
-    curve = prefill_curve(tiny(), prompt().token_ids or (), 5000, None, prefill)
+    curve = prefill_curve(tiny(), prompt().token_ids or (), 5000, None)
     fits = curve.fitting(5e6)
     assert curve.bytes(fits) <= 5e6 < curve.bytes(fits + 1)
     assert curve.fitting(1e15) == 5000
@@ -72,12 +72,12 @@ def test_shared_weights_count_once() -> None:
 def test_running_out_says_what_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny(max_position_embeddings=4096)
     said: list[str] = []
-    monkeypatch.setattr(capture_run, "free_bytes", lambda _: 2_000_000)
+    monkeypatch.setattr(memory, "free_bytes", lambda _: 2_000_000)
 
     def run_out(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(capture_run.Recorder, "__call__", run_out)
+    monkeypatch.setattr(Recorder, "__call__", run_out)
     with pytest.raises(
         RunFailure, match=r"GPU memory: the prefill needs about .* about \d+ tokens fit in one piece"
     ) as x:

@@ -15,7 +15,7 @@ from anchorscope.cli import main
 from anchorscope.dumps import open_dump
 from anchorscope.errors import InputError
 from anchorscope.models import PromptInput, token_ids_from_file
-from anchorscope.models.prompts import parse_token_ids, tokenize
+from anchorscope.models.prompts import TokenizedPrompt, parse_token_ids, tokenize
 
 transformers = pytest.importorskip("transformers")
 
@@ -177,3 +177,10 @@ def test_command_line_faults(
     assert said.out == ""
     assert message in said.err
     assert not (tmp_path / "d").exists()
+
+
+def test_ids_with_a_text_of_their_own_are_cut_without_a_tokenizer() -> None:
+    prompt = PromptInput("p", text="a b c", token_ids=(1, 2, 3))
+    options: dict[str, Any] = {"positions": None, "vocabulary": None, "notify": lambda _: None}
+    assert tokenize(prompt, None, tokens=None, **options) == TokenizedPrompt("p", (1, 2, 3), "a b c")
+    assert tokenize(prompt, None, tokens=2, **options) == TokenizedPrompt("p", (1, 2), None)  # which part is not known

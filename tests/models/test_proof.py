@@ -130,7 +130,7 @@ def test_logits_are_in_the_memory_estimate() -> None:
     model, ids = tiny("gemma2", vocab_size=20_000, max_position_embeddings=1024), prompt(400).token_ids or ()
     with LiveBytes() as live, NextTokens(model, ids):
         prefill(model, ids)
-    curve = prefill_curve(model, ids, len(ids), None, prefill)
+    curve = prefill_curve(model, ids, len(ids), None)
     assert max(live.events) > 1.2 * curve.bytes(len(ids))  # the logits are most of it here, the cap included
     whole = type(curve)(curve.lengths, curve.points, curve.unit, curve.tokens, logits_bytes(model, ids, 257))
     assert whole.bytes(len(ids)) == pytest.approx(max(live.events), rel=0.1)
@@ -338,3 +338,15 @@ def test_offloaded_weights_have_values(tmp_path: Path) -> None:
     assert prove_model(model).warnings == ()
     ids = prompt().token_ids or ()
     assert prove_prompt(model, ids) == prove_prompt(direct, ids)
+
+
+def test_weights_on_disk_are_of_their_checkpoint(tmp_path: Path) -> None:
+    """The loader marks what it reads, but not what it leaves on disk."""
+    pytest.importorskip("accelerate")
+    tiny().save_pretrained(tmp_path / "m")
+    places = {"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "disk", "model.rotary_emb": "cpu"}
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "m", device_map={**places, "lm_head": "cpu"}, offload_folder=tmp_path / "disk"
+    )
+    assert {x.device.type for x in model.parameters()} == {"cpu", "meta"}
+    assert prove_model(model.eval()).warnings == ()

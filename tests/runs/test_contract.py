@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -132,8 +133,21 @@ def test_the_disk_is_full_at_every_write(command, inputs, whole, tmp_path):
     assert write > 8
 
 
+def cut(content: bytes) -> bytes:
+    return content[:-20]
+
+
+def edited(content: bytes) -> bytes:
+    """One number otherwise, and nothing else: in JSON the first one with decimals, else a bit of the last value."""
+    found = re.search(rb"\d\.(\d)", content) if content.startswith(b"{") else None
+    at = len(content) - 1 if found is None else found.start(1)
+    other = content[at] ^ 1  # of a digit, the digit beside it
+    return content[:at] + bytes([other]) + content[at + 1 :]
+
+
+@pytest.mark.parametrize("damage", [cut, edited])
 @every
-def test_a_damaged_part_is_made_again(command, inputs, whole, tmp_path):
+def test_a_damaged_part_is_made_again(command, inputs, whole, tmp_path, damage):
     want = whole(command)
     with killed_at(None) as steps:
         command.run(inputs, tmp_path / "count")
@@ -141,7 +155,7 @@ def test_a_damaged_part_is_made_again(command, inputs, whole, tmp_path):
         command.run(inputs, tmp_path / "o")
     parts = sorted((tmp_path / "o").glob(command.parts))
     assert len(parts) > 1
-    parts[0].write_bytes(parts[0].read_bytes()[:-20])
+    parts[0].write_bytes(damage(parts[0].read_bytes()))
     kept = parts[1].stat().st_mtime_ns
     command.run(inputs, tmp_path / "o")
     assert contents(tmp_path / "o") == want
