@@ -49,7 +49,7 @@ def heads(
     params = AnchorParams(block, step)
     pieces = None
     if tokenizer is not None:
-        from anchorscope.report.tokens import load_pieces
+        from anchorscope.tokens import load_pieces
 
         pieces = load_pieces(tokenizer)
 

@@ -72,7 +72,7 @@ def _tokens(sources: Sources, dumps: Sequence[Path], tokenizer: Path | None) -> 
     if not dumps:
         return {}
     from anchorscope.dumps import open_dump
-    from anchorscope.report.tokens import load_pieces, token_texts
+    from anchorscope.tokens import load_pieces, token_texts
 
     pieces = None if tokenizer is None else load_pieces(tokenizer)
     found: dict[tuple[str, str], list[str]] = {}

@@ -30,7 +30,7 @@ class HeadsRequest(DumpRequest):
     Attributes:
         params: groups and anchor region of the stripes whose overlap is measured; 128 x 4 by default.
         theta: threshold of those stripes, nats.
-        pieces: text of every token id (see `anchorscope.report.tokens`), so that heads.json can show tokens as text.
+        pieces: text of every token id (see `anchorscope.tokens`), so that heads.json can show tokens as text.
     """
 
     params: AnchorParams | None = None

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from anchorscope.heads.diagnostics import CLASSES
-from anchorscope.report.tokens import token_texts
 from anchorscope.runs.values import jsonable, number
 from anchorscope.shapes import Row
+from anchorscope.tokens import token_texts
 
 CONTEXT = 24  # characters of the prompt shown on each side of a token
 

@@ -186,7 +186,7 @@ def write_report(
     Args:
         folders: result folders, or what `open_sources` made of them.
         out: the HTML file.
-        tokens: text of every token by (dump identity, prompt), as `anchorscope.report.tokens` gives it.
+        tokens: text of every token by (dump identity, prompt), as `anchorscope.tokens` gives it.
         progress: called with (heads read, heads in all).
 
     Returns:

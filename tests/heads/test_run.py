@@ -25,9 +25,9 @@ from anchorscope.heads.figures import class_map, draw_all, metric_maps
 from anchorscope.heads.tables import COLUMNS, METRICS, HeadRow, TokenText
 from anchorscope.methods import Head
 from anchorscope.params import AnchorParams
-from anchorscope.report.tokens import token_texts
 from anchorscope.runs import folder as runfolder
 from anchorscope.runs.values import number
+from anchorscope.tokens import token_texts
 
 N, D = 360, 8
 PARAMS = AnchorParams(16, 2)

@@ -55,7 +55,7 @@ from anchorscope.methods import line_up
 from anchorscope.models.prompts import prompt_from_file, token_ids_from_file
 from anchorscope.params import AnchorParams
 from anchorscope.report.html import build_data, open_sources
-from anchorscope.report.tokens import load_pieces, token_texts
+from anchorscope.tokens import load_pieces, token_texts
 
 LIMIT = 30.0
 CLI_SHARE = 10

@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "analysis": {"dumps", "kernels", "plots", "runs", "heads"},
     "methods": {"kernels"},
     "compare": {"dumps", "methods", "plots", "runs"},
-    "heads": {"dumps", "methods", "plots", "report", "runs"},
+    "heads": {"dumps", "methods", "plots", "runs"},
     "bench": {"dumps", "kernels", "plots", "runs"},
     "calibration": {"dumps", "analysis", "plots", "runs"},
     "runtime": {"models", "kernels"},
@@ -113,6 +113,7 @@ def test_who_knows_transformers_and_who_no_torch():
         if folder in (
             "plots",
             "report",
+            "tokens.py",
             "profiles.py",
             "params.py",
             "parse.py",
@@ -168,6 +169,7 @@ def test_lazy_names_resolve():
     ("module", "name", "home"),
     [
         ("anchorscope.report", "draw_all", "anchorscope.plots.draw.draw_all"),
+        ("anchorscope.report.tokens", "token_texts", "anchorscope.tokens.token_texts"),
         ("anchorscope.kernels.profile", "dense_lse", "anchorscope.kernels.dense_lse.dense_lse"),
         ("anchorscope.selection", "parse_thetas", "anchorscope.parse.parse_thetas"),
         ("anchorscope.heads", "Stripes", "anchorscope.heads.stripes.HeadStripes"),

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from anchorscope.errors import InputError
-from anchorscope.report.tokens import load_pieces, token_texts
+from anchorscope.tokens import load_pieces, token_texts
 
 
 def write(path, vocabulary, added=()):
