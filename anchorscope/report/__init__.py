@@ -1,6 +1,6 @@
 """The HTML page of a report. Nothing here imports torch."""
 
-from anchorscope.moved import moved
+from anchorscope.moved import moved, moved_modules
 
 __getattr__ = moved(
     __name__,
@@ -13,3 +13,5 @@ __getattr__ = moved(
         "stripe_heatmap": "anchorscope.plots.heatmap",
     },
 )
+
+moved_modules(__name__, {"tokens": ["anchorscope.tokens"]})

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import dataclasses
 import json
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from synthetic import make_profile
 
 from anchorscope.analysis.tables import CURVES_COLUMNS, HEADS_COLUMNS, HeadLine, curves_rows, heads_rows, summarise
@@ -110,3 +113,13 @@ def heads_csv(folder: Path) -> dict[tuple[str, int, int, str], dict[str, str]]:
 def renamed(profile: HeadProfile, **changes: object) -> HeadProfile:
     """A copy of a profile with other labels."""
     return dataclasses.replace(profile, **changes)
+
+
+def unpack(text: str) -> bytes:
+    """Bytes that the page holds as text."""
+    return zlib.decompress(base64.b64decode(text), -15)
+
+
+def floats(text: str) -> np.ndarray:
+    """Float32 numbers that the page holds as text."""
+    return np.frombuffer(unpack(text), np.uint8).reshape(4, -1).T.copy().view(np.float32).ravel()

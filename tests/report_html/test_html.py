@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import math
 import os
 import re
 import subprocess
 import sys
-import zlib
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from anchorscope.errors import DumpError, InputError, MissingBackendError, RunFailure
-from anchorscope.profiles import HeadProfile
-from anchorscope.report import html
-from anchorscope.report.html import build_data, build_report, curve_at, open_sources, shrink_heat, write_report
+from anchorscope.errors import MissingBackendError, RunFailure
+from anchorscope.report import curves, html
+from anchorscope.report.curves import curve_at
+from anchorscope.report.heat import shrink_heat
+from anchorscope.report.html import build_data, build_report, open_sources, write_report
 
 from .runs import (
     IDENTITY,
+    floats,
     heads_csv,
     make_profiles,
     renamed,
-    write_diagnostics,
+    unpack,
     write_methods,
     write_run,
 )
@@ -34,16 +34,6 @@ from .runs import (
 ROOT = Path(__file__).parents[2]
 PLOTLY_SOURCE = html.plotly_source
 HOSTILE = "</script><script>alert(1)</script><!-- {{script}} & \"'"
-
-
-@pytest.fixture(scope="module")
-def profiles():
-    return make_profiles()
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory, profiles):
-    return write_run(tmp_path_factory.mktemp("runs") / "first", profiles)
 
 
 @pytest.fixture(autouse=True)
@@ -56,14 +46,6 @@ def short_plotly(monkeypatch):
 def real_plotly(short_plotly, monkeypatch):
     """The charts' library itself."""
     monkeypatch.setattr(html, "plotly_source", PLOTLY_SOURCE)
-
-
-def unpack(text: str) -> bytes:
-    return zlib.decompress(base64.b64decode(text), -15)
-
-
-def floats(text: str) -> np.ndarray:
-    return np.frombuffer(unpack(text), np.uint8).reshape(4, -1).T.copy().view(np.float32).ravel()
 
 
 def records(data_set: dict) -> list[dict[str, np.ndarray]]:
@@ -115,13 +97,13 @@ def test_values_at_the_thetas_asked_equal_the_csv(run, profiles):
             row, g = rows["prose", layer, head, f"{theta:g}"], grid.index(theta)
             for name in ("recall", "density"):
                 assert record[name][0, g] == pytest.approx(float(row[name]), rel=1e-6)
-            for i, name in enumerate(html.EXTRAS):
+            for i, name in enumerate(curves.EXTRAS):
                 assert record["extras"][i, t] == pytest.approx(float(row[name]), rel=1e-6)
 
 
 def test_between_the_saved_thetas_interpolation_is_close():
     profiles = make_profiles(tokens=4096, layers=1)
-    grid, low, high = html.theta_grid(profiles)
+    grid, low, high = curves.theta_grid(profiles)
     assert np.all(np.diff(grid) > 0)
     assert grid[0] == -np.inf
     assert grid[-1] == np.inf
@@ -157,7 +139,7 @@ def test_needs_oracle_positions_and_top_columns(run, profiles):
         queries = np.diff(p.position_edges)
         mean = (p.position_recall * queries).sum(1) / queries.sum()
         assert record["position"].mean(1) == pytest.approx(mean, abs=1e-3)
-        assert record["top_columns"][0].astype(int).tolist() == p.top_columns[: html.TOP].tolist()
+        assert record["top_columns"][0].astype(int).tolist() == p.top_columns[: curves.TOP].tolist()
 
 
 def test_infinite_thetas_and_missing_values(tmp_path):
@@ -166,7 +148,7 @@ def test_infinite_thetas_and_missing_values(tmp_path):
     data = parsed(page)
     assert data["runs"][0]["asked"] == ["inf", "-inf", 6.0]
     record = records(data["sets"][0])[0]
-    assert np.isnan(record["extras"][html.EXTRAS.index("output_error")]).all()
+    assert np.isnan(record["extras"][curves.EXTRAS.index("output_error")]).all()
     assert record["recall"][0, -1] == pytest.approx(profiles[0].recall[0])
 
 
@@ -265,7 +247,7 @@ def test_hostile_text_stays_text(tmp_path):
 
 
 def test_script_never_writes_markup():
-    script = (ROOT / "anchorscope" / "report" / "assets" / "report.js").read_text(encoding="utf-8")
+    script = html.page_script()
     for word in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "fetch(", "XMLHttp"):
         assert word not in script
     assert "http" not in script
@@ -285,7 +267,8 @@ def test_page_asks_nothing_of_a_network(run):
 
 def test_script_names_only_elements_that_exist():
     assets = ROOT / "anchorscope" / "report" / "assets"
-    script = (assets / "report.js").read_text(encoding="utf-8")
+    script = html.page_script()
+    assert {path.stem for path in assets.glob("*.js")} == set(html.SCRIPTS)
     page = (assets / "report.html").read_text(encoding="utf-8")
     used = set(re.findall(r'(?:byId|fill|drawRecall)\(\s*"([\w-]+)"', script))
     assert len(used) > 25
@@ -321,109 +304,6 @@ def test_building_needs_no_torch(run, tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "False"
-
-
-# ---- several folders -------------------------------------------------------------------------------------------
-
-
-def test_two_runs_and_two_prompts_are_four_sets(tmp_path):
-    one = write_run(tmp_path / "a" / "out", make_profiles(prompts=("x", "y"), layers=1, heads=2))
-    two = write_run(tmp_path / "b" / "out", make_profiles(prompts=("x", "z"), layers=1, heads=3, thetas=(5.0,)))
-    data = build_data(open_sources([one, two, one]))
-    assert [r["label"] for r in data["runs"]] == ["a/out", "b/out"]
-    assert [(s["run"], s["prompt"], len(s["heads"])) for s in data["sets"]] == [
-        (0, "x", 2),
-        (0, "y", 2),
-        (1, "x", 3),
-        (1, "z", 3),
-    ]
-    assert data["runs"][1]["asked"] == [5.0]
-
-
-def test_methods_and_diagnostics_join_by_prompt_and_head(tmp_path, run, profiles):
-    methods = write_methods(tmp_path / "methods", profiles)
-    extra = write_diagnostics(tmp_path / "heads", profiles)
-    only = build_data(open_sources([run, methods, extra]))["sets"][0]
-    assert only["methods"]["labels"] == ["rival", "oracle-x"]
-    assert only["methods"]["oracles"] == [False, True]
-    p = profiles[4]
-    own = only["methods"]["heads"][f"{p.layer}:{p.head}"]
-    points = floats(only["methods"]["points"]).reshape(-1, 2)
-    start = 0
-    for key, found in only["methods"]["heads"].items():
-        if key == f"{p.layer}:{p.head}":
-            break
-        start += sum(n for _, n in found)
-    count = own[0][1]
-    every = max(1, p.curve_pairs.size // 8)
-    density, recall = (x[::every] for x in p.curve())
-    order = np.lexsort((1 - (1 - recall) / 2, density))
-    expected = np.stack([density, 1 - (1 - recall) / 2], axis=1)[order]
-    assert points[start : start + count] == pytest.approx(expected, rel=1e-4)
-    assert only["diagnostics"]["columns"] == ["class", "sink_mass"]
-    assert only["diagnostics"]["heads"]["5:1"] == ["retrieval", "0.1"]
-
-
-def test_results_in_the_same_folder_are_found(tmp_path, profiles):
-    folder = write_run(tmp_path / "run", profiles)
-    write_methods(folder, profiles)
-    write_diagnostics(folder, profiles)
-    only = build_data(open_sources([folder]))["sets"][0]
-    assert only["methods"] is not None
-    assert only["diagnostics"] is not None
-
-
-# ---- refusals --------------------------------------------------------------------------------------------------
-
-
-def test_folders_that_hold_no_finished_analysis(tmp_path, profiles):
-    with pytest.raises(DumpError, match="no folder"):
-        open_sources([tmp_path / "nowhere"])
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(DumpError, match="holds no result"):
-        open_sources([tmp_path / "empty"])
-    with pytest.raises(InputError, match="needs an analysis"):
-        open_sources([write_methods(tmp_path / "m", profiles)])
-    run = write_run(tmp_path / "run", profiles)
-    with pytest.raises(InputError, match="none of the analyses used"):
-        open_sources([run, write_methods(tmp_path / "other", profiles, identity="1" * 64)])
-    (run / "report.json").unlink()
-    with pytest.raises(DumpError, match="unfinished"):
-        open_sources([run])
-
-
-@pytest.mark.parametrize(
-    ("file", "text", "message"),
-    [
-        ("report.json", "{", "truncated or not JSON"),
-        ("report.json", "[]", "no result"),
-        ("report.json", '{"format": "anchorscope-report"}', "dump must be given"),
-        ("report.json", '{"format": "else"}', "no finished analysis"),
-        ("analysis.json", '{"profiles": ["../x.safetensors"]}', "outside its folder"),
-        ("analysis.json", '{"profiles": []}', "no finished analysis"),
-        ("methods.csv", "prompt,layer,head\n", "no column 'method'"),
-        ("methods.csv", "prompt,layer,head,method,recall,density\na,0\n", "line 2: 2 fields instead of 6"),
-        ("methods.csv", "prompt,layer,head,method,recall,density\nprose,0,0,m,x,1\n", "recall 'x' is not a number"),
-        ("methods.csv", "prompt,layer,head,method,recall,density\nprose,-1,0,m,1,1\n", "are not numbers"),
-        ("diagnostics.csv", "", "no column 'prompt'"),
-    ],
-)
-def test_damaged_files_are_named(tmp_path, profiles, file, text, message):
-    run = write_run(tmp_path / "run", profiles[:1])
-    (run / file).write_text(text)
-    with pytest.raises(DumpError, match=message):
-        build_report([run])
-
-
-def test_a_damaged_profile_is_named(tmp_path, profiles):
-    run = write_run(tmp_path / "run", profiles[:2])
-    victim = sorted((run / "profile").iterdir())[1]
-    data = bytearray(victim.read_bytes())
-    data[-9] ^= 0x40
-    victim.write_bytes(bytes(data))
-    with pytest.raises(DumpError, match=re.escape(victim.name)):
-        build_report([run])
-    assert isinstance(HeadProfile.load(sorted((run / "profile").iterdir())[0]), HeadProfile)
 
 
 def test_a_file_that_cannot_be_written(run, tmp_path):

@@ -1,0 +1,46 @@
+// What every part uses: the document, numbers as text. Text only ever enters the document as text nodes.
+
+const data = JSON.parse(document.getElementById("data").textContent);
+const byId = (id) => document.getElementById(id);
+// Okabe and Ito's palette without yellow, which is faint on white, and black, which is not seen on dark.
+const COLORS = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#8c6bb1", "#8a8a00"];
+const DASHES = ["solid", "dash", "dot", "dashdot"];
+const number = (x) => (x === "inf" ? Infinity : x === "-inf" ? -Infinity : x);
+for (const run of data.runs) {
+  run.grid = run.grid.map(number);
+  run.asked = run.asked.map(number);
+}
+
+// ---- document helpers ----------------------------------------------------------------------------------------------
+
+/** An element with attributes and children; strings become text nodes. */
+function make(tag, attributes = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (value === true) element.setAttribute(name, "");
+    else if (value !== false && value !== null && value !== undefined) element.setAttribute(name, value);
+  }
+  element.append(...children.filter((c) => c !== null && c !== undefined));
+  return element;
+}
+const fill = (id, ...children) => byId(id).replaceChildren(...children);
+const nats = (x) => (x === Infinity ? "inf" : x === -Infinity ? "-inf" : String(Math.round(x * 1e4) / 1e4));
+const fixed = (x, digits = 4) =>
+  x === null || x === undefined || Number.isNaN(x) ? "-" : Number.isFinite(x) ? decimals(x, digits).replace(/^-(0\.0+)$/, "$1") : nats(x);
+/** More digits where rounding would make a share 0 or 1 that is not: 0.99996 is not "1.0000". */
+const decimals = (x, digits) => {
+  for (let more = digits; more <= 6; more++) {
+    const text = x.toFixed(more);
+    if ((Math.abs(x) >= 1 || Math.abs(+text) < 1) && (x === 0 || +text !== 0)) return text;
+  }
+  return x.toFixed(digits);
+};
+/** A theta to be typed again: two decimals, rounded up, so that it selects no less than what was measured. */
+const upward = (x) => (Number.isFinite(x) ? (Math.ceil(x * 100 - 0.005) / 100).toFixed(2) : fixed(x));
+const whole = (x) => x.toLocaleString("en-US");
+/** Plotly reads its texts as markup. */
+const plain = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
+const mean = (values) => {
+  const known = values.filter((x) => x !== null && Number.isFinite(x));
+  return known.length ? known.reduce((a, b) => a + b, 0) / known.length : null;
+};
