@@ -69,26 +69,14 @@ _CLOSE = 1e-3  # float32 sums of exponentials may exceed 1 a little
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class HeadProfile:
-    """Exact sparsity profile of one query head on one prompt.
+class Measured:
+    """What an engine measures on one query head, whatever its name, whoever measured it.
 
     T is the number of thetas asked, M of curve points, K of oracle points, R x C of heat map cells, P of position
-    bins. Arrays are converted to the stored dtype when a profile is made, so a saved and loaded one is equal bit for
-    bit.
+    bins. Dtypes are those of a profile (`HeadProfile`), which converts to them.
 
     Attributes:
-        prompt: name of the prompt.
-        layer, head, kv_head: indices in the model (not in the dump).
-        tokens: prompt length N.
-        head_dim: d.
-        block, step, init, lookback: the anchor parameters, in tokens and blocks (see `AnchorParams`).
-        window: sliding window of the layer in tokens, or None.
-        softcap: logit soft-cap of the layer, or None.
-        scale: softmax scale of the layer.
-        backend: what computed it ("torch", "triton").
-        dump_identity: hash that names the dump it came from.
         visible_pairs, anchor_pairs, candidate_pairs: exact (query, key) counts; the last two partition the first.
-        thetas: (T,) float64, nats, in the order asked; may hold +-inf.
         recall, recall_p05, recall_min, recall_last: (T,) float64, attention mass kept: mean over queries, 5th
             percentile and minimum of the queries, mean of the last `block` queries.
         kept_pairs, stripe_pairs: (T,) int64, exact pairs kept in all and among the candidates.
@@ -109,30 +97,11 @@ class HeadProfile:
         position_edges: (P+1,) int64, edges of those bins.
         top_columns, top_mass: (X <= 64,) int64 and float32, keys with most attention mass and their share of the
             total.
-
-    Raises:
-        InputError: shapes, ranges or order that contradict the above.
     """
 
-    prompt: str
-    layer: int
-    head: int
-    kv_head: int
-    tokens: int
-    head_dim: int
-    block: int
-    step: int
-    init: int
-    lookback: int
-    window: int | None
-    softcap: float | None
-    scale: float
-    backend: str
-    dump_identity: str
     visible_pairs: int
     anchor_pairs: int
     candidate_pairs: int
-    thetas: np.ndarray
     recall: np.ndarray
     recall_p05: np.ndarray
     recall_min: np.ndarray
@@ -157,6 +126,47 @@ class HeadProfile:
     position_edges: np.ndarray
     top_columns: np.ndarray
     top_mass: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class HeadProfile(Measured):
+    """Exact sparsity profile of one query head on one prompt: what was `Measured`, and on what.
+
+    Arrays are converted to the stored dtype when a profile is made, so a saved and loaded one is equal bit for bit.
+
+    Attributes:
+        prompt: name of the prompt.
+        layer, head, kv_head: indices in the model (not in the dump).
+        tokens: prompt length N.
+        head_dim: d.
+        block, step, init, lookback: the anchor parameters, in tokens and blocks (see `AnchorParams`).
+        window: sliding window of the layer in tokens, or None.
+        softcap: logit soft-cap of the layer, or None.
+        scale: softmax scale of the layer.
+        backend: what computed it ("torch", "triton").
+        dump_identity: hash that names the dump it came from.
+        thetas: (T,) float64, nats, in the order asked; may hold +-inf.
+
+    Raises:
+        InputError: shapes, ranges or order that contradict the above.
+    """
+
+    prompt: str
+    layer: int
+    head: int
+    kv_head: int
+    tokens: int
+    head_dim: int
+    block: int
+    step: int
+    init: int
+    lookback: int
+    window: int | None
+    softcap: float | None
+    scale: float
+    backend: str
+    dump_identity: str
+    thetas: np.ndarray
 
     def __post_init__(self) -> None:
         for name, (dtype, _) in _ARRAYS.items():

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from anchorscope.analysis.engine import HeadResult, HeadShape, profile_head, workspace_bytes
+from anchorscope.analysis.accumulate import HeadShape
+from anchorscope.analysis.engine import profile_head, workspace_bytes
 from anchorscope.devices import resolve_backend_name, resolve_device
 from anchorscope.params import AnchorParams
+from anchorscope.profiles import Measured
 from anchorscope.runs.environment import hardware_name
 
-HeadEngine = Callable[[Tensor, Tensor, "Tensor | None", HeadShape], HeadResult]
+HeadEngine = Callable[[Tensor, Tensor, "Tensor | None", HeadShape], Measured]
 
 
 @dataclass(frozen=True)

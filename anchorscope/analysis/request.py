@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from anchorscope.analysis.accumulate import CURVE_THETAS, POSITION_BINS
 from anchorscope.analysis.backends import Backend, resolve_backend
-from anchorscope.analysis.engine import CURVE_THETAS, HEAT_COLUMNS, HEAT_ROWS, POSITION_BINS
 from anchorscope.dumps import Dump
 from anchorscope.errors import InputError
 from anchorscope.heads.request import HeadsPlan, HeadsRequest
 from anchorscope.params import AnchorParams, anchor_pairs, recommend_groups, visible_pairs
+from anchorscope.profiles import MAX_COLUMNS, MAX_ROWS
 from anchorscope.runs.executors import threads_for
 from anchorscope.runs.life import Plan
 from anchorscope.runs.request import check_target
@@ -153,7 +154,7 @@ def _disk_bytes(units: Sequence[HeadUnit], params: AnchorParams, thetas: int) ->
     for unit in units:
         n = unit.entry.tokens
         groups, positions = params.groups(n), -(-n // -(-n // POSITION_BINS))
-        rows, columns = (-(-count // -(-count // limit)) for count, limit in ((groups, HEAT_ROWS), (n, HEAT_COLUMNS)))
+        rows, columns = (-(-count // -(-count // limit)) for count, limit in ((groups, MAX_ROWS), (n, MAX_COLUMNS)))
         total += 8 * rows * columns + 8 * (rows + columns) + (4 * thetas + 8) * positions
         total += 24 * len(CURVE_THETAS) + 8_500 + 80 * thetas  # curves; the oracle, the header; numbers per theta
         total += 6_000 + 200 * thetas  # rows of curves.csv and heads.csv

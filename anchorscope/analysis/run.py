@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from anchorscope.analysis.engine import HeadShape
+from anchorscope.analysis.accumulate import HeadShape
 from anchorscope.analysis.request import AnalysisPlan, AnalyzeRequest, HeatMaps, heat_map_count
 from anchorscope.analysis.tables import (
     CURVES_COLUMNS,

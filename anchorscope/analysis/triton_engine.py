@@ -1,6 +1,4 @@
-"""The Triton back end of `analyze`: the kernels of `anchorscope.kernels`, bookkept exactly as the torch engine's
-groups.
-"""
+"""The Triton back end of `analyze`: the kernels measure, and `HeadAccumulator` adds up what they find."""
 
 from __future__ import annotations
 
@@ -8,17 +6,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anchorscope.analysis.engine import Group, HeadAccumulator, HeadResult, HeadShape, profile_head
+from anchorscope.analysis.accumulate import HeadAccumulator, HeadShape
+from anchorscope.analysis.engine import profile_head
 from anchorscope.kernels.anchor import anchor
 from anchorscope.kernels.column_mass import column_mass
 from anchorscope.kernels.dense_lse import dense_lse
 from anchorscope.kernels.margins import margins
 from anchorscope.kernels.sweep import bin_columns, sweep
+from anchorscope.profiles import Measured
 from anchorscope.ranges import working_dtype
 from anchorscope.runs.progress import Cancelled
 
 
-def profile_head_triton(q: Tensor, k: Tensor, v: Tensor | None, shape: HeadShape) -> HeadResult:
+def profile_head_triton(q: Tensor, k: Tensor, v: Tensor | None, shape: HeadShape) -> Measured:
     """Measure one query head with the Triton kernels; arguments and result as `engine.profile_head`.
 
     Products accumulate in float32 from the stored dtype; heads that need float64 go through the torch engine, on the
@@ -36,7 +36,7 @@ def profile_head_triton(q: Tensor, k: Tensor, v: Tensor | None, shape: HeadShape
     regions = {"init": p.init_tokens, "lookback": p.lookback_tokens, **groups}
     q, k, v = q[None, None], k[None, None], None if v is None else v[None, None]
     levels = len(shape.sorted_thetas)
-    books = HeadAccumulator(shape, v is not None, q.device)
+    sums = HeadAccumulator(shape, v is not None, q.device)
 
     state = anchor(q, k, v, **regions, precise=True)
     out, lse = dense_lse(q, k, v, **scores)
@@ -45,18 +45,19 @@ def profile_head_triton(q: Tensor, k: Tensor, v: Tensor | None, shape: HeadShape
     columns, bins = bin_columns(margin, _float32_floor(shape.sorted_thetas))
     swept = sweep(q, k, v, state, out, columns, bins, thetas=levels, **groups)
 
-    books.add_rows(0, torch.exp(swept.lse[0, 0] - lse[0, 0]))
+    sums.add_rows(0, torch.exp(swept.lse[0, 0] - lse[0, 0]))
     if out is not None:
-        books.norm_sq += out.square().sum(dtype=torch.float64)
-        books.error_sq += swept.squares[0, 0]
-        books.close += torch.stack([swept.close_01[0, 0], swept.close_005[0, 0]])
-    for index in range(p.groups(shape.tokens)):
+        sums.norm_sq += out.square().sum(dtype=torch.float64)
+        sums.error_sq += swept.squares[0, 0]
+        sums.close += torch.stack([swept.close_01[0, 0], swept.close_005[0, 0]])
+    for group in range(shape.geometry.groups):
         if shape.cancelled():
             raise Cancelled
-        g = Group(index, shape)
-        seen = margin[0, 0, index, g.start : g.stop]
-        books.add_group(index, mass[0, 0, index, : g.last], g.start, seen, books.level_of(seen))
-    return books.result()
+        start, stop = shape.geometry.candidates(group)
+        seen = margin[0, 0, group, start:stop]
+        last = shape.geometry.rows(group)[1]
+        sums.add_group(group, mass[0, 0, group, :last], start, seen, sums.level_of(seen))
+    return sums.result()
 
 
 def _float32_floor(thetas: np.ndarray) -> Tensor:

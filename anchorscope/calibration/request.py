@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from anchorscope.analysis.engine import HeadShape
+from anchorscope.analysis.accumulate import HeadShape
 from anchorscope.analysis.request import AnalysisPlan, AnalyzeRequest
 from anchorscope.calibration.choose import BY
 from anchorscope.calibration.costs import Costs, costs_json

@@ -6,7 +6,8 @@ import pytest
 import torch
 from allocations import counted, peak_allocated
 
-from anchorscope.analysis.engine import HeadShape, profile_head, workspace_bytes
+from anchorscope.analysis.accumulate import HeadShape
+from anchorscope.analysis.engine import profile_head, workspace_bytes
 from anchorscope.params import AnchorParams
 
 D = 64

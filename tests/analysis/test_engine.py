@@ -11,7 +11,8 @@ from brute import THETAS, Brute, compare, make
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anchorscope.analysis.engine import HeadShape, profile_head
+from anchorscope.analysis.accumulate import HeadShape
+from anchorscope.analysis.engine import profile_head
 from anchorscope.params import AnchorParams
 from anchorscope.shown import theta_text
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 from brute import THETAS, Brute, compare, make
 
-from anchorscope.analysis.engine import HeadShape, profile_head
+from anchorscope.analysis.accumulate import HeadShape
+from anchorscope.analysis.engine import profile_head
 from anchorscope.params import AnchorParams
 
 triton = pytest.importorskip("triton")

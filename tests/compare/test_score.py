@@ -207,7 +207,8 @@ def test_no_method_beats_the_oracle_of_its_density():
 
 def test_anchor_agrees_with_analyze():
     """Two engines written apart: the analysis of anchor attention and this one, to the pair."""
-    from anchorscope.analysis.engine import HeadShape, profile_head
+    from anchorscope.analysis.accumulate import HeadShape
+    from anchorscope.analysis.engine import profile_head
     from anchorscope.params import AnchorParams
 
     thetas = (-math.inf, 0.5, 1.5, 3.0, math.inf)
@@ -223,7 +224,8 @@ def test_anchor_agrees_with_analyze():
 
 
 def test_oracle_stripe_lies_on_the_oracle_curve_of_analyze():
-    from anchorscope.analysis.engine import HeadShape, profile_head
+    from anchorscope.analysis.accumulate import HeadShape
+    from anchorscope.analysis.engine import profile_head
     from anchorscope.params import AnchorParams
 
     q, k, v = inputs()

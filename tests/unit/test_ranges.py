@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import anchorscope
-from anchorscope.analysis.engine import HeadShape, profile_head
+from anchorscope.analysis.accumulate import HeadShape
+from anchorscope.analysis.engine import profile_head
 from anchorscope.compare.run import score_lineup
 from anchorscope.errors import InputError
 from anchorscope.heads.diagnostics import diagnose_head

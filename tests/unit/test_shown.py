@@ -56,7 +56,7 @@ def test_theta(value, text):
 
 
 def test_every_theta_of_the_curve_is_shown_in_full():
-    from anchorscope.analysis.engine import CURVE_THETAS
+    from anchorscope.analysis.accumulate import CURVE_THETAS
 
     assert all(float(theta_text(float(x))) == x for x in CURVE_THETAS)
 
