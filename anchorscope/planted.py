@@ -13,7 +13,8 @@ same arguments give the same numbers on the same kind of device (CPU and CUDA dr
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,48 @@ from torch import Tensor
 from anchorscope.errors import InputError
 
 SINK = 4
+
+
+@dataclass(frozen=True)
+class Plant:
+    """What is planted, and how much of it.
+
+    Attributes:
+        n: tokens.
+        heads, kv_heads, dim: query heads, kv heads and head dimension.
+        seed: what the generator starts from.
+        group: period, the number of consecutive queries that share one direction.
+        directions: R, the number of stripe directions.
+        fraction: share of the columns planted per direction and kv head.
+        strength: score of a full match above the noise, in nats at the scale 1 / sqrt(dim).
+
+    Raises:
+        InputError: a size below 1, heads not a multiple of kv_heads, or dim not above `directions`.
+    """
+
+    n: int
+    heads: int = 32
+    kv_heads: int = 8
+    dim: int = 128
+    seed: int = 0
+    group: int = 2048
+    directions: int = 16
+    fraction: float = 0.01
+    strength: float = 11.0
+
+    def __post_init__(self) -> None:
+        names = {"n": "length", "kv_heads": "kv heads", "dim": "head dimension", "group": "period"}
+        for name in ("n", "heads", "kv_heads", "dim", "group", "directions"):
+            if (value := getattr(self, name)) < 1:
+                raise InputError(f"planted input needs {names.get(name, name)} of at least 1, not {value}")
+        if self.heads % self.kv_heads:
+            raise InputError(f"{self.heads} query heads are not a multiple of {self.kv_heads} kv heads")
+        if self.dim <= self.directions:
+            raise InputError(
+                f"planted input needs a head dimension above its {self.directions} directions, not {self.dim}"
+            )
+        if not 0 <= self.fraction <= 1:
+            raise InputError(f"the planted fraction of columns must lie between 0 and 1, not {self.fraction}")
 
 
 class PlantedTruth(NamedTuple):
@@ -41,56 +84,58 @@ class PlantedTruth(NamedTuple):
         return self.strength[kv_head, int(self.directions[head, period])].nonzero()[:, 0]
 
 
-def _check(n: int, heads: int, kv_heads: int, dim: int, group: int, directions: int, fraction: float) -> None:
-    for name, value in (
-        ("length", n),
-        ("heads", heads),
-        ("kv heads", kv_heads),
-        ("head dimension", dim),
-        ("period", group),
-        ("directions", directions),
-    ):
-        if value < 1:
-            raise InputError(f"planted input needs {name} of at least 1, not {value}")
-    if heads % kv_heads:
-        raise InputError(f"{heads} query heads are not a multiple of {kv_heads} kv heads")
-    if dim <= directions:
-        raise InputError(f"planted input needs a head dimension above its {directions} directions, not {dim}")
-    if not 0 <= fraction <= 1:
-        raise InputError(f"the planted fraction of columns must lie between 0 and 1, not {fraction}")
+def planted(
+    *plant: Any, device: torch.device | str = "cuda", dtype: torch.dtype = torch.bfloat16, **parameters: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Random Q, K, V with planted stripes.
+
+    Args:
+        *plant, **parameters: a `Plant`, or the parameters of one.
+        device, dtype: where and as what the result is; drawn in float32 on `device`, then rounded.
+
+    Returns:
+        q (1, heads, n, dim), k and v (1, kv_heads, n, dim).
+
+    Raises:
+        InputError: as `Plant`.
+    """
+    q, k, v, _ = _draw(_plant(*plant, **parameters), device)
+    return q.to(dtype)[None], k.to(dtype)[None], v.to(dtype)[None]
 
 
-def _plant(
-    n: int,
-    heads: int,
-    kv_heads: int,
-    dim: int,
-    seed: int,
-    group: int,
-    directions: int,
-    fraction: float,
-    strength: float,
-    device: torch.device | str,
-) -> tuple[Tensor, Tensor, Tensor, PlantedTruth]:
-    _check(n, heads, kv_heads, dim, group, directions, fraction)
+def planted_truth(*plant: Any, device: torch.device | str = "cuda", **parameters: Any) -> PlantedTruth:
+    """What `planted` plants for the same arguments (draws the whole input again: meant for tests).
+
+    Raises:
+        InputError: as `Plant`.
+    """
+    return _draw(_plant(*plant, **parameters), device)[3]
+
+
+def _plant(*plant: Any, **parameters: Any) -> Plant:
+    return plant[0] if plant and isinstance(plant[0], Plant) else Plant(*plant, **parameters)
+
+
+def _draw(p: Plant, device: torch.device | str) -> tuple[Tensor, Tensor, Tensor, PlantedTruth]:
     # The order of the draws is part of the workload: another order is another input.
-    g = torch.Generator(device=device).manual_seed(seed)
+    g = torch.Generator(device=device).manual_seed(p.seed)
+    n, dim, directions = p.n, p.dim, p.directions
     u = torch.linalg.qr(torch.randn(dim, directions + 1, device=device, generator=g))[0].T
-    k = torch.randn(kv_heads, n, dim, device=device, generator=g) * 0.6
-    q = torch.randn(heads, n, dim, device=device, generator=g) * 0.6
-    amplitude = math.sqrt(strength * math.sqrt(dim))
-    periods = math.ceil(n / group)
-    chosen = torch.empty(heads, periods, dtype=torch.int64, device=device)
-    for h in range(heads):
+    k = torch.randn(p.kv_heads, n, dim, device=device, generator=g) * 0.6
+    q = torch.randn(p.heads, n, dim, device=device, generator=g) * 0.6
+    amplitude = math.sqrt(p.strength * math.sqrt(dim))
+    periods = math.ceil(n / p.group)
+    chosen = torch.empty(p.heads, periods, dtype=torch.int64, device=device)
+    for h in range(p.heads):
         q[h] += amplitude * u[0]
         chosen[h] = torch.randint(1, directions + 1, (periods,), device=device, generator=g)
-        q[h] += amplitude * u[chosen[h]].repeat_interleave(group, 0)[:n]
-    share = torch.zeros(kv_heads, directions + 1, n, device=device)
-    for h in range(kv_heads):
+        q[h] += amplitude * u[chosen[h]].repeat_interleave(p.group, 0)[:n]
+    share = torch.zeros(p.kv_heads, directions + 1, n, device=device)
+    for h in range(p.kv_heads):
         k[h, :SINK] += amplitude * u[0]
         share[h, 0, :SINK] = 1
         for r in range(1, directions + 1):
-            at = torch.randint(0, n, (int(n * fraction),), device=device, generator=g)
+            at = torch.randint(0, n, (int(n * p.fraction),), device=device, generator=g)
             weight = 0.6 + 0.4 * torch.rand(len(at), 1, device=device, generator=g)
             # A column drawn twice takes its last weight; a plain indexed write would let threads race for it.
             draw = torch.full((n,), -1, dtype=torch.int64, device=device)
@@ -99,60 +144,5 @@ def _plant(
             weight = weight[draw[at]]
             k[h, at] += amplitude * u[r] * weight
             share[h, r, at] = weight[:, 0]
-    v = torch.randn(kv_heads, n, dim, device=device, generator=g)
+    v = torch.randn(p.kv_heads, n, dim, device=device, generator=g)
     return q, k, v, PlantedTruth(chosen, share)
-
-
-def planted(
-    n: int,
-    heads: int = 32,
-    kv_heads: int = 8,
-    dim: int = 128,
-    seed: int = 0,
-    group: int = 2048,
-    directions: int = 16,
-    fraction: float = 0.01,
-    strength: float = 11.0,
-    device: torch.device | str = "cuda",
-    dtype: torch.dtype = torch.bfloat16,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Random Q, K, V with planted stripes.
-
-    Args:
-        n: tokens.
-        heads, kv_heads, dim: query heads, kv heads and head dimension.
-        seed: of the generator on `device`.
-        group: period, the number of consecutive queries that share one direction.
-        directions: R, the number of stripe directions.
-        fraction: share of the columns planted per direction and kv head.
-        strength: score of a full match above the noise, in nats at the scale 1 / sqrt(dim).
-        device, dtype: of the result; drawn in float32 on `device`, then rounded.
-
-    Returns:
-        q (1, heads, n, dim), k and v (1, kv_heads, n, dim).
-
-    Raises:
-        InputError: a size below 1, heads not a multiple of kv_heads, or dim not above `directions`.
-    """
-    q, k, v, _ = _plant(n, heads, kv_heads, dim, seed, group, directions, fraction, strength, device)
-    return q.to(dtype)[None], k.to(dtype)[None], v.to(dtype)[None]
-
-
-def planted_truth(
-    n: int,
-    heads: int = 32,
-    kv_heads: int = 8,
-    dim: int = 128,
-    seed: int = 0,
-    group: int = 2048,
-    directions: int = 16,
-    fraction: float = 0.01,
-    strength: float = 11.0,
-    device: torch.device | str = "cuda",
-) -> PlantedTruth:
-    """What `planted` plants for the same arguments (draws the whole input again: meant for tests).
-
-    Raises:
-        InputError: as `planted`.
-    """
-    return _plant(n, heads, kv_heads, dim, seed, group, directions, fraction, strength, device)[3]

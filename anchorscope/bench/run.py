@@ -27,7 +27,7 @@ from anchorscope.devices import BACKENDS, is_out_of_memory, resolve_device
 from anchorscope.dumps import Dump, Entry, open_dump
 from anchorscope.errors import InputError, RunFailure
 from anchorscope.params import AnchorParams
-from anchorscope.planted import planted
+from anchorscope.planted import Plant, planted
 from anchorscope.ranges import check_float32_sums
 from anchorscope.runs.environment import versions
 
@@ -319,7 +319,8 @@ def _planted_cases(config: BenchConfig, device: torch.device, dtype: torch.dtype
         raise InputError(f"period must be at least 1, not {period}")
 
     def make(n: int) -> Callable[[], tuple[Tensor, Tensor, Tensor]]:
-        return lambda: planted(n, heads, kv_heads, head_dim, config.seed or 0, period, device=device, dtype=dtype)
+        plant = Plant(n, heads, kv_heads, head_dim, config.seed or 0, period)
+        return lambda: planted(plant, device=device, dtype=dtype)
 
     return [
         Case("planted", n, heads, kv_heads, head_dim, head_dim**-0.5, None, None, make(n))

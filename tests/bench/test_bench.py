@@ -27,7 +27,7 @@ from anchorscope.dumps import write_dump
 from anchorscope.errors import InputError
 from anchorscope.kernels import reference
 from anchorscope.params import AnchorParams
-from anchorscope.planted import planted
+from anchorscope.planted import Plant, planted
 
 SCHEMA = json.loads((Path(anchorscope.bench.__file__).parent / "schema.json").read_text(encoding="utf-8"))
 SMALL = BenchConfig(
@@ -422,10 +422,10 @@ def test_bad_folders(tmp_path: Path, dump: Path, capsys: pytest.CaptureFixture[s
 def test_out_of_memory_says_what_fits(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     real = run_module.planted
 
-    def small_machine(n: int, *args: Any, **kwargs: Any) -> Any:
-        if n > 300:
+    def small_machine(plant: Plant, **kwargs: Any) -> Any:
+        if plant.n > 300:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return real(n, *args, **kwargs)
+        return real(plant, **kwargs)
 
     monkeypatch.setattr(run_module, "planted", small_machine)
     assert main(["bench", "--lengths", "300,600", *FLAGS]) == 1

@@ -7,7 +7,7 @@ import torch
 
 from anchorscope.errors import InputError
 from anchorscope.kernels import torch_backend
-from anchorscope.planted import planted, planted_truth
+from anchorscope.planted import Plant, planted, planted_truth
 
 FROZEN = [-0.51171875, -0.56640625, -3.5, -0.83984375, 0.484375]
 SMALL = {"heads": 4, "kv_heads": 2, "dim": 64, "device": "cpu"}
@@ -16,6 +16,9 @@ SMALL = {"heads": 4, "kv_heads": 2, "dim": 64, "device": "cpu"}
 def test_frozen_numbers() -> None:
     """Drawn by the generator of the published timings: other draws would be another workload."""
     q, k, v = planted(3000, seed=3, group=700, strength=9.0, **SMALL)
+    plant = Plant(3000, 4, 2, 64, 3, 700, strength=9.0)
+    for x, same in zip((q, k, v), planted(plant, device="cpu"), strict=True):
+        assert torch.equal(x, same)
     assert (q.dtype, q.shape, k.shape, v.shape) == (
         torch.bfloat16,
         (1, 4, 3000, 64),
