@@ -10,8 +10,8 @@ import torch
 from anchorscope.dtypes import dtype_name
 from anchorscope.dumps.writer import DumpWriter, LayerWriter, layer_bytes
 from anchorscope.errors import InputError
-from anchorscope.models.check import check_call, check_output, softcap_of, visible_window
-from anchorscope.models.hook import AttentionCall
+from anchorscope.models.calls import AttentionCall
+from anchorscope.models.check import check_call, check_output, visible_window
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class ShapeProbe:
             raise _repeated(call)
         try:
             check_call(call)
-            check_output(call, 0, visible_window(call, 0), softcap_of(call.options))
+            check_output(call, 0, visible_window(call, 0))
         except InputError as error:
             self.refused[layer] = str(error)
             return
@@ -153,7 +153,7 @@ class Recorder:
         window = visible_window(call, start)
         if state.window is not None and window != state.window:
             raise InputError(f"{call.name} changes its sliding window from {state.window} to {window} along the prompt")
-        check_output(call, start, window, softcap_of(call.options))
+        check_output(call, start, window)
         state.window = window
 
         query_heads, kv_heads = self._storage.heads(call.q.shape[1], call.k.shape[1])
@@ -188,7 +188,7 @@ class Recorder:
             head_dim=call.q.shape[3],
             dtype=self._storage.dtype or stored_dtype(call.q.dtype),
             scale=call.scale,
-            softcap=softcap_of(call.options),
+            softcap=call.softcap,
             values=self._storage.values,
         )
         self._open[layer] = _Open(writer)

@@ -18,8 +18,9 @@ from anchorscope.dumps.reader import Dump
 from anchorscope.dumps.writer import DumpWriter, check_disk, check_output
 from anchorscope.errors import AnchorScopeError, InputError, Interrupted, RunFailure, type_and_line
 from anchorscope.files import human_bytes
+from anchorscope.models.calls import AttentionCall
 from anchorscope.models.chunking import CacheWatch
-from anchorscope.models.hook import AttentionCall, intercept
+from anchorscope.models.hook import intercept
 from anchorscope.models.language import language_only
 from anchorscope.models.load import require_transformers
 from anchorscope.models.memory import Forecast, forecast, out_of_memory

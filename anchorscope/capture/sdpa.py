@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from anchorscope.capture.recorder import Recorder
 from anchorscope.dumps.writer import DumpWriter, prompt_record
 from anchorscope.errors import InputError
+from anchorscope.models.calls import AttentionCall
 from anchorscope.models.check import check_call
-from anchorscope.models.hook import AttentionCall
 
 
 class _Sdpa(nn.Module):

@@ -7,13 +7,11 @@ compared with the claim: its options, its mask element by element, and a few row
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from anchorscope.errors import InputError
-from anchorscope.models.hook import AttentionCall, AttentionInputs
+from anchorscope.models.calls import AttentionCall, AttentionInputs
 
 MASK_ROWS = 64  # rows of a mask compared at a time: bounds the extra memory
 CHECKED_ROWS = 8  # query positions whose output is recomputed
@@ -96,15 +94,10 @@ def visible_window(call: AttentionCall, start: int) -> int | None:
         InputError: the mask is not causal with at most a sliding window.
     """
     n, keys = call.q.shape[2], call.k.shape[2]
-    total = start + n
-    hint = call.options.get("sliding_window")
-    hint = int(hint) if hint else None
-    if isinstance(call.mask, Tensor) and call.mask.ndim == 4:
-        return _mask_window(call, call.mask, total, hint)
-    if call.implementation == "eager" and call.mask is None and n > 1:
-        raise refuse(call, "it is bidirectional (no causal mask)")
-    causal = call.options.get("is_causal")
-    if n > 1 and not (getattr(call.module, "is_causal", True) if causal is None else causal):
+    total, hint = start + n, call.window
+    if call.mask_tensor is not None:
+        return _mask_window(call, call.mask_tensor, total, hint)
+    if call.bidirectional:
         raise refuse(call, "it is bidirectional (no causal mask)")
     if "flash" in call.implementation or "flex" in call.implementation:
         return hint  # these take the window as an option; `check_output` sees whether that is all
@@ -127,14 +120,26 @@ def _mask_window(call: AttentionCall, mask: Tensor, total: int, hint: int | None
     for head in range(mask.shape[1]):
         for begin in range(0, n, MASK_ROWS):
             part = visible(call, mask[0, head, begin : begin + MASK_ROWS])
-            i = torch.arange(begin, begin + part.shape[0], device=mask.device, dtype=torch.int32)[:, None] + total - n
-            expected = j <= i
-            if window is not None:
-                expected &= i - j < window
-            if not torch.equal(part, expected):
+            i = torch.arange(begin, begin + part.shape[0], device=mask.device, dtype=torch.int32) + total - n
+            if not torch.equal(part, causal_mask(i, j, window)):
                 kind = "not causal with at most a sliding window (chunked, prefix or bidirectional attention)"
                 raise refuse(call, f"its mask is {kind}")
     return window
+
+
+def causal_mask(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
+    """Which keys each query sees, by position: those up to its own, and of those the last `window`.
+
+    Args:
+        queries: (n,) integer positions.
+        keys: (m,) integer positions.
+        window: the sliding window, or None for full causal attention.
+
+    Returns:
+        (n, m) boolean.
+    """
+    seen = keys <= queries[:, None]
+    return seen if window is None else seen & (queries[:, None] - keys < window)
 
 
 def visible(call: AttentionInputs, mask: Tensor) -> Tensor:
@@ -148,7 +153,7 @@ def visible(call: AttentionInputs, mask: Tensor) -> Tensor:
     return shown
 
 
-def check_output(call: AttentionCall, start: int, window: int | None, softcap: float | None) -> None:
+def check_output(call: AttentionCall, start: int, window: int | None) -> None:
     """Recompute a few rows of the call's output in float32 and compare.
 
     The tolerance allows for the rounding of scores and weights in the model's dtype: a few units in the last place of
@@ -169,11 +174,7 @@ def check_output(call: AttentionCall, start: int, window: int | None, softcap: f
         *(min(n - 1, (2 * c + 1) * n // CHECKED_ROWS) for c in range(CHECKED_ROWS // 2)),
     }
     rows = torch.tensor(sorted(picks), device=q.device)
-    i = rows[:, None] + start
-    j = torch.arange(start + n - keys, start + n, device=q.device)
-    visible = j <= i
-    if window is not None:
-        visible = visible & (i - j < window)
+    seen = causal_mask(rows + start, torch.arange(start + n - keys, start + n, device=q.device), window)
     group = heads // kv
     epsilon = EPSILON.get(q.dtype, 2.0**-7)
     if q.device.type != "cpu":
@@ -181,13 +182,13 @@ def check_output(call: AttentionCall, start: int, window: int | None, softcap: f
     for row in range(kv):
         mine = q[row * group : (row + 1) * group, rows].float()  # [group, rows, d]
         s = mine @ k[row].float().T * call.scale
-        if softcap is not None:
-            s = softcap * torch.tanh(s / softcap)
-        s = s.masked_fill(~visible, -torch.inf)
+        if call.softcap is not None:
+            s = call.softcap * torch.tanh(s / call.softcap)
+        s = s.masked_fill(~seen, -torch.inf)
         values = v[row].float()
         expected = torch.softmax(s, -1) @ values
         actual = output[0, rows, row * group : (row + 1) * group].transpose(0, 1).float()
-        largest = float(s.masked_fill(~visible, 0).abs().max())
+        largest = float(s.masked_fill(~seen, 0).abs().max())
         tolerance = 4 * epsilon * (4 + largest) * float(values.abs().max())
         error = float((expected - actual).abs().max())
         if not error <= tolerance and bool(torch.isfinite(actual).all()):
@@ -204,9 +205,3 @@ def check_output(call: AttentionCall, start: int, window: int | None, softcap: f
                 f" (heads {head} to {head + group - 1};"
                 f" rounding explains {tolerance:.1g})",
             )
-
-
-def softcap_of(options: dict[str, Any]) -> float | None:
-    """The logit soft-cap among a call's options, or None."""
-    value = options.get("softcap")
-    return float(value) if value else None

@@ -21,11 +21,13 @@ from torch import nn
 
 from anchorscope.devices import is_out_of_memory
 from anchorscope.errors import InputError, type_and_line
+from anchorscope.models.calls import AttentionCall
 from anchorscope.models.config import text_config
-from anchorscope.models.hook import AttentionCall, intercept
+from anchorscope.models.hook import intercept
 from anchorscope.models.language import language_only
 from anchorscope.models.positions import TRIAL_TOKENS, Rotations
 from anchorscope.models.prefill import Prefill, feed, run
+from anchorscope.models.watch import filled, module_hooks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,7 +46,7 @@ MODEL_TOLERANCE, MODEL_MEDIAN_16 = 1e-3, 0.1
 
 def rotations(model: PreTrainedModel, token_ids: Sequence[int]) -> Rotations:
     """The rotary modules, from a trial run of a few tokens."""
-    ids = [token_ids[i % len(token_ids)] for i in range(TRIAL_TOKENS)]
+    ids = filled(token_ids, TRIAL_TOKENS)
     return Rotations(model, lambda: run(model, ids), TRIAL_TOKENS)
 
 
@@ -141,10 +143,10 @@ def _kinds(model: PreTrainedModel, token_ids: Sequence[int]) -> tuple[bool, int 
 
     def look(call: AttentionCall) -> None:
         attending.add(call.module)
-        if call.options.get("sliding_window"):
-            windows.append(int(call.options["sliding_window"]))
+        if call.window is not None:
+            windows.append(call.window)
 
-    ids = [token_ids[i % len(token_ids)] for i in range(TRIAL_TOKENS)]
+    ids = filled(token_ids, TRIAL_TOKENS)
     with intercept(model, language_only(model, look)):
         found = _keepers(model, ids, (TRIAL_TOKENS - 2, 2))
     return any(not attending & set(m.modules()) for m in found), max(windows, default=None)
@@ -158,20 +160,9 @@ def _keepers(model: PreTrainedModel, ids: Sequence[int], sizes: Sequence[int]) -
         if any(_is_cache(x) for x in [*args, *kwargs.values()]):
             holders[module] = None
 
-    with _hooks(m.register_forward_pre_hook(look, with_kwargs=True) for m in model.modules()):
+    with module_hooks(m.register_forward_pre_hook(look, with_kwargs=True) for m in model.modules()):
         run(model, ids, sizes)
     return [m for m in holders if not any(part in holders for part in m.modules() if part is not m)]
-
-
-@contextmanager
-def _hooks(hooks: Iterable[Any]) -> Iterator[None]:
-    """Take the hooks off again."""
-    installed = list(hooks)
-    try:
-        yield
-    finally:
-        for hook in installed:
-            hook.remove()
 
 
 def _is_cache(value: Any) -> bool:
@@ -203,7 +194,7 @@ class _Compare:
 
     def hooked(self) -> AbstractContextManager[None]:
         """Install the hooks."""
-        return _hooks(
+        return module_hooks(
             hook
             for m in self._names
             for hook in (
@@ -260,7 +251,7 @@ def check_sizes(
         InputError: a module, or the whole model, gives something else, or keeps no cache.
     """
     total = sum(sizes)
-    ids = [token_ids[i % len(token_ids)] for i in range(total)]
+    ids = filled(token_ids, total)
     compare = _Compare(_keepers(model, ids, sizes), total)
     with compare.hooked():
         whole = _projections(model, ids, layers, None)

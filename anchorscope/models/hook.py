@@ -21,70 +21,23 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
 from anchorscope.errors import InputError, MissingBackendError
+from anchorscope.models.calls import Attend, AttentionCall, AttentionInputs, Own
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel
 
 _beneath: dict[str, str] = {}  # names registered here -> the implementation that each stands in front of
 _lock = threading.RLock()  # guards what follows
 _open: list[_Context] = []  # the open contexts, in the order in which they were opened
 _named: dict[int, tuple[PretrainedConfig, int]] = {}  # id of a config with a private name -> it, and its contexts
-
-
-@dataclass(frozen=True)
-class AttentionInputs:
-    """What one layer hands to its attention function.
-
-    Attributes:
-        module: the attention module.
-        layer: its `layer_idx`, or None.
-        implementation: the attention the model chose ("sdpa", "eager", "flash_attention_2", ...).
-        q: (B, H, n, d) after rotary embedding and norms.
-        k: (B, Hkv, m, d): all keys so far; the last n belong to these queries. A cache of a window layer may crop
-            older ones.
-        v: (B, Hkv, m, dv).
-        mask: what the mask function built: None, a boolean or additive tensor (B or 1, 1 or H, n, m), or another
-            object.
-        scale: softmax scale.
-        options: the remaining keyword arguments (`sliding_window`, `softcap`, `s_aux`, ...).
-    """
-
-    module: nn.Module
-    layer: int | None
-    implementation: str
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    mask: Any
-    scale: float
-    options: dict[str, Any]
-
-    @property
-    def name(self) -> str:
-        """The attention module's class and layer, for messages."""
-        return f"{type(self.module).__name__} of layer {'?' if self.layer is None else self.layer}"
-
-
-@dataclass(frozen=True)
-class AttentionCall(AttentionInputs):
-    """One attention call, as the model made it.
-
-    Attributes:
-        output: (B, n, H, dv), the model's own result.
-    """
-
-    output: Tensor
-
-
-# The model's own attention, as (q, k, v) -> (output (B, n, H, dv), weights or None): mask, scale and options are bound.
-Own = Callable[["Tensor", "Tensor", "Tensor"], Any]
-# What a call becomes; returns what `Own` returns.
-Attend = Callable[[AttentionInputs, Own], Any]
 
 
 @contextlib.contextmanager
@@ -256,8 +209,6 @@ def register(name: str, attend: Attend, implementation: str) -> None:
         MissingBackendError: transformers is not installed.
         InputError: transformers knows no such implementation.
     """
-    import torch
-
     interface, masks = _interfaces()
     if implementation != "eager" and implementation not in interface._global_mapping:
         raise InputError(f"transformers knows no attention implementation {implementation!r}; use eager or sdpa")

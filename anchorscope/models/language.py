@@ -10,10 +10,8 @@ import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
+from anchorscope.models.calls import AttentionCall, AttentionInputs
 from anchorscope.models.config import text_config
-from anchorscope.models.hook import AttentionCall, AttentionInputs
 
 if TYPE_CHECKING:
     from torch import nn
@@ -64,15 +62,6 @@ def crosses(call: AttentionInputs) -> bool:
     """Whether a call is cross-attention, which reads something else than its own tokens."""
     named = "cross" in type(call.module).__name__.lower() or getattr(call.module, "is_cross_attention", False)
     return bool(named) or call.k.shape[-2] < call.q.shape[-2]
-
-
-def bidirectional(call: AttentionInputs) -> bool:
-    """Whether a call says that it sees both sides: there is no mask, and its module or its options are not causal."""
-    if call.q.shape[-2] == 1 or (isinstance(call.mask, Tensor) and call.mask.ndim == 4):
-        return False
-    option = call.options.get("is_causal")
-    causal = getattr(call.module, "is_causal", True) if option is None else option
-    return not causal or (call.mask is None and call.implementation == "eager")
 
 
 def language_only(model: PreTrainedModel, sink: Callable[[AttentionCall], None]) -> Callable[[AttentionCall], None]:

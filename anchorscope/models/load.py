@@ -17,7 +17,7 @@ from anchorscope.models.facts import name_of
 from anchorscope.models.gguf_config import Gguf, agree
 from anchorscope.models.gguf_metadata import open_gguf
 from anchorscope.models.locate import Place, guarded, load_tokenizer, locate, no_conversion
-from anchorscope.models.weights import check_materialised, check_report
+from anchorscope.models.weights import check_materialized, check_report
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -119,7 +119,7 @@ def load_model(
         options = {"config": config, "dtype": dtype, "device_map": {"": str(where)}, **common}
         model, report = guarded(place, lambda: _weights(place, options))
     unexpected = check_report(report, source, notify)
-    check_materialised(model, source)
+    check_materialized(model, source)
     model.eval()
     return LoadedModel(
         model,
@@ -153,7 +153,7 @@ def ready_model(model: str | PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     if isinstance(model, str):
         return load_model(model, **loading)
     if isinstance(model, torch.nn.Module):
-        check_materialised(model, name_of(model))
+        check_materialized(model, name_of(model))
     base = pretrained(model)
     return LoadedModel(base, tokenizer, name_of(base), None)
 

@@ -26,6 +26,7 @@ from anchorscope.errors import AnchorScopeError
 from anchorscope.files import human_bytes
 from anchorscope.models.placement import model_device
 from anchorscope.models.prefill import keeps_few_rows, prefill, prefill_module
+from anchorscope.models.watch import filled, module_hooks
 from anchorscope.proof import SCORED
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 @dataclass(frozen=True)
-class Curve:
+class MemoryCurve:
     """Peak bytes of a prefill against its length.
 
     Attributes:
@@ -107,7 +108,7 @@ class Curve:
         return bisect.bisect_right(range(1, self.tokens + 1), budget, key=self.bytes)
 
 
-def prefill_curve(model: PreTrainedModel, token_ids: Sequence[int], tokens: int, chunk: int | None) -> Curve:
+def prefill_curve(model: PreTrainedModel, token_ids: Sequence[int], tokens: int, chunk: int | None) -> MemoryCurve:
     """Learn how much memory a prefill of up to `tokens` tokens allocates, from runs of a few hundred.
 
     Args:
@@ -118,7 +119,7 @@ def prefill_curve(model: PreTrainedModel, token_ids: Sequence[int], tokens: int,
     """
 
     def watch(count: int, piece: int | None) -> list[list[int]]:
-        ids = [token_ids[i % len(token_ids)] for i in range(count)]
+        ids = filled(token_ids, count)
         return _watch_pieces(model, lambda: prefill(model, ids, chunk=piece))
 
     if chunk is not None and 3 * chunk < tokens:
@@ -142,7 +143,7 @@ def logits_bytes(model: PreTrainedModel, token_ids: Sequence[int], rows: int) ->
         token_ids: some ids to run; repeated where more are needed.
         rows: positions.
     """
-    ids = [token_ids[i % len(token_ids)] for i in range(ROWS)]
+    ids = filled(token_ids, ROWS)
     inputs = torch.tensor([ids], dtype=torch.long, device=model_device(model))
 
     def watch(keep: int) -> np.ndarray:
@@ -156,11 +157,11 @@ def logits_bytes(model: PreTrainedModel, token_ids: Sequence[int], rows: int) ->
     return int(max(0, more) / (ROWS - 1) * (rows - 1))
 
 
-def _curve(lengths: Sequence[int], runs: Sequence[Sequence[int]], unit: float, tokens: int) -> Curve:
+def _curve(lengths: Sequence[int], runs: Sequence[Sequence[int]], unit: float, tokens: int) -> MemoryCurve:
     """Line the runs' operations up; where experts make their number differ, only the peaks."""
     same = len({len(run) for run in runs}) == 1
     points = [list(run) if same else [max(run)] for run in runs]
-    return Curve(np.array(lengths, dtype=float), np.array(points, dtype=float), unit, tokens)
+    return MemoryCurve(np.array(lengths, dtype=float), np.array(points, dtype=float), unit, tokens)
 
 
 def _watch_pieces(model: PreTrainedModel, run: Callable[[], Any]) -> list[list[int]]:
@@ -168,10 +169,8 @@ def _watch_pieces(model: PreTrainedModel, run: Callable[[], Any]) -> list[list[i
     starts: list[int] = []
     with LiveBytes() as live:
         hook = prefill_module(model).register_forward_pre_hook(lambda *_: starts.append(len(live.events)))
-        try:
+        with module_hooks([hook]):
             run()
-        finally:
-            hook.remove()
     bounds = [0, *starts[1:], len(live.events)]
     return [live.events[a:b] for a, b in pairwise(bounds)]
 
@@ -208,7 +207,7 @@ class Forecast:
         chunk: tokens prefilled at a time, or None for the whole prompt.
     """
 
-    curve: Curve
+    curve: MemoryCurve
     weights: int
     free: int | None
     chunk: int | None

@@ -17,6 +17,7 @@ from torch import nn
 
 from anchorscope.errors import InputError
 from anchorscope.models.config import text_config
+from anchorscope.models.watch import module_hooks
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -185,12 +186,8 @@ class Rotations:
                     self._calls.append(_Call(module, args, dict(kwargs)))
 
         leaves = [m for m in model.modules() if not [*m.children(), *m.parameters()]]
-        hooks = [m.register_forward_pre_hook(look, with_kwargs=True) for m in leaves]
-        try:
+        with module_hooks(m.register_forward_pre_hook(look, with_kwargs=True) for m in leaves):
             run()
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def same(self, tokens: int, stops: Sequence[int]) -> bool:
         """Whether every position is rotated alike in one forward and in pieces.

@@ -32,7 +32,7 @@ class WheelModel:
         sha256: of the GGUF.
         size: of the GGUF in bytes.
         title: for messages and the manifest.
-        licence: of the weights.
+        license: of the weights.
     """
 
     requirement: str
@@ -40,7 +40,7 @@ class WheelModel:
     sha256: str
     size: int
     title: str
-    licence: str
+    license: str
 
 
 PRESETS = {
@@ -50,7 +50,7 @@ PRESETS = {
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         size=98_362_432,
         title="SmolLM2-135M-Instruct (Q4_1)",
-        licence="Apache-2.0",
+        license="Apache-2.0",
     ),
 }
 
@@ -85,7 +85,7 @@ def preset_file(name: str, notify: Callable[[str], None]) -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix="fetch-") as folder:
-            notify(f"fetching {preset.title} ({preset.requirement}, {preset.licence}) into {target.parent}")
+            notify(f"fetching {preset.title} ({preset.requirement}, {preset.license}) into {target.parent}")
             found = _fetch(preset, Path(folder))
             if (actual := _sha256(found)) != preset.sha256:
                 raise InputError(

@@ -12,7 +12,7 @@ from anchorscope.models.config import text_config
 from anchorscope.models.placement import model_device
 from anchorscope.models.positions import reset_rotations
 from anchorscope.models.prefill import keeps_few_rows, run
-from anchorscope.models.weights import check_materialised, listed
+from anchorscope.models.weights import check_materialized, listed
 from anchorscope.proof import CONTEXT, SCORED, ModelProof, PromptProof
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def prove_model(model: PreTrainedModel, loading: Mapping[str, Any] | None = None
     Raises:
         InputError: weights have no values at all (they are on the device meta, and no offloading brings them).
     """
-    check_materialised(model, type(model).__name__)
+    check_materialized(model, type(model).__name__)
     found = _from_no_checkpoint(model)
     if not found:
         return ModelProof(loading)

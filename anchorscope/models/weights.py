@@ -70,7 +70,7 @@ def check_report(report: Mapping[str, Any], source: str, notify: Callable[[str],
     return unexpected
 
 
-def check_materialised(model: PreTrainedModel, name: str) -> None:
+def check_materialized(model: PreTrainedModel, name: str) -> None:
     """Refuse a loaded model some of whose weights were never given values.
 
     Raises:

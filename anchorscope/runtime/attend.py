@@ -16,12 +16,12 @@ from anchorscope.errors import InputError
 from anchorscope.kernels import torch_backend
 from anchorscope.kernels.geometry import visible_pairs
 from anchorscope.kernels.pipeline import Attention, anchor_attention
-from anchorscope.models.check import Unrepresentable, check_inputs, softcap_of
-from anchorscope.models.hook import AttentionInputs, Own
-from anchorscope.models.language import Language, bidirectional
-from anchorscope.runtime.masks import View, Views, assumed, shown_pairs, window_of
-from anchorscope.runtime.pieces import Heads, Piece, pieces_of, runs_sparse, split_heads, split_tail
-from anchorscope.runtime.plan import Plan, cannot
+from anchorscope.models.calls import AttentionInputs, Own
+from anchorscope.models.check import Unrepresentable, check_inputs
+from anchorscope.models.language import Language
+from anchorscope.runtime.assignment import Assignment, cannot
+from anchorscope.runtime.masks import CallPositions, PositionCache, assumed, shown_pairs, window_of
+from anchorscope.runtime.pieces import HeadGroup, Piece, pieces_of, runs_sparse, split_heads, split_tail
 from anchorscope.runtime.speculation import candidates
 from anchorscope.runtime.usage import LayerUse, Tally
 
@@ -51,7 +51,7 @@ class _NoBackward(torch.autograd.Function):
         raise InputError("sparse attention has no backward pass: train the model outside of it")
 
 
-class _Pipeline(NamedTuple):
+class _SparseCall(NamedTuple):
     """The kernels, with everything they need of one call but its heads and rows."""
 
     call: AttentionInputs
@@ -59,7 +59,7 @@ class _Pipeline(NamedTuple):
     window: int | None
     backend: str
 
-    def run(self, heads: Heads, piece: Piece, *, keep: bool = False) -> Attention:
+    def run(self, heads: HeadGroup, piece: Piece, *, keep: bool = False) -> Attention:
         """Sparse attention of some heads and rows; `keep` every key where the rows are to run dense."""
         q, k, v, place = self._inputs(heads, piece)
         p = self.anchors.params
@@ -71,7 +71,7 @@ class _Pipeline(NamedTuple):
         except ValueError as error:
             raise cannot(self.call, str(error)) from None
 
-    def dense_lse(self, heads: Heads, piece: Piece) -> Tensor:
+    def dense_lse(self, heads: HeadGroup, piece: Piece) -> Tensor:
         """LSE over all visible keys, (b, H', n') float32: what recall is measured against."""
         q, k, v, place = self._inputs(heads, piece)
         if self.backend == "torch":
@@ -80,12 +80,12 @@ class _Pipeline(NamedTuple):
 
         return dense_lse(q, k, None, **place)[1]
 
-    def _inputs(self, heads: Heads, piece: Piece) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
+    def _inputs(self, heads: HeadGroup, piece: Piece) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
         q, k, v = heads.of(self.call.q, self.call.k, self.call.v)
         place = {
             "scale": self.call.scale,
             "window": self.window,
-            "softcap": softcap_of(self.call.options),
+            "softcap": self.call.softcap,
             "offset": piece.offset,
         }
         rows, keys = piece.rows, piece.keys
@@ -96,22 +96,26 @@ class SparseRun:
     """What a model does inside `sparse_attention`, and what it did: `layers()`.
 
     Args:
-        plan: which heads run how; None leaves everything to the model and only counts.
+        assignment: which heads run how; None leaves everything to the model and only counts.
         backend: "auto", "torch" or "triton".
         measure: compute the recall of every sparse call, by a second exact pass over all keys.
         language: what of the model is its language model; by default told by each call alone.
     """
 
     def __init__(
-        self, plan: Plan | None, backend: str = "auto", measure: bool = False, language: Language | None = None
+        self,
+        assignment: Assignment | None,
+        backend: str = "auto",
+        measure: bool = False,
+        language: Language | None = None,
     ) -> None:
         self._language = language or Language(None)
         self._left_out: set[str] = set()
-        self._plan = plan
+        self._assignment = assignment
         self._backend = backend
         self._measure = measure
-        self._views = Views()
-        self._heads: dict[tuple[LayerAnchors, int, torch.device], tuple[Heads | None, Heads | None]] = {}
+        self._positions = PositionCache()
+        self._heads: dict[tuple[LayerAnchors, int, torch.device], tuple[HeadGroup | None, HeadGroup | None]] = {}
         self._tallies: dict[int, Tally] = {}
 
     def layers(self) -> list[LayerUse]:
@@ -132,25 +136,25 @@ class SparseRun:
         return self._language.foreign(call)
 
     def attend(self, call: AttentionInputs, own: Own) -> Any:
-        """Answer one call of the model: see `anchorscope.models.hook.Attend`.
+        """Answer one call of the model: see `anchorscope.models.calls.Attend`.
 
         Raises:
             InputError: a layer with anchors makes a call that the kernels would compute wrongly.
         """
         may = _outer.get()
-        if may == "pass" or (may == "count" and self._plan is not None):
+        if may == "pass" or (may == "count" and self._assignment is not None):
             return own(call.q, call.k, call.v)
         if self.foreign(call):
             self._left_out.add(type(call.module).__name__)
             return own(call.q, call.k, call.v)
-        if self._plan is None:
+        if self._assignment is None:
             return self._dense(call, own)
 
         def alone(q: Tensor, k: Tensor, v: Tensor) -> Any:
             with outer_contexts("count"):
                 return own(q, k, v)
 
-        anchors = None if call.q.shape[2] == 1 else self._plan.layer(call)
+        anchors = None if call.q.shape[2] == 1 else self._assignment.layer(call)
         if anchors is None:
             return self._dense(call, alone)
         try:
@@ -161,13 +165,13 @@ class SparseRun:
     def _tally(self, call: AttentionInputs) -> Tally:
         return self._tallies.setdefault(-1 if call.layer is None else call.layer, Tally())
 
-    def _dense(self, call: AttentionInputs, own: Own, view: View | None = None) -> Any:
-        """Leave a call to the model, and count it by `view`, or by its mask."""
+    def _dense(self, call: AttentionInputs, own: Own, positions: CallPositions | None = None) -> Any:
+        """Leave a call to the model, and count it by `positions`, or by its mask."""
         _, heads, n, _ = call.q.shape
         if n == 1:
             return own(call.q, call.k, call.v)
         window = window_of(call)
-        found = self._counted(call, view, window)
+        found = self._counted(call, positions, window)
         if found is None:
             self._left_out.add(type(call.module).__name__)
             return own(call.q, call.k, call.v)
@@ -180,14 +184,16 @@ class SparseRun:
         tally.calls += 1
         return result
 
-    def _counted(self, call: AttentionInputs, view: View | None, window: int | None) -> tuple[int, int] | None:
+    def _counted(
+        self, call: AttentionInputs, positions: CallPositions | None, window: int | None
+    ) -> tuple[int, int] | None:
         """Queries of a dense call and the pairs that one head computes; None if it is not causal at all."""
-        if bidirectional(call):
+        if call.bidirectional:
             return None
         try:
-            pieces = pieces_of(view or self._views(call, window), call.q.shape[2])
+            pieces = pieces_of(positions or self._positions(call, window), call.q.shape[2])
         except Unrepresentable:
-            if isinstance(call.mask, Tensor) and call.mask.ndim == 4:
+            if call.mask_tensor is not None:
                 return shown_pairs(call)
             pieces = pieces_of(assumed(call), call.q.shape[2])
         return (
@@ -211,8 +217,8 @@ class SparseRun:
         wanted = getattr(getattr(call.module, "config", None), "output_attentions", False)
         if call.options.get("output_attentions") or wanted:
             raise Unrepresentable(call, "it is asked for its attention weights (output_attentions)")
-        view = self._views(call, window)
-        pieces, verified = split_tail(pieces_of(view, n), n, candidates(call))
+        positions = self._positions(call, window)
+        pieces, verified = split_tail(pieces_of(positions, n), n, candidates(call))
         device = call.q.device
         key = anchors, call.k.shape[1], device
         if key not in self._heads:
@@ -221,27 +227,27 @@ class SparseRun:
         runs = [runs_sparse(piece, anchors.params) for piece in pieces] + [False] * len(verified)
         pieces += verified
         if sparse is None or not any(runs):
-            return self._dense(call, own, view)
+            return self._dense(call, own, positions)
 
-        pipeline = _Pipeline(call, anchors, window, resolve_backend_name(self._backend, device))
+        sparse_call = _SparseCall(call, anchors, window, resolve_backend_name(self._backend, device))
         with self._tally(call).clock.running(device), torch.no_grad():
             out = _room(call, pieces)
             if dense is not None:
                 dense.place(out, own(*dense.of(call.q, call.k, call.v))[0])
-            found = [pipeline.run(sparse, p, keep=not sparsely) for p, sparsely in zip(pieces, runs, strict=True)]
+            found = [sparse_call.run(sparse, p, keep=not sparsely) for p, sparsely in zip(pieces, runs, strict=True)]
             for piece, attention in zip(pieces, found, strict=True):
                 sparse.place(out[piece.rows, piece.queries], attention.out.transpose(1, 2))
-        self._count(pipeline, sparse, pieces, found)
+        self._count(sparse_call, sparse, pieces, found)
         if torch.is_grad_enabled():
             for x in (call.q, call.k, call.v):
                 if x.requires_grad:
                     return _NoBackward.apply(out, x), None
         return out, None
 
-    def _count(self, pipeline: _Pipeline, sparse: Heads, pieces: list[Piece], found: list[Attention]) -> None:
-        tally, shape, window = self._tally(pipeline.call), pipeline.anchors.params, pipeline.window
+    def _count(self, sparse_call: _SparseCall, sparse: HeadGroup, pieces: list[Piece], found: list[Attention]) -> None:
+        tally, shape, window = self._tally(sparse_call.call), sparse_call.anchors.params, sparse_call.window
         heads = len(sparse.theta)
-        others = pipeline.call.q.shape[1] - heads
+        others = sparse_call.call.q.shape[1] - heads
         tally.kind = "sparse"
         tally.calls += 1
         for piece, attention in zip(pieces, found, strict=True):
@@ -252,7 +258,7 @@ class SparseRun:
             tally.kept += piece.prompts * (heads * geo.anchor_pairs + others * visible)
             tally.stripes(attention.stripes.pairs(geo))
             if self._measure:
-                rows = torch.exp(attention.lse - pipeline.dense_lse(sparse, piece))
+                rows = torch.exp(attention.lse - sparse_call.dense_lse(sparse, piece))
                 tally.mass(rows, piece.prompts * piece.size * others)
 
 

@@ -12,15 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from anchorscope.models.check import Unrepresentable, refuse, visible
-from anchorscope.models.hook import AttentionInputs
-from anchorscope.models.language import bidirectional
+from anchorscope.models.calls import AttentionInputs
+from anchorscope.models.check import Unrepresentable, causal_mask, refuse, visible
 
 CHUNK = 1 << 24  # elements of a mask compared at a time: bounds the extra memory
 
 
 @dataclass(frozen=True)
-class View:
+class CallPositions:
     """Positions of one call, counted from the first key of the row.
 
     Attributes:
@@ -32,24 +31,24 @@ class View:
     spans: tuple[tuple[int, int], ...]
 
 
-class Views:
-    """`view` with a memory: the layers of a forward share their masks, which are compared once.
+class PositionCache:
+    """`positions` with a memory: the layers of a forward share their masks, which are compared once.
 
     A layer that does not come after the last one belongs to another forward, and a mask may have been changed in place
     in between: it is compared again.
     """
 
     def __init__(self) -> None:
-        self._known: dict[tuple[int, int | None], tuple[weakref.ref[Tensor], View | str, int]] = {}
+        self._known: dict[tuple[int, int | None], tuple[weakref.ref[Tensor], CallPositions | str, int]] = {}
         self._rising: tuple[weakref.ref[Tensor], int] | None = None  # position ids looked at, and by which layer
 
-    def __call__(self, call: AttentionInputs, window: int | None) -> View:
+    def __call__(self, call: AttentionInputs, window: int | None) -> CallPositions:
         """The call's positions; `window` is its sliding window.
 
         Raises:
             Unrepresentable: its mask is not causal with padding and at most that window.
         """
-        if not isinstance(call.mask, Tensor) or call.mask.ndim != 4:
+        if call.mask_tensor is None:
             self._refuse_packed(call)
             return _unmasked(call)
         key = id(call.mask), window
@@ -83,29 +82,29 @@ class Views:
 
 def window_of(call: AttentionInputs) -> int | None:
     """The sliding window that the call asks for; None without one or where the mask's absence says it has no effect."""
-    window = call.options.get("sliding_window")
-    if not window or (call.mask is None and "flash" not in call.implementation and window < call.k.shape[2]):
+    window = call.window
+    if window and call.mask is None and "flash" not in call.implementation and window < call.k.shape[2]:
         return None
-    return int(window)
+    return window
 
 
-def assumed(call: AttentionInputs) -> View:
+def assumed(call: AttentionInputs) -> CallPositions:
     """Positions by shapes alone: no padding, the queries at the end of the keys."""
     batch, _, n, _ = call.q.shape
     keys = call.k.shape[2]
     if call.implementation == "sdpa" and call.mask is None:
         keys = n  # with more keys it is the first call with a static cache: sdpa's is_causal begins at the first key
-    return View(keys - n, ((0, keys),) * batch)
+    return CallPositions(keys - n, ((0, keys),) * batch)
 
 
-def _unmasked(call: AttentionInputs) -> View:
+def _unmasked(call: AttentionInputs) -> CallPositions:
     """A call without a mask, or with what FlashAttention takes instead: a (B, keys) tensor, one per real token."""
     batch, _, n, _ = call.q.shape
     keys = call.k.shape[2]
-    if bidirectional(call):
+    if call.bidirectional:
         raise refuse(call, "it is bidirectional (no causal mask)")
     if "flash" in call.implementation and isinstance(call.mask, Tensor) and call.mask.shape == (batch, keys):
-        return View(keys - n, _runs(call, call.mask.bool()))
+        return CallPositions(keys - n, _runs(call, call.mask.bool()))
     if call.mask is not None:
         raise refuse(call, f"its mask is a {type(call.mask).__name__}, which is not read (use sdpa)")
     if keys != n and "flash" not in call.implementation and call.implementation != "sdpa":
@@ -113,7 +112,7 @@ def _unmasked(call: AttentionInputs) -> View:
     return assumed(call)
 
 
-def _masked(call: AttentionInputs, mask: Tensor, window: int | None) -> View:
+def _masked(call: AttentionInputs, mask: Tensor, window: int | None) -> CallPositions:
     batch, _, n, _ = call.q.shape
     keys = call.k.shape[2]
     if mask.shape[1] != 1 or mask.shape[0] not in (1, batch) or mask.shape[2:] != (n, keys):
@@ -130,15 +129,13 @@ def _masked(call: AttentionInputs, mask: Tensor, window: int | None) -> View:
     real = (j >= bounds[:, :1]) & (j < bounds[:, 1:])
     wrong = torch.zeros((), dtype=torch.bool, device=mask.device)
     for begin, part in parts:
-        i = torch.arange(begin, begin + part.shape[1], device=mask.device)[:, None] + offset
-        expected = (j <= i) & real[:, None]
-        if window is not None:
-            expected &= i - j < window
+        i = torch.arange(begin, begin + part.shape[1], device=mask.device) + offset
+        expected = causal_mask(i, j, window) & real[:, None]
         wrong |= (visible(call, part) != expected).any()
     if offset < 0 or bool(wrong):
         kind = "(chunked, prefix or bidirectional attention, or several prompts in a row)"
         raise refuse(call, f"its mask is not causal with padding and at most a sliding window {kind}")
-    return View(offset, spans * (batch // len(spans)))
+    return CallPositions(offset, spans * (batch // len(spans)))
 
 
 def _first_position(call: AttentionInputs, mask: Tensor, spans: tuple[tuple[int, int], ...]) -> int:

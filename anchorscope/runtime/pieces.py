@@ -10,7 +10,7 @@ from torch import Tensor
 
 from anchorscope.anchors import LayerAnchors
 from anchorscope.params import AnchorParams
-from anchorscope.runtime.masks import View
+from anchorscope.runtime.masks import CallPositions
 
 
 class Piece(NamedTuple):
@@ -39,16 +39,16 @@ class Piece(NamedTuple):
         return int(self.queries.stop - self.queries.start)
 
 
-def pieces_of(view: View, n: int) -> list[Piece]:
+def pieces_of(positions: CallPositions, n: int) -> list[Piece]:
     """The prompts of a call of n queries; those that are still padding have none."""
-    alike = len(set(view.spans)) == 1
-    rows = [slice(0, len(view.spans))] if alike else [slice(b, b + 1) for b in range(len(view.spans))]
+    alike = len(set(positions.spans)) == 1
+    rows = [slice(0, len(positions.spans))] if alike else [slice(b, b + 1) for b in range(len(positions.spans))]
     found = []
-    for row, (start, stop) in zip(rows, view.spans, strict=False):
-        first, last = max(start - view.offset, 0), min(stop - view.offset, n)
+    for row, (start, stop) in zip(rows, positions.spans, strict=False):
+        first, last = max(start - positions.offset, 0), min(stop - positions.offset, n)
         if first < last:
-            place = slice(start, view.offset + last)
-            found.append(Piece(row, slice(first, last), place, view.offset + first - start))
+            place = slice(start, positions.offset + last)
+            found.append(Piece(row, slice(first, last), place, positions.offset + first - start))
     return found
 
 
@@ -73,7 +73,7 @@ def runs_sparse(piece: Piece, params: AnchorParams) -> bool:
     return not behind_cache and params.at(piece.size, offset=piece.offset).most_stripes > 0
 
 
-class Heads(NamedTuple):
+class HeadGroup(NamedTuple):
     """Heads of a layer that run alike.
 
     Attributes:
@@ -100,7 +100,9 @@ class Heads(NamedTuple):
             out.index_copy_(2, self.query, result)
 
 
-def split_heads(anchors: LayerAnchors, kv_heads: int, device: torch.device) -> tuple[Heads | None, Heads | None]:
+def split_heads(
+    anchors: LayerAnchors, kv_heads: int, device: torch.device
+) -> tuple[HeadGroup | None, HeadGroup | None]:
     """Heads for the pipeline and heads for the model's own attention; None where there are none.
 
     Of a kv head whose query heads are not all dense, every query head goes to the pipeline, dense ones with theta =
@@ -109,12 +111,12 @@ def split_heads(anchors: LayerAnchors, kv_heads: int, device: torch.device) -> t
     ratio = len(anchors.thetas) // kv_heads
     dense = [all(anchors.dense[r * ratio : (r + 1) * ratio]) for r in range(kv_heads)]
 
-    def heads(kind: bool) -> Heads | None:
+    def heads(kind: bool) -> HeadGroup | None:
         kv = [r for r in range(kv_heads) if dense[r] is kind]
         query = [h for r in kv for h in range(r * ratio, (r + 1) * ratio)]
         theta = torch.tensor([math.inf if (t := anchors.thetas[h]) is None else t for h in query], device=device)
         if len(kv) == kv_heads:
-            return Heads(theta, None, None)
-        return Heads(theta, *(torch.tensor(x, device=device) for x in (query, kv))) if kv else None
+            return HeadGroup(theta, None, None)
+        return HeadGroup(theta, *(torch.tensor(x, device=device) for x in (query, kv))) if kv else None
 
     return heads(False), heads(True)

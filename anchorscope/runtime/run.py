@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from anchorscope.devices import BACKENDS
 from anchorscope.errors import InputError
-from anchorscope.models.hook import AttentionInputs, Own, divert, register
+from anchorscope.models.calls import AttentionInputs, Own
+from anchorscope.models.hook import divert, register
 from anchorscope.models.language import Language
 from anchorscope.models.load import pretrained, require_transformers
 from anchorscope.models.proof import prove_model
+from anchorscope.runtime.assignment import Assignment, Configuration
 from anchorscope.runtime.attend import SparseRun, outer_contexts
-from anchorscope.runtime.plan import Configuration, Plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -67,10 +68,10 @@ def sparse_attention(
     model = _loaded(model)
     for sentence in prove_model(model).warnings:
         warnings.warn(sentence, stacklevel=3)  # past this generator and its context manager
-    plan = Plan(config)
+    assignment = Assignment(config)
     with outer_contexts("pass"):
-        plan.check(model, force)
-    run = SparseRun(plan, backend, measure, Language(model))
+        assignment.check(model, force)
+    run = SparseRun(assignment, backend, measure, Language(model))
     with divert(model, run.attend):
         yield run
 
@@ -126,8 +127,8 @@ def register_attention(
             f"no anchors for {IMPLEMENTATION}: give register_attention a configuration, or set {VARIABLE} to the path"
             " of an anchors.json"
         )
-    plan = Plan(config)
-    run = SparseRun(plan, backend, measure)
+    assignment = Assignment(config)
+    run = SparseRun(assignment, backend, measure)
     known: set[int] = set()
 
     def attend(call: AttentionInputs, own: Own) -> Any:
@@ -136,7 +137,7 @@ def register_attention(
         facts = getattr(call.module, "config", None)
         if id(facts) not in known:
             depth = getattr(facts, "num_hidden_layers", None)
-            plan.check_facts(
+            assignment.check_facts(
                 {"class": type(call.module).__name__, "type": getattr(facts, "model_type", None), "layers": depth},
                 force,
             )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 
-from anchorscope.models.hook import AttentionInputs
+from anchorscope.models.calls import AttentionInputs
 
 
 def candidates(call: AttentionInputs) -> int:

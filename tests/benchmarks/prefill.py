@@ -32,7 +32,8 @@ from anchorscope.anchors import AnchorConfig
 from anchorscope.bench.environment import hardware, versions
 from anchorscope.kernels.dense_lse import dense_lse
 from anchorscope.kernels.pipeline import anchor_attention
-from anchorscope.models.hook import AttentionInputs, Own, divert
+from anchorscope.models.calls import AttentionInputs, Own
+from anchorscope.models.hook import divert
 from anchorscope.params import AnchorParams
 from anchorscope.planted import planted
 

@@ -11,8 +11,8 @@ import torch
 from anchorscope.anchors import AnchorConfig, LayerAnchors
 from anchorscope.kernels import reference
 from anchorscope.models import AttentionCall, intercept, prefill
-from anchorscope.models.check import softcap_of
-from anchorscope.models.hook import AttentionInputs, Own, divert
+from anchorscope.models.calls import AttentionInputs, Own
+from anchorscope.models.hook import divert
 from anchorscope.params import AnchorParams
 
 SMALL = AnchorParams(8, 2, 4, 4)  # groups of 16 queries: five in the 80 tokens of the tiny models' prompt
@@ -61,7 +61,7 @@ def brute_force(model: Any, config: AnchorConfig) -> Iterator[None]:
             lookback=p.lookback,
             scale=call.scale,
             window=None if call.mask is None else call.options.get("sliding_window"),
-            softcap=softcap_of(call.options),
+            softcap=call.softcap,
         )[0]
         return out.to(call.q.dtype).transpose(1, 2).contiguous(), None
 

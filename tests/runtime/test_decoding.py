@@ -16,7 +16,8 @@ from families import prompt, tiny
 from sparse_models import SMALL, everywhere
 
 from anchorscope import sparse_attention
-from anchorscope.models.hook import AttentionInputs, divert
+from anchorscope.models.calls import AttentionInputs
+from anchorscope.models.hook import divert
 from anchorscope.models.kvcache import cache_option, result_cache
 
 FAMILIES = ["cohere2", "exaone4", "gemma2", "gpt2", "granite", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3"]

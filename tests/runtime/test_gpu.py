@@ -15,9 +15,9 @@ from sparse_models import brute_force, divergence, everywhere
 
 from anchorscope import AnchorParams, SparseRun, sparse_attention
 from anchorscope.anchors import AnchorConfig, LayerAnchors
-from anchorscope.models.hook import AttentionInputs
+from anchorscope.models.calls import AttentionInputs
 from anchorscope.models.kvcache import cache_option, result_cache
-from anchorscope.runtime.plan import Plan
+from anchorscope.runtime.assignment import Assignment
 
 pytestmark = [
     pytest.mark.gpu,
@@ -105,7 +105,7 @@ def test_softcap_and_windows() -> None:
 
 def test_attention_never_waits_for_the_gpu() -> None:
     config = AnchorConfig((LayerAnchors(0, SHAPE, MIXED),))
-    run = SparseRun(Plan(config), measure=True)
+    run = SparseRun(Assignment(config), measure=True)
     q, k = (torch.randn(2, h, N, 64, device="cuda", dtype=torch.bfloat16) for h in (6, 2))
     call = AttentionInputs(torch.nn.Identity(), 0, "sdpa", q, k, k, None, 0.125, {})
 

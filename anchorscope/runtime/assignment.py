@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from anchorscope.anchors import AnchorConfig, LayerAnchors
 from anchorscope.errors import InputError, first_line
 from anchorscope.models import AttentionCall, intercept, model_facts, prefill
-from anchorscope.models.check import Unrepresentable, check_call, check_output, softcap_of, visible_window
-from anchorscope.models.hook import AttentionInputs
+from anchorscope.models.calls import AttentionInputs
+from anchorscope.models.check import Unrepresentable, check_call, check_output, visible_window
 from anchorscope.models.language import Language
 from anchorscope.params import AnchorParams
 
@@ -22,7 +22,7 @@ Configuration = AnchorConfig | str | os.PathLike[str] | float
 PROBE = (1, 2)  # token ids of the trial run
 
 
-class Plan:
+class Assignment:
     """What each layer does.
 
     Args:
@@ -59,8 +59,7 @@ class Plan:
             return None
         heads = call.q.shape[1]
         if self.config is None:
-            window = call.options.get("sliding_window")
-            return None if window else LayerAnchors(call.layer, AnchorParams(), (self.theta,) * heads)
+            return None if call.window else LayerAnchors(call.layer, AnchorParams(), (self.theta,) * heads)
         found = self.config[call.layer]
         if found is not None and len(found.thetas) != heads:
             raise InputError(
@@ -130,7 +129,7 @@ class _Trial:
         else:
             try:
                 check_call(call)
-                check_output(call, 0, visible_window(call, 0), softcap_of(call.options))
+                check_output(call, 0, visible_window(call, 0))
             except Unrepresentable as error:
                 reason = error.reason
         self.seen[call.layer] = call, reason
