@@ -10,7 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class Placement(TypedDict, total=False):
@@ -196,19 +199,7 @@ def _candidate_pairs(geo: Geometry) -> int:
 
 
 @lru_cache(maxsize=256)
-def geometry(
-    q_shape: Sequence[int],
-    k_shape: Sequence[int],
-    *,
-    block: int = 128,
-    step: int = 16,
-    init: int | None = None,
-    lookback: int | None = None,
-    scale: float | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
-    offset: int | None = None,
-) -> Geometry:
+def geometry(q_shape: Sequence[int], k_shape: Sequence[int], **place: Unpack[Placement]) -> Geometry:
     """Check the sizes and parameters of one call and fill in the defaults of `Placement`.
 
     Lengths beyond the sequence change nothing and are cut, so that position arithmetic stays within 32 bits.
@@ -216,10 +207,41 @@ def geometry(
     Args:
         q_shape: (B, H, n, d).
         k_shape: (B, Hkv, N, d).
+        **place: see `Placement`.
 
     Raises:
+        TypeError: a parameter that `Placement` does not have.
         ValueError: the shapes do not fit together, a parameter is out of range, or queries lie beyond the last key.
     """
+    if unknown := place.keys() - Placement.__annotations__.keys():
+        raise TypeError(f"there is no parameter {min(unknown)!r}; there are {', '.join(Placement.__annotations__)}")
+    batch, heads, kv_heads, n, keys, dim = _sizes(q_shape, k_shape)
+    block, step = place.get("block", 128), place.get("step", 16)
+    init, lookback = (block if x is None else x for x in (place.get("init"), place.get("lookback")))
+    scale, offset = place.get("scale"), place.get("offset")
+    scale = dim**-0.5 if scale is None else float(scale)
+    offset = keys - n if offset is None else offset
+    window, softcap = place.get("window"), place.get("softcap")
+    geo = Geometry(
+        batch, heads, kv_heads, n, keys, dim, block, step, init, lookback, offset, window, scale, softcap
+    )  # fmt: skip
+    _check(geo)
+    if block > n:
+        block, step = n, 1
+    elif step * block > n + block:
+        step = -(-n // block)
+    return geo._replace(
+        block=block,
+        step=step,
+        init=min(init, 2 * keys),
+        lookback=min(lookback, 2 * keys),
+        window=None if window is None or window >= keys else window,
+        softcap=None if softcap is None else float(softcap),
+    )
+
+
+def _sizes(q_shape: Sequence[int], k_shape: Sequence[int]) -> tuple[int, int, int, int, int, int]:
+    """B, H, Hkv, n, N and d."""
     if len(q_shape) != 4 or len(k_shape) != 4:
         raise ValueError(f"q and k must be (batch, heads, tokens, d), not {tuple(q_shape)} and {tuple(k_shape)}")
     (batch, heads, n, dim), (k_batch, kv_heads, keys, k_dim) = q_shape, k_shape
@@ -228,40 +250,20 @@ def geometry(
             f"k {tuple(k_shape)} does not fit q {tuple(q_shape)}: both need the same batch and head_dim, and the query"
             " heads must be a multiple of the kv heads"
         )
-    for name, value in (("block", block), ("step", step)):
+    return batch, heads, kv_heads, n, keys, dim
+
+
+def _check(geo: Geometry) -> None:
+    for name, value in (("block", geo.block), ("step", geo.step)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, not {value}")
-    init, lookback = (block if x is None else x for x in (init, lookback))
-    if init < 0 or lookback < 0:
-        raise ValueError(f"init and lookback must not be negative, not {init} and {lookback}")
-    if window is not None and window < 1:
-        raise ValueError(f"window must be at least 1 or None, not {window}")
-    scale = dim**-0.5 if scale is None else float(scale)
-    if not (scale > 0 and math.isfinite(scale)):
-        raise ValueError(f"scale must be a positive number, not {scale}")
-    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
-        raise ValueError(f"softcap must be a positive number or None, not {softcap}")
-    offset = keys - n if offset is None else offset
-    if n < 1 or offset < 0 or offset + n > keys:
-        raise ValueError(f"{n} queries from offset {offset} on do not lie within the {keys} keys")
-    if block > n:
-        block, step = n, 1
-    elif step * block > n + block:
-        step = -(-n // block)
-    window = None if window is None or window >= keys else window
-    return Geometry(
-        batch,
-        heads,
-        kv_heads,
-        n,
-        keys,
-        dim,
-        block,
-        step,
-        min(init, 2 * keys),
-        min(lookback, 2 * keys),
-        offset,
-        window,
-        scale,
-        None if softcap is None else float(softcap),
-    )
+    if geo.init < 0 or geo.lookback < 0:
+        raise ValueError(f"init and lookback must not be negative, not {geo.init} and {geo.lookback}")
+    if geo.window is not None and geo.window < 1:
+        raise ValueError(f"window must be at least 1 or None, not {geo.window}")
+    if not (geo.scale > 0 and math.isfinite(geo.scale)):
+        raise ValueError(f"scale must be a positive number, not {geo.scale}")
+    if geo.softcap is not None and not (geo.softcap > 0 and math.isfinite(geo.softcap)):
+        raise ValueError(f"softcap must be a positive number or None, not {geo.softcap}")
+    if geo.queries < 1 or geo.offset < 0 or geo.offset + geo.queries > geo.keys:
+        raise ValueError(f"{geo.queries} queries from offset {geo.offset} on do not lie within the {geo.keys} keys")

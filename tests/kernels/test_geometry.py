@@ -52,6 +52,11 @@ def test_pairs_and_ranges_are_those_of_the_masks(geo: Geometry) -> None:
     assert geo.candidate_pairs == total
 
 
+def test_misspelt_parameters_are_named() -> None:
+    with pytest.raises(TypeError, match="no parameter 'look_back'; there are block, step, init, lookback,"):
+        geometry((1, 1, 9, 8), (1, 1, 9, 8), look_back=3)  # type: ignore[call-arg]
+
+
 @settings(max_examples=60, deadline=None)
 @given(geometries())
 def test_anchor_candidates_and_later_keys_partition(geo: Geometry) -> None:
