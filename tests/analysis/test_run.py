@@ -16,7 +16,6 @@ from brute import Brute
 from anchorscope import AnchorParams, DumpError, InputError, analyze, iter_profiles, load_report, plan_analysis
 from anchorscope.analysis.tables import CURVES_COLUMNS, HEADS_COLUMNS
 from anchorscope.dumps import open_dump, write_dump
-from anchorscope.runs import folder as runfolder
 
 ROOT = Path(__file__).parents[2]
 PARAMS = AnchorParams(8, 4)
@@ -130,110 +129,6 @@ def test_selection(dump, tmp_path):
     assert got == {("code", "7", "1", "0"), ("code", "7", "3", "1")}
 
 
-class Stop(Exception):
-    pass
-
-
-@pytest.mark.parametrize("after", [1, 2, 7, 15])
-def test_interrupted_run_continues_to_the_same_bytes(dump, tmp_path, monkeypatch, after):
-    settings = {"thetas": (1.0, 2.0), "params": PARAMS}
-    clock = iter(range(100))
-    monkeypatch.setattr(runfolder, "datetime", FakeClock(clock))
-    analyze(dump, tmp_path / "whole", **settings)
-
-    seen = []
-
-    def stop(event):
-        if event.stage == "heads" and event.work:
-            seen.append(event)
-            if len(seen) == after:
-                raise Stop
-
-    with pytest.raises(Stop):
-        analyze(dump, tmp_path / "part", progress=stop, **settings)
-    assert not (tmp_path / "part" / "report.json").exists()
-    assert 0 < len(list((tmp_path / "part" / "profile").iterdir())) < 16 or after == 15
-    whole = files(tmp_path / "whole")
-    kept = {
-        n: (tmp_path / "part" / n).stat().st_mtime_ns
-        for n in whole
-        if n.startswith("profile") and (tmp_path / "part" / n).exists()
-    }
-    result = analyze(dump, tmp_path / "part", **settings)
-    part = files(tmp_path / "part")
-    # Only the start time may differ: it is the first run's own.
-    for name in ("analysis.json", "report.json"):
-        a, b = json.loads(whole.pop(name)), json.loads(part.pop(name))
-        assert b["started"] != a.pop("started")
-        assert b.pop("started") == result.report["started"]
-        assert a == b
-    assert whole == part
-    assert all((tmp_path / "part" / n).stat().st_mtime_ns == t for n, t in kept.items()), "a finished head was redone"
-
-
-class FakeClock:
-    """datetime whose every `now` is a minute later."""
-
-    def __init__(self, ticks):
-        self.ticks = ticks
-
-    def now(self, tz):
-        from datetime import datetime
-
-        return datetime(2026, 1, 1, 0, next(self.ticks), tzinfo=tz)
-
-
-def test_damaged_profile_is_measured_again(dump, tmp_path):
-    settings = {"params": PARAMS, "figures": False}
-    analyze(dump, tmp_path, **settings)
-    want = files(tmp_path)
-    (tmp_path / "report.json").unlink()
-    victim = next((tmp_path / "profile").iterdir())
-    victim.write_bytes(victim.read_bytes()[:100])
-    analyze(dump, tmp_path, **settings)
-    got = files(tmp_path)
-    assert got.pop(f"profile/{victim.name}") == want.pop(f"profile/{victim.name}")
-
-
-def test_out_is_protected(dump, tmp_path):
-    settings = {"params": PARAMS, "figures": False, "heads": [0]}
-    analyze(dump, tmp_path / "out", **settings)
-    with pytest.raises(InputError, match="--overwrite"):
-        analyze(dump, tmp_path / "out", **settings)
-    analyze(dump, tmp_path / "out", overwrite=True, thetas=(3.0,), **settings)
-    assert {r["theta"] for r in rows(tmp_path / "out" / "heads.csv")} == {"3"}
-    (tmp_path / "out" / "report.json").unlink()
-    with pytest.raises(InputError, match="other settings"):
-        analyze(dump, tmp_path / "out", thetas=(4.0,), **settings)
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
-    for overwrite in (False, True):
-        with pytest.raises(InputError, match="is not an analysis"):
-            analyze(dump, tmp_path / "mine", overwrite=overwrite, **settings)
-    assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(InputError, match="is a file"):
-        analyze(dump, tmp_path / "file", **settings)
-
-
-def test_resume_accepts_a_finished_run(dump, tmp_path):
-    settings = {"params": PARAMS, "figures": False, "heads": [0]}
-    analyze(dump, tmp_path, **settings)
-    before = files(tmp_path)
-    analyze(dump, tmp_path, resume=True, **settings)
-    assert files(tmp_path) == before
-    with pytest.raises(InputError, match="other settings"):
-        analyze(dump, tmp_path, resume=True, thetas=(4.0,), **settings)
-    assert files(tmp_path) == before
-
-
-def test_concurrent_run_is_refused(dump, tmp_path):
-    from anchorscope.locks import folder_lock
-
-    with folder_lock(tmp_path), pytest.raises(InputError, match="another run"):
-        analyze(dump, tmp_path, params=PARAMS)
-
-
 @pytest.mark.parametrize(
     ("bad", "word"),
     [
@@ -287,9 +182,3 @@ def test_state_cannot_lead_outside(dump, tmp_path):
     (tmp_path / "out" / "analysis.json").write_text(json.dumps(state))
     with pytest.raises(DumpError, match="outside"):
         list(iter_profiles(tmp_path / "out"))
-
-
-def test_inputs_are_not_changed(dump, tmp_path):
-    before = {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in dump.iterdir()}
-    analyze(dump, tmp_path, params=PARAMS, figures=False)
-    assert before == {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in dump.iterdir()}

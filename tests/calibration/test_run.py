@@ -15,14 +15,13 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-import anchorscope.calibration.run as run_module
 from anchorscope.analysis.run import analyze, iter_profiles
 from anchorscope.anchors import AnchorConfig
 from anchorscope.calibration import calibrate, parse_groups, plan_calibration
 from anchorscope.calibration.tables import COLUMNS
 from anchorscope.cli.calibrate import calibrate as command
 from anchorscope.dumps import write_dump
-from anchorscope.errors import AnchorScopeError, DumpError, InputError, RunFailure
+from anchorscope.errors import AnchorScopeError, DumpError, InputError
 from anchorscope.params import AnchorParams
 
 ROOT = Path(__file__).parents[2]
@@ -185,37 +184,6 @@ def test_finished_analyses_give_the_same_anchors(dump, finished, folders, tmp_pa
         plan_calibration(folders, groups=parse_groups("64x8"))
 
 
-@pytest.mark.parametrize("stage", ["measuring", "figures"])
-def test_interrupted_run_continues_to_the_same_bytes(dump, finished, tmp_path, monkeypatch, stage):
-    """Cut off between two analyses, and after the last: what is there is used, the rest is made."""
-    out = tmp_path / "o"
-    how = {**HOW, "figures": True, "target_recall": 0.9}
-
-    def stops(*_, **__):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        if stage == "measuring":
-            real, calls = run_module.analyze_plan, []
-            patch.setattr(
-                run_module, "analyze_plan", lambda *a, **k: calls.append(1) or (stops() if calls[1:] else real(*a, **k))
-            )
-        else:
-            patch.setattr("anchorscope.calibration.figures.draw_all", stops)
-        with pytest.raises(KeyboardInterrupt):
-            calibrate(dump, out, **how)
-    assert not (out / "calibration.json").exists()
-    calibrate(dump, out, **how)
-    got, want = files(out), files(finished.path)
-    assert set(got) == set(want)
-    for name in want:
-        if not name.endswith((".json", ".log")):  # those hold when the run began
-            assert got[name] == want[name], name
-    assert re.sub(rb'"started": "[^"]*"', b"", got["calibration.json"]) == re.sub(
-        rb'"started": "[^"]*"', b"", want["calibration.json"]
-    )
-
-
 def test_another_target_measures_nothing_again(dump, tmp_path):
     out = tmp_path / "o"
     how = {**HOW, "layers": [7]}
@@ -370,17 +338,6 @@ def test_coarse_thetas_are_said_to_be(dump, tmp_path):
     how = {"groups": GROUPS[:1], "thetas": [2.0], "layers": [2], "figures": False}
     done = calibrate(dump, tmp_path / "o", target_recall=0.8, statistic="p05", **how)
     assert any("known at 1 finite thetas only" in w for w in done.report["warnings"])
-
-
-def test_folders_in_use_and_full_disks(dump, tmp_path, monkeypatch):
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "notes.txt").write_text("mine")
-    for overwrite in (False, True):
-        with pytest.raises(InputError, match="exists and is not a calibration"):
-            calibrate(dump, tmp_path / "mine", overwrite=overwrite, **HOW)
-    monkeypatch.setattr("anchorscope.runs.folder.shutil.disk_usage", lambda _: type("U", (), {"free": 10}))
-    with pytest.raises(RunFailure, match="free some space"):
-        calibrate(dump, tmp_path / "o", **HOW)
 
 
 def test_time_decides_when_asked(folders, tmp_path):

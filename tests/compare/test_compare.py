@@ -29,8 +29,8 @@ from anchorscope.compare.tables import (
 )
 from anchorscope.dumps import open_dump, write_dump
 from anchorscope.errors import DumpError, InputError, RunFailure
+from anchorscope.files import read_part, write_part
 from anchorscope.methods import METHODS, Head, find_method, known_methods, line_up
-from anchorscope.runs import folder as runfolder
 
 N, D = 150, 8
 NAMES = "anchor,streaming,oracle-row,oracle-stripe,block-topk,oracle-block"
@@ -68,11 +68,6 @@ def finished(dump, tmp_path_factory):
 def files(path):
     found = sorted(p for p in Path(path).rglob("*") if p.is_file() and p.name[0] != ".")
     return {str(p.relative_to(path)): p.read_bytes() for p in found}
-
-
-def unfinish(path):
-    """As if the run had been stopped before its last file."""
-    (path / "compare.json").unlink()
 
 
 def test_methods_csv(dump, finished):
@@ -136,97 +131,29 @@ def test_without_values(tmp_path):
     assert all(math.isnan(p.output_error) for p in again.points)
 
 
-@pytest.mark.parametrize("after", [0, 5, 15])
-def test_interrupted_run_continues_to_the_same_bytes(dump, tmp_path, monkeypatch, after):
-    want = compare(dump, tmp_path / "a", lineup=line_up("anchor,power"), figures=False)
-    measured = []
-    real = run_module.score_lineup
-
-    def stops(*args, **options):
-        if len(measured) == after:
-            raise KeyboardInterrupt
-        measured.append(1)
-        return real(*args, **options)
-
-    monkeypatch.setattr(run_module, "score_lineup", stops)
-    with pytest.raises(KeyboardInterrupt):
-        compare(dump, tmp_path / "b", lineup=line_up("anchor,power"), figures=False)
-    assert not (tmp_path / "b" / "compare.json").exists()
-    there = len(list((tmp_path / "b" / "scores").glob("*.json")))
-
-    def counts(*args, **options):
-        measured.append(1)
-        return real(*args, **options)
-
-    measured.clear()
-    monkeypatch.setattr(run_module, "score_lineup", counts)
-    compare(dump, tmp_path / "b", lineup=line_up("anchor,power"), figures=False)
-    assert len(measured) == 16 - there, "a head was measured again"
-    got = files(tmp_path / "b")
-    state = json.loads(files(tmp_path / "a")["run.json"])
-    for name, data in files(want.path).items():
-        if name in ("run.json", "compare.json"):  # they hold the time of the start
-            mine, theirs = json.loads(got[name]), json.loads(data)
-            mine["started"] = theirs["started"] = state["started"]
-            assert mine == theirs
-        else:
-            assert got[name] == data, name
-
-
-@pytest.mark.parametrize("damage", ["cut", "edited", "unsealed"])
-def test_a_damaged_score_file_is_measured_again(dump, tmp_path, damage):
-    options = {"lineup": line_up("power"), "figures": False}
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dump": "another"},
+        {"points": []},
+        {"points": [["story"]]},
+        {"points": None},
+    ],
+)
+def test_a_whole_part_that_does_not_fit_is_measured_again(dump, tmp_path, change):
+    options = {"lineup": line_up("power"), "layers": [2], "figures": False}
     result = compare(dump, tmp_path / "o", **options)
     before = files(result.path)
-    name = next(x for x in before if x.startswith("scores/"))
-    saved = json.loads(before[name])
-    if damage == "edited":
-        saved["points"][0][6] = 0.123
-    elif damage == "unsealed":
-        del saved["sha256"]
-    text = before[name][: len(before[name]) // 2] if damage == "cut" else json.dumps(saved).encode()
-    (result.path / name).write_bytes(text)
-    with pytest.raises(DumpError, match="damaged"):
-        load_comparison(result.path)
-    unfinish(result.path)
+    part = min((result.path / "scores").iterdir())
+    write_part(part, {**read_part(part), **change})
+    if change != {"points": []}:
+        with pytest.raises(DumpError, match="missing or damaged"):
+            load_comparison(result.path)
     said = []
-    compare(dump, tmp_path / "o", **options, notify=said.append)
-    assert files(result.path)[name] == before[name]
+    compare(dump, tmp_path / "o", resume=True, notify=said.append, **options)
+    assert files(result.path) == before
     assert len(said) == 1
-    assert name in said[0]
-
-
-def test_out_folder(dump, tmp_path, finished):
-    options = {"lineup": line_up("power"), "figures": False}
-    with pytest.raises(InputError, match=r"finished comparison.*--overwrite"):
-        compare(dump, finished.path, lineup=lineup())
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / "precious.txt").write_text("keep me")
-    with pytest.raises(InputError, match="is not a comparison"):
-        compare(dump, other, overwrite=True, **options)
-    assert (other / "precious.txt").read_text() == "keep me"
-    with pytest.raises(InputError, match="is a file"):
-        compare(dump, other / "precious.txt", **options)
-
-    out = tmp_path / "out"
-    compare(dump, out, **options)
-    unfinish(out)
-    with pytest.raises(InputError, match="other settings"):
-        compare(dump, out, lineup=line_up("streaming"), figures=False)
-    result = compare(dump, out, lineup=line_up("streaming"), figures=False, overwrite=True)
-    assert {p.method for p in load_comparison(out).points} == {"streaming"}
-    assert len(list((result.path / "scores").glob("*.json"))) == 16
-
-
-def test_full_disk_is_said_before_starting(dump, tmp_path, monkeypatch):
-    class Usage:
-        free = 1000
-
-    monkeypatch.setattr(runfolder.shutil, "disk_usage", lambda _: Usage)
-    with pytest.raises(RunFailure, match="free some space"):
-        compare(dump, tmp_path / "o", lineup=line_up("power"))
-    assert not (tmp_path / "o" / "run.json").exists()
+    assert part.name in said[0]
 
 
 def test_out_of_memory_is_one_sentence(dump, tmp_path, monkeypatch):

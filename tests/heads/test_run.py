@@ -19,13 +19,13 @@ from anchorscope.cli.heads import _by_text
 from anchorscope.cli.heads import heads as command
 from anchorscope.dumps import open_dump, write_dump
 from anchorscope.errors import AnchorScopeError, DumpError, InputError, RunFailure
+from anchorscope.files import read_part, write_part
 from anchorscope.heads import diagnose, diagnose_head, head_stripes, load_diagnosis, overlap, plan_heads
 from anchorscope.heads import run as run_module
 from anchorscope.heads.figures import class_map, draw_all, metric_maps
 from anchorscope.heads.tables import COLUMNS, METRICS, HeadRow, TokenText
 from anchorscope.methods import Head
 from anchorscope.params import AnchorParams
-from anchorscope.runs import folder as runfolder
 from anchorscope.runs.values import number
 from anchorscope.tokens import token_texts
 
@@ -196,66 +196,41 @@ def test_layers_with_other_heads(tmp_path):
     assert len(out.figures) == 4
 
 
-@pytest.mark.parametrize("after", [0, 1, 5])
-def test_interrupted_run_continues_to_the_same_bytes(dump, finished, tmp_path, monkeypatch, after):
-    out, done = tmp_path / "o", []
-    real = run_module._row
+def test_a_run_that_continues_selects_the_layer_before_again(dump, finished, tmp_path, monkeypatch):
+    """Stopped after layer 2 of the first prompt, whose stripes layer 7 is compared with."""
+    rows, real = [], run_module._row
 
     def stops(layer, *rest):
-        if len(done) == after * 4:
+        rows.append(layer)
+        if len(rows) == 5:
             raise KeyboardInterrupt
-        done.append(layer)
         return real(layer, *rest)
 
-    monkeypatch.setattr(run_module, "_row", stops)
-    with pytest.raises(KeyboardInterrupt):
-        diagnose(dump, out, params=PARAMS, theta=THETA)
-    assert len(list((out / "parts").iterdir())) == after
-    assert not (out / "heads.json").exists()
-    again = []
-    monkeypatch.setattr(run_module, "_row", lambda *x: again.append(1) or real(*x))
-    state = json.loads((out / "run.json").read_text(encoding="utf-8"))
-    diagnose(dump, out, params=PARAMS, theta=THETA, figures=after == 1)
-    assert len(again) == 24 - after * 4
-    got = files(out)
-    want = {k: v for k, v in files(finished.path).items() if after == 1 or not k.startswith("figures")}
-    for name in ("heads.json", "run.json"):  # they hold when the run began
-        assert json.loads(got[name])["started"] == state["started"]
-        got[name] = re.sub(rb'"started": "[^"]*"', b"", got[name])
-        want[name] = re.sub(rb'"started": "[^"]*"', b"", want[name])
-    if after != 1:
-        want["run.json"] = want["run.json"].replace(b'"figures": true', b'"figures": false')
-    assert got == want
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "_row", stops)
+        with pytest.raises(KeyboardInterrupt):
+            diagnose(dump, tmp_path / "o", params=PARAMS, theta=THETA, figures=False)
+    assert [p.name for p in (tmp_path / "o" / "parts").iterdir()] == ["prompt00-layer002.json"]
+    diagnose(dump, tmp_path / "o", params=PARAMS, theta=THETA, figures=False)
+    assert (tmp_path / "o" / "diagnostics.csv").read_bytes() == (finished.path / "diagnostics.csv").read_bytes()
 
 
-@pytest.mark.parametrize(
-    "damage", [b"", b"{}", b"[1]", b'{"format": "anchorscope-heads-part", "dump": 1}', None, "edited", "unsealed"]
-)
-def test_damaged_parts_are_measured_again(dump, tmp_path, damage):
-    out = tmp_path / "o"
-    first = diagnose(dump, out, params=PARAMS, theta=THETA, prompts=["code"], figures=False)
+@pytest.mark.parametrize("change", [{"dump": "another"}, {"heads": []}, {"heads": "text"}, "head"])
+def test_a_whole_part_that_does_not_fit_is_measured_again(dump, tmp_path, change):
+    how = {"params": PARAMS, "theta": THETA, "prompts": ["code"], "figures": False}
+    out = diagnose(dump, tmp_path / "o", **how).path
     want = files(out)
-    (out / "heads.json").unlink()
     part = sorted((out / "parts").iterdir())[1]
-    if damage is None:
-        saved = json.loads(part.read_text(encoding="utf-8"))
-        saved["heads"][0]["sink_4"] = "much"
-        damage = json.dumps(saved).encode()
-    elif isinstance(damage, str):  # another number under the old checksum; whole, but of before there were any
-        saved = json.loads(part.read_text(encoding="utf-8"))
-        if damage == "edited":
-            saved["heads"][0]["sink_4"] = 0.123
-        else:
-            del saved["sha256"]
-        damage = json.dumps(saved).encode()
-    part.write_bytes(damage)
+    saved = read_part(part)
+    if change == "head":
+        change = {"heads": [{**saved["heads"][0], "sink_4": "text"}, *saved["heads"][1:]]}
+    write_part(part, {**saved, **change})
     said = []
-    again = diagnose(dump, out, params=PARAMS, theta=THETA, prompts=["code"], figures=False, notify=said.append)
+    diagnose(dump, out, resume=True, notify=said.append, **how)
+    assert files(out) == want
     assert len(said) == 1
     assert "1 part is measured again" in said[0]
     assert part.name in said[0]
-    assert files(out) == want
-    assert [r.sink_4 for r in again.rows] == [r.sink_4 for r in first.rows]
 
 
 def test_workers_change_nothing(dump, finished, tmp_path, monkeypatch):
@@ -284,53 +259,16 @@ def test_load_again(finished, tmp_path):
         load_diagnosis(tmp_path)
 
 
-def test_refusals(dump, finished, tmp_path):
-    how = {"params": PARAMS, "theta": THETA}
-    with pytest.raises(InputError, match="holds a finished diagnosis of heads; add --overwrite"):
-        diagnose(dump, finished.path, **how)
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "notes.txt").write_text("mine")
-    for overwrite in (False, True):
-        with pytest.raises(InputError, match="exists and is not a diagnosis of heads"):
-            diagnose(dump, tmp_path / "other", overwrite=overwrite, **how)
-    assert (tmp_path / "other" / "notes.txt").read_text() == "mine"
-    with pytest.raises(InputError, match="is a file or lies below one"):
-        diagnose(dump, tmp_path / "other" / "notes.txt", **how)
+def test_refusals(dump, tmp_path):
     with pytest.raises(InputError, match="no layer 3"):
         plan_heads(dump, layers=[3])
     with pytest.raises(InputError, match="NaN"):
         plan_heads(dump, theta=math.nan)
     with pytest.raises(DumpError):
-        plan_heads(tmp_path / "other")
+        plan_heads(tmp_path)
 
 
-def test_overwrite_replaces_and_leaves_strangers(dump, tmp_path):
-    out = tmp_path / "o"
-    diagnose(dump, out, params=PARAMS, theta=THETA, layers=[2])
-    (out / "figures" / "mine.txt").write_text("mine")
-    second = diagnose(dump, out, params=PARAMS, theta=1.0, layers=[7], figures=False, overwrite=True)
-    assert {r.layer for r in second.rows} == {7}
-    assert sorted(p.name for p in (out / "parts").iterdir()) == ["prompt00-layer007.json", "prompt01-layer007.json"]
-    assert [p.name for p in (out / "figures").iterdir()] == ["mine.txt"]
-
-
-def test_unfinished_run_with_other_settings(dump, tmp_path):
-    out = tmp_path / "o"
-    diagnose(dump, out, params=PARAMS, theta=THETA, figures=False)
-    (out / "heads.json").unlink()
-    with pytest.raises(InputError, match="an unfinished diagnosis of heads with other settings"):
-        diagnose(dump, out, params=PARAMS, theta=2.5, figures=False)
-
-
-def test_full_disk_and_out_of_memory_are_one_sentence(dump, tmp_path, monkeypatch):
-    class Usage:
-        free = 10
-
-    with monkeypatch.context() as patch:
-        patch.setattr(runfolder.shutil, "disk_usage", lambda _: Usage)
-        with pytest.raises(RunFailure, match="free some space"):
-            diagnose(dump, tmp_path / "a")
-
+def test_out_of_memory_is_one_sentence(dump, tmp_path, monkeypatch):
     def fails(*_, **__):
         raise MemoryError
 

@@ -228,6 +228,22 @@ def test_a_folder_that_must_not_be_written(command, inputs, tmp_path, monkeypatc
     assert (tmp_path / "file").read_text() == "mine"
 
 
+@every
+def test_files_of_somebody_else_are_left_alone(command, inputs, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(InputError, match=r"exists and is not|holds other files and no dump"):
+            command.run(inputs, tmp_path / "mine", overwrite=overwrite)
+    assert contents(tmp_path / "mine") == {"notes.txt": b"mine"}
+    command.run(inputs, tmp_path / "o", other=True)
+    folders = [tmp_path / "o", *(p for p in (tmp_path / "o").iterdir() if p.is_dir())]
+    for folder in folders:
+        (folder / "notes.txt").write_text("mine")
+    command.run(inputs, tmp_path / "o", overwrite=True)
+    assert [(folder / "notes.txt").read_text() for folder in folders] == ["mine"] * len(folders)
+
+
 @every_folder
 def test_inside_its_own_dump_it_changes_nothing_of_it(command, inputs, whole):
     before = {p.name: p.read_bytes() for p in inputs.dump.iterdir() if p.is_file()}
@@ -252,6 +268,18 @@ def test_more_can_be_asked_of_a_finished_run(command, inputs, whole, tmp_path):
     assert {p: p.stat().st_mtime_ns for p in kept} == kept, "something was measured again"
     with pytest.raises(InputError, match="finished"):  # less is asked of it: it has all of that
         command.run(inputs, tmp_path / "o", figures=False)
+
+
+@every_folder
+def test_a_finished_run_is_accepted_by_one_that_resumes(command, inputs, whole, tmp_path):
+    command.run(inputs, tmp_path / "o")
+    kept = {p: p.stat().st_mtime_ns for p in (tmp_path / "o").glob(command.parts)}
+    command.run(inputs, tmp_path / "o", resume=True)
+    assert contents(tmp_path / "o") == whole(command)
+    assert {p: p.stat().st_mtime_ns for p in kept} == kept, "something was measured again"
+    with pytest.raises(InputError, match="other settings"):
+        command.run(inputs, tmp_path / "o", other=True, resume=True)
+    assert contents(tmp_path / "o") == whole(command)
 
 
 @every_folder

@@ -6,6 +6,7 @@ import inspect
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -59,6 +60,30 @@ def test_words_on_memory_and_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(SquaresCommand, "measure", full)
     with pytest.raises(RunFailure, match="out of memory on cpu: about 64 B"):
         squares((1, 2), tmp_path / "other")
+
+
+def test_what_is_no_lack_of_memory_is_not_called_so(tmp_path, monkeypatch):
+    def fails(error):
+        def measure(*_):
+            raise error
+
+        monkeypatch.setattr(SquaresCommand, "measure", measure)
+
+    fails(RuntimeError("you tried: can't allocate memory"))
+    with pytest.raises(RunFailure, match="out of memory on cpu"):
+        squares((1, 2), tmp_path)
+    fails(RuntimeError("shapes"))
+    with pytest.raises(RuntimeError, match=r"^shapes$"):
+        squares((1, 2), tmp_path)
+
+
+def test_a_run_that_continues_began_when_the_first_one_did(tmp_path, monkeypatch):
+    times = iter("abc")
+    clock = SimpleNamespace(now=lambda _: SimpleNamespace(isoformat=lambda **_: next(times)))
+    monkeypatch.setattr("anchorscope.runs.folder.datetime", clock)
+    for again in (False, True):
+        squares((1, 2), tmp_path, resume=again)
+        assert json.loads((tmp_path / "run.json").read_text())["started"] == "a"
 
 
 class Backwards:
