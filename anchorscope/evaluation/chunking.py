@@ -22,7 +22,7 @@ class Chunking:
     """Tokens prefilled at a time.
 
     Attributes:
-        prompts, tasks: of each kind of work; None: whole.
+        prompts, tasks: the chunk of each kind of work; None where it runs whole.
         stepwise: answers are decoded one token at a time, since several at once give something else.
     """
 

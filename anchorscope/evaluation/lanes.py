@@ -81,7 +81,7 @@ class PrefillWork:
         self.seconds = dense.seconds - dense.attention_seconds + self.attention_seconds
 
     def to_json(self) -> dict[str, Any]:
-        """As part files hold it."""
+        """The JSON value that part files hold."""
         return {
             "tokens": self.tokens,
             "seconds": self.seconds,
@@ -101,7 +101,7 @@ class LaneOptions:
 
     Attributes:
         chunk: tokens prefilled at a time, or None for whole prompts.
-        backend: of the sparse attention.
+        backend: the back end of the sparse attention.
         force: accept a configuration of another model of that shape.
         stepwise: decode one token at a time: a recurrent layer may carry its state through single ones only.
         tick: called with the tokens of every chunk that an arm has prefilled.
@@ -121,8 +121,8 @@ class Answer:
     Attributes:
         text: generated, greedily.
         score: share of the expected strings in it.
-        scores: of the correct answer's tokens, given the prompt (and the answer so far), against dense.
-        work: of the prefill; the answer is decoded with the model's own attention in every arm.
+        scores: the correct answer's tokens, given the prompt (and the answer so far), scored against dense.
+        work: what the prefill cost; the answer is decoded with the model's own attention in every arm.
         reference: the dense arm's logits at the answer.
     """
 

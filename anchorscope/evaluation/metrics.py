@@ -54,7 +54,7 @@ class Reference:
 
     @property
     def scores(self) -> TokenScores:
-        """Of the dense arm itself."""
+        """The scores of the dense arm itself."""
         return TokenScores(self.nll, np.zeros_like(self.nll), np.ones_like(self.nll), self._right)
 
     def compare(self, logits: torch.Tensor) -> TokenScores:

@@ -36,7 +36,7 @@ class Part:
     """One arm's result on one prompt or sample.
 
     Attributes:
-        scores: of the prompt's tokens, or of the correct answer's.
+        scores: the prompt's tokens, or the correct answer's, scored against dense.
         work: what the prefill cost.
         text: the generated answer; None for prompts.
         score: share of the expected strings in it.

@@ -45,9 +45,9 @@ def make_report(
 
     Args:
         plan: what was asked for.
-        parts: of every unit.
+        parts: the saved parts of every unit, in order.
         started: when the run began.
-        proofs: of `prompt_proofs`.
+        proofs: what `prompt_proofs` found.
     """
     tasks, depths = _task_results(plan, parts)
     return {

@@ -56,19 +56,19 @@ class EvaluateRequest:
         model: a loaded transformers model (with `tokenizer`), or what `capture_model` takes.
         arms: the sparse arms by name; each an `AnchorConfig`, or one theta for all heads (with `params`). All share one
             dense arm.
-        prompts: files or `PromptInput`s whose next tokens are predicted: perplexity, divergence, agreement.
+        prompts: files or `PromptInput`s, in which every next token is predicted: perplexity, divergence, agreement.
         tasks: "needle", "multi-needle", "variable-tracking", "common-words"; "perplexity" is of the project's own text.
         lengths: tokens; by default prompts are whole, and tasks have 2,048, 4,096 and 8,192 if the model goes so far.
-        depths: of the needle, shares from 0 (before the text) to 1 (behind it).
+        depths: where the needle stands, as shares from 0 (before the text) to 1 (behind it).
         samples: questions per task, length and depth.
-        seed: of tasks and intervals.
+        seed: the seed of tasks and intervals.
         chunk: tokens prefilled at a time, rounded up to what keeps the groups of all arms in place; by default 2,048
             for prompts, whose logits take memory, and tasks whole. Models that cannot prefill in chunks run whole.
         chat: put tasks into the tokenizer's chat template.
         measure: measure the recall reached while running, in an extra exact pass; by default for prompts only.
         params: groups of arms given as a theta.
-        backend: of the sparse attention: "auto", "torch" or "triton".
-        tokenizer: of a loaded model.
+        backend: the back end of the sparse attention: "auto", "torch" or "triton".
+        tokenizer: the tokenizer of a loaded model.
         device, model_dtype, revision, trust_remote_code: as for `capture_model`.
         force: accept configurations made for another model of the same shape.
     """
