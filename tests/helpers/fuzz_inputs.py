@@ -45,7 +45,7 @@ from anchorscope.compare.run import compare as compare_methods
 from anchorscope.compare.run import load_comparison
 from anchorscope.dumps import write_dump
 from anchorscope.errors import AnchorScopeError
-from anchorscope.evaluation.lanes import LayerWork, Work
+from anchorscope.evaluation.lanes import LayerWork, PrefillWork
 from anchorscope.evaluation.metrics import TokenScores
 from anchorscope.evaluation.parts import Part
 from anchorscope.evaluation.run import VERSION as EVALUATION_VERSION
@@ -162,7 +162,7 @@ def _bench() -> dict[str, Any]:
 def _evaluation(folder: Path) -> None:
     (folder / "parts").mkdir(parents=True)
     scores = TokenScores(*(np.linspace(0, 1, 9) for _ in range(4)))
-    Part(scores, Work(9, 0.5, {0: LayerWork("sparse", 9, 45, 30, 0.9, 0.1)}), "an answer", 1.0).save(
+    Part(scores, PrefillWork(9, 0.5, {0: LayerWork("sparse", 9, 45, 30, 0.9, 0.1)}), "an answer", 1.0).save(
         folder / "parts" / "00000-arm00.safetensors", "run"
     )
     report = {"format": "anchorscope-evaluation", "version": EVALUATION_VERSION, "model": {}}
