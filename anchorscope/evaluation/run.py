@@ -23,6 +23,7 @@ from anchorscope.evaluation.request import WARNING, EvaluateRequest, EvaluationP
 from anchorscope.evaluation.tasks import Sample
 from anchorscope.evaluation.units import EvaluationUnit, LongPrompt
 from anchorscope.files import MAX_JSON_BYTES, read_json
+from anchorscope.models.placement import model_device
 from anchorscope.runs.executors import Context, Executor, InTurn
 from anchorscope.runs.folder import Run, RunFolder
 from anchorscope.runs.life import Command, Parts, RunOptions, Summary, run
@@ -159,7 +160,7 @@ class EvaluateCommand(Command[EvaluationUnit, tuple[Part, ...]]):
             return
         self._warm.add(unit.kind)
         options, model = self.plan.options_of(unit), self.plan.loaded.model
-        ids = torch.tensor(unit.content.token_ids, dtype=torch.long, device=self.plan.device)
+        ids = torch.tensor(unit.content.token_ids, dtype=torch.long, device=model_device(model))
         with torch.inference_mode():
             for arm in self.plan.arms:
                 lane = Lane(model, arm, options, measure=False)

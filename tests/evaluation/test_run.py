@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import jsonschema
@@ -24,6 +25,7 @@ from anchorscope.evaluation.lanes import Arm
 from anchorscope.evaluation.text import OWN_TEXT
 from anchorscope.models import PromptInput, model_facts
 from anchorscope.params import AnchorParams
+from anchorscope.runs.executors import Context
 
 ROOT = Path(__file__).parents[2]
 PARAMS = AnchorParams(16, 2)
@@ -297,6 +299,29 @@ def test_mistakes_get_one_sentence(model, tokenizer, tmp_path, monkeypatch, chan
     with pytest.raises(InputError, match=message):
         evaluate(model, tmp_path / "o", **request)
     assert not (tmp_path / "o").exists()
+
+
+def test_on_a_gpu_each_kind_of_unit_is_warmed_up_once(model, tokenizer, tmp_path, monkeypatch):
+    """The plan says that the model is on a GPU, although it is not."""
+    short_words(monkeypatch)
+    real, steps = run_module.Lane.step, []
+    monkeypatch.setattr(
+        run_module.Lane, "step", lambda lane, ids, **how: steps.append(len(ids)) or real(lane, ids, **how)
+    )
+    request = {**REQUEST, "arms": {"none": -math.inf}, "tasks": ["needle"], "depths": [0.5]}
+    plan = plan_evaluation(model, tokenizer=tokenizer, **request)
+    assert [unit.kind for unit in plan.units] == ["prompts", "tasks", "tasks"]
+    found = {}
+    for device in ("cpu", "cuda"):
+        steps.clear()
+        (tmp_path / device / "parts").mkdir(parents=True)
+        command = run_module.EvaluateCommand(replace(plan, device=torch.device(device)))
+        for unit in plan.units:
+            command.make(tmp_path / device, unit, Context(torch.device("cpu")))
+        found[device] = [*steps]
+    assert len(found["cpu"]) == 3 * 2 * 3, "units, arms, chunks"
+    warm = 4 * [224]  # two chunks in two arms
+    assert found["cuda"] == warm + found["cpu"][:6] + warm + found["cpu"][6:]
 
 
 def test_another_models_anchors(model, tmp_path):
