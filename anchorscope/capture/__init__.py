@@ -1,4 +1,4 @@
-"""Capture: run a transformers model and write the Q, K and V its attention consumed as a dump."""
+"""This package runs a transformers model and writes the Q, K and V that its attention consumed as a dump."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ __all__ = [
     "token_ids_from_file",
 ]
 
-_HOMES = {  # old module -> where its names are now, in anchorscope.models
+_HOMES = {  # old module -> the modules of anchorscope.models that have its names now
     "adapters": ("adapters",),
     "check": ("check",),
     "chunking": ("prefill", "chunking"),

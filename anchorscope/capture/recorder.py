@@ -1,4 +1,4 @@
-"""From attention calls to tensor files: checks each call, then streams it to a `DumpWriter`."""
+"""The recorder checks each attention call of a running model and streams it to a `DumpWriter`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from anchorscope.models.check import check_call, check_output, visible_window
 
 @dataclass(frozen=True)
 class Storage:
-    """What a dump holds of each layer.
+    """The part of each layer that a dump holds.
 
     Attributes:
         kv_heads: the kv heads, ascending, with the query heads that read them; None means all.
@@ -29,7 +29,7 @@ class Storage:
     values: bool = True
 
     def heads(self, heads: int, kv_heads: int) -> tuple[list[int], list[int]]:
-        """The stored query heads and kv heads of a layer that has H = `heads` and Hkv = `kv_heads`.
+        """Return the stored query heads and kv heads of a layer that has H = `heads` and Hkv = `kv_heads`.
 
         Query head h reads kv head h // (H // Hkv).
         """
@@ -40,7 +40,7 @@ class Storage:
 
 @dataclass(frozen=True)
 class LayerShape:
-    """What a layer's attention looks like, learned from a short trial run.
+    """The shape of a layer's attention, learned from a short trial run.
 
     Attributes:
         heads: query heads H.
@@ -55,18 +55,18 @@ class LayerShape:
     dtype: str
 
     def bytes(self, tokens: int, storage: Storage) -> int:
-        """The size of this layer's tensor file for a prompt of `tokens` tokens."""
+        """Return the size of this layer's tensor file for a prompt of `tokens` tokens."""
         heads, kv_heads = storage.heads(self.heads, self.kv_heads)
         dtype = storage.dtype or self.dtype
         return layer_bytes(len(heads), len(kv_heads), tokens, self.head_dim, dtype, storage.values)
 
 
 class LayersDone(Exception):
-    """All wanted layers are on disk: the rest of the forward is not needed."""
+    """All wanted layers are on disk, so the rest of the forward is not needed."""
 
 
 class ShapeProbe:
-    """A sink that learns every layer's shape from a run of a few tokens, and refuses what a dump cannot represent.
+    """This sink learns every layer's shape from a run of a few tokens, and notes what a dump cannot represent.
 
     Attributes:
         shapes: by layer index, in call order.
@@ -93,7 +93,7 @@ class ShapeProbe:
 
 @dataclass
 class _Open:
-    """A layer being written: its file, the next position, and the window its masks have shown so far."""
+    """A layer being written, with its file, the next position, and the window its masks have shown so far."""
 
     writer: LayerWriter
     position: int = 0
@@ -101,7 +101,7 @@ class _Open:
 
 
 class Recorder:
-    """A sink that writes the wanted layers of one prompt while the model runs, in one call or chunk by chunk.
+    """This sink writes the wanted layers of one prompt while the model runs, in one call or chunk by chunk.
 
     Args:
         dump: the dump to write to.
@@ -136,7 +136,7 @@ class Recorder:
 
     @property
     def missing(self) -> frozenset[int]:
-        """Wanted layers that are not complete."""
+        """Return the wanted layers that are not complete."""
         return frozenset(self._left)
 
     def __call__(self, call: AttentionCall) -> None:
@@ -172,7 +172,7 @@ class Recorder:
                 raise LayersDone
 
     def abort(self) -> None:
-        """Drop the files that are not complete."""
+        """Delete the files that are not complete."""
         for state in self._open.values():
             state.writer.abort()
         self._open.clear()
@@ -196,15 +196,15 @@ class Recorder:
 
 
 def stored_dtype(dtype: torch.dtype) -> str:
-    """How tensors of a run's dtype are stored by default: as they are; float64 as fp32."""
+    """Return the dtype in which a run's tensors are stored by default: their own, but fp32 for float64."""
     return "fp32" if dtype == torch.float64 else dtype_name(dtype)
 
 
 def require_layer(call: AttentionCall) -> int:
-    """The call's layer index.
+    """Return the call's layer index.
 
     Raises:
-        InputError: the module has none, or a negative one, as modules that several layers share have.
+        InputError: the module has none, or a negative one, which modules shared by several layers have.
     """
     if not isinstance(call.layer, int) or call.layer < 0:
         raise InputError(f"{type(call.module).__name__} has no layer_idx of its own: its layers cannot be told apart")

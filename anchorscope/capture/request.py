@@ -1,4 +1,4 @@
-"""What a capture is asked for, and what is decided of it before its prompts run."""
+"""A request says what to capture; its plan holds what is decided before the prompts run."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ PROBE_TOKENS = 2
 
 @dataclass(frozen=True)
 class CaptureRequest:
-    """What to capture.
+    """The prompts, layers and heads to capture, how they are stored, and how the model is loaded.
 
     Attributes:
         model: a preset, a `.gguf` file, a folder or a Hugging Face id, or a loaded transformers model.
@@ -74,7 +74,7 @@ class CaptureRequest:
 
     @property
     def storage(self) -> Storage:
-        """What the dump holds of each layer."""
+        """Return the part of each layer that the dump will hold."""
         kv_heads = None if self.kv_heads is None else tuple(sorted(set(self.kv_heads)))
         return Storage(kv_heads, self.dtype, self.values)
 
@@ -100,7 +100,7 @@ class CaptureRequest:
             raise InputError("give at least one prompt")
 
     def read_prompts(self) -> list[PromptInput]:
-        """The prompts, read from their files, with names that differ.
+        """Read the prompts from their files, and give them distinct names.
 
         Raises:
             InputError: a file cannot be read, or is not text.
@@ -111,7 +111,7 @@ class CaptureRequest:
         """Load the model and try it on a few tokens: what cannot be captured is refused before the real work.
 
         Args:
-            prompts: what `read_prompts` gave.
+            prompts: the result of `read_prompts`.
             tell: receives warnings and facts worth a line.
 
         Raises:
@@ -184,22 +184,22 @@ class CapturePlan:
 
     @property
     def longest(self) -> tuple[int, ...]:
-        """Token ids of the longest prompt."""
+        """Return the token ids of the longest prompt."""
         return max(self.prompts, key=lambda p: len(p.token_ids)).token_ids
 
     @property
     def total(self) -> int:
-        """How many tensor files the dump will have: one for each layer of each prompt."""
+        """Return how many tensor files the dump will have: one for each layer of each prompt."""
         return len(self.prompts) * len(self.shapes)
 
     @property
     def bytes(self) -> int:
-        """The size of the dump's tensor files."""
+        """Return the size of the dump's tensor files."""
         storage = self.request.storage
         return sum(shape.bytes(len(p.token_ids), storage) for p in self.prompts for shape in self.shapes.values())
 
     def header(self) -> dict[str, Any]:
-        """The manifest without its entries."""
+        """Return the manifest without its entries."""
         request, storage = self.request, self.request.storage
         model, tokenizer = self.loaded.model, self.loaded.tokenizer
         first = next(iter(self.shapes.values()))
@@ -233,10 +233,10 @@ class CapturePlan:
 
 
 def probe(model: PreTrainedModel, token_ids: Sequence[int], layers: Sequence[int] | None) -> dict[int, LayerShape]:
-    """Shapes of every layer that makes a softmax attention call, from a trial run of a few tokens.
+    """Learn the shape of every layer that makes a softmax attention call, in a trial run of a few tokens.
 
     Raises:
-        InputError: no layer does, or a wanted one cannot be represented by Q, K and V.
+        InputError: no layer makes one, or Q, K and V cannot represent a wanted layer.
     """
     sink = ShapeProbe()
     with intercept(model, language_only(model, sink)):

@@ -1,4 +1,4 @@
-"""`capture_model`: run a model on prompts and write what its attention consumed as a dump."""
+"""`capture_model` runs a model on prompts and writes what its attention consumed as a dump."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class CaptureProgress:
-    """Where a capture is: `done` of `total` layers (over all prompts) are on disk; `prompt` is being run."""
+    """The progress of a capture: `done` of `total` layers (over all prompts) are on disk; `prompt` is being run."""
 
     prompt: str
     done: int
@@ -72,7 +72,7 @@ def capture_model(
         overwrite: replace a dump that is there.
         resume: continue an unfinished dump made with the same settings.
         progress: called after each layer.
-        notify: told warnings and facts worth a line; the default logs them.
+        notify: receives warnings and facts worth a line; the default logs them.
         options: the other fields of `CaptureRequest`: which tokens, layers and heads, stored how, and how the model is
             loaded.
 
@@ -80,9 +80,9 @@ def capture_model(
         The finished dump, opened.
 
     Raises:
-        InputError: anything the caller can fix, before or during the run.
+        InputError: something that the caller can fix is wrong, before or during the run.
         MissingBackendError: transformers or the device is missing.
-        RunFailure: full disk or out of memory.
+        RunFailure: the disk is full, or memory ran out.
     """
     request = CaptureRequest(model, prompts, **options)
     require_transformers()
@@ -101,7 +101,7 @@ def capture_model(
 
 
 class _Capture:
-    """One capture at work.
+    """A capture that is running.
 
     Args:
         folder: the dump's folder.
@@ -132,8 +132,8 @@ class _Capture:
         """Run one prompt and write those of its layers that the dump has not yet.
 
         Raises:
-            InputError: a wanted layer makes no attention call, or one that Q, K and V do not determine.
-            RunFailure: full disk.
+            InputError: a wanted layer makes no attention call, or Q, K and V do not determine it.
+            RunFailure: the disk is full.
         """
         model, request, ids = plan.loaded.model, plan.request, prompt.token_ids
         left = [layer for layer in plan.shapes if (prompt.name, layer) not in writer.done]
@@ -169,7 +169,7 @@ class _Capture:
 
     @contextlib.contextmanager
     def explained(self) -> Iterator[None]:
-        """Let whatever ends the capture be one sentence, with what the folder keeps.
+        """Turn whatever ends the capture into one sentence that says what the folder keeps.
 
         Raises:
             Interrupted, InputError, RunFailure: as `capture_model`.
@@ -191,7 +191,7 @@ class _Capture:
             raise
 
     def _kept(self) -> str | None:
-        """What an unfinished capture leaves behind, in words."""
+        """Say what an unfinished capture leaves behind, or return None if that is nothing."""
         try:
             manifest = read_manifest(self._folder)
         except InputError:
@@ -203,7 +203,7 @@ class _Capture:
 
 
 def _in_turn(*sinks: Callable[[AttentionCall], None]) -> Callable[[AttentionCall], None]:
-    """One sink that hands each call to several."""
+    """Return one sink that hands each call to several."""
 
     def sink(call: AttentionCall) -> None:
         for each in sinks:
@@ -213,6 +213,6 @@ def _in_turn(*sinks: Callable[[AttentionCall], None]) -> Callable[[AttentionCall
 
 
 def _is_foreign(error: BaseException) -> bool:
-    """Whether an error was raised outside AnchorScope's own code (by the model, transformers or torch)."""
+    """Return whether an error was raised outside AnchorScope's own code (by the model, transformers or torch)."""
     frames = traceback.extract_tb(error.__traceback__)
     return bool(frames) and Path(__file__).parents[1] not in Path(frames[-1].filename).parents

@@ -1,4 +1,4 @@
-"""Capture from any PyTorch code: watch `torch.nn.functional.scaled_dot_product_attention`, no transformers needed.
+"""`capture_sdpa` captures from any PyTorch code by watching `torch.nn.functional.scaled_dot_product_attention`.
 
     with capture_sdpa("dump", prompt="p") as calls:
         model(ids)                 # one forward over the whole prompt
@@ -53,8 +53,8 @@ def capture_sdpa(
         The numbers of the calls captured so far. The dump is complete when the context has been left.
 
     Raises:
-        InputError: no call was made, one that Q, K and V cannot represent, a batch, calls of different lengths (a
-            second forward, or one with a cache), or a folder that cannot be used.
+        InputError: no call was made, Q, K and V cannot represent one, a call has a batch, calls have different lengths
+            (a second forward, or one with a cache), or the folder cannot be used.
         RunFailure: the disk is full or failed.
     """
     functional: Any = nn.functional
@@ -93,7 +93,7 @@ def capture_sdpa(
 
 
 class _Calls:
-    """The calls of one forward, counted, and those that are wanted written.
+    """The calls of one forward. They are counted, and the wanted ones are written.
 
     Args:
         begin: makes the dump for a prompt of so many tokens.
@@ -152,7 +152,7 @@ class _Calls:
 
 
 def _four(mask: Tensor | None) -> Tensor | None:
-    """A mask with batch and head dimensions in front, as it broadcasts."""
+    """Return a mask with its missing leading dimensions, as it broadcasts."""
     if mask is None:
         return None
     while mask.ndim < 4:

@@ -1,4 +1,6 @@
-"""Reaching a transformers model: load it, run it over a prompt, watch or replace its attention."""
+"""This package reaches a transformers model: it loads one, runs it over a prompt, and watches or replaces its
+attention.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models with PEFT adapters: adapters of weights (LoRA and its kin) are part of the model, others are refused.
+"""Adapters of weights (LoRA and similar) count as part of a model with PEFT adapters; others are refused.
 
 An adapter of weights sits inside the base model's modules, so the base model runs it. Everything else that PEFT offers
 happens in its wrapper or beside attention: virtual tokens before the prompt, a second attention, weights mixed per
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TRIED = 8  # tokens on which a wrapper and its base model must agree
-VALUES = 4096  # of each matrix that enter a fingerprint, at most
+VALUES = 4096  # at most so many values of each matrix enter a fingerprint
 PER_PROMPT = ("XLORA", "POLY")
 
 
 def unwrapped(model: Any) -> Any:
-    """The model that attends, without torch.compile's and PEFT's wrappers around it.
+    """Return the model that attends, without the wrappers of torch.compile and PEFT around it.
 
     Raises:
         InputError: an adapter is at work that its base model does not contain.
@@ -47,13 +47,13 @@ def unwrapped(model: Any) -> Any:
 
 
 def parameters_of(model: PreTrainedModel) -> list[tuple[str, nn.Parameter]]:
-    """Names and parameters of the model as it is without adapters, by name."""
+    """Return the names and parameters of the model as it is without adapters, sorted by name."""
     inside = _inside(model)
     return sorted(((base, parameter) for base, owner, _, parameter in inside if owner is None), key=lambda x: x[0])
 
 
 def adapters_at_work(model: PreTrainedModel) -> str:
-    """A hash of the adapters that change what the model computes, '' where there are none.
+    """Return a hash of the adapters that change what the model computes, or '' where there are none.
 
     It covers the kind of each adapted layer, and names, shapes, scaling and the first values of its parameters, rounded
     to bf16. Adapters that are loaded but not active, or disabled, do not count; ones merged into the weights do.
@@ -70,7 +70,7 @@ def adapters_at_work(model: PreTrainedModel) -> str:
         found = True
         scaling = getattr(owner, "scaling", None)
         scale = scaling.get(used[0]) if isinstance(scaling, dict) else None
-        plain = ".".join("*" if part == used[0] else part for part in rest.split("."))  # whatever the adapter is called
+        plain = ".".join("*" if part == used[0] else part for part in rest.split("."))  # its name does not count
         digest.update(f"{base}{type(owner).__name__}{plain}{tuple(parameter.shape)}{scale}".encode())
         value = stored(parameter)
         if value.device.type != "meta":
@@ -80,14 +80,14 @@ def adapters_at_work(model: PreTrainedModel) -> str:
 
 
 def signs_of(parameter: Tensor) -> bytes:
-    """Signs of the first values of a matrix, which no dtype changes: what tells merged or trained weights apart."""
+    """Return the signs of a matrix's first values as bytes. No dtype changes them; merging or training does."""
     if not parameter.is_floating_point() or parameter.device.type == "meta":
         return b""
     return bytes(torch.signbit(_first(parameter, VALUES).float()).to("cpu", torch.uint8).numpy())
 
 
 def _first(parameter: Tensor, count: int) -> Tensor:
-    """The first values of a tensor, without a copy of all of it."""
+    """Return the first values of a tensor, without copying all of it."""
     part = parameter.detach()
     while part.ndim > 2:
         part = part[0]
@@ -116,7 +116,7 @@ def _unwrapped_peft(wrapper: Any) -> Any:
 
 
 def _differs(wrapper: nn.Module, base: PreTrainedModel) -> bool:
-    """Whether the wrapper adds anything to a forward of its base model."""
+    """Return whether the wrapper's logits differ from its base model's."""
     ids = torch.arange(1, TRIED + 1, device=base.device)[None]
     with torch.inference_mode():
         ours, theirs = (x(input_ids=ids, use_cache=False).logits for x in (base, wrapper))
@@ -136,7 +136,9 @@ def _from_peft(module: Any) -> bool:
 
 
 def _inside(model: PreTrainedModel) -> Iterator[tuple[str, Any, str, nn.Parameter]]:
-    """Every parameter: its name without wrappers, the adapted layer whose adapter it is or None, its name in there."""
+    """Yield every parameter: its name without wrappers, the adapted layer that holds it as an adapter (or None), its
+    name inside that layer, and the parameter itself.
+    """
     wrappers = {name: m for name, m in model.named_modules() if _from_peft(m) and _wraps(m) is not None}
     for name, parameter in model.named_parameters():
         parts = name.split(".")
@@ -156,12 +158,12 @@ def _inside(model: PreTrainedModel) -> Iterator[tuple[str, Any, str, nn.Paramete
 
 
 def _wraps(module: Any) -> str | None:
-    """The attribute in which an adapted layer keeps the layer it adapts."""
+    """Return the attribute in which an adapted layer keeps the layer it adapts, or None."""
     return next((x for x in ("base_layer", "original_module") if x in dict(module.named_children())), None)
 
 
 def _effective(layer: Any) -> list[str]:
-    """Names of the adapters of a layer that change what it computes."""
+    """Return the names of the adapters that change what a layer computes."""
     if getattr(layer, "disable_adapters", False):
         return []
     merged = list(getattr(layer, "merged_adapters", None) or [])

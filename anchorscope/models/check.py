@@ -1,4 +1,4 @@
-"""Can Q, K and V alone represent this attention call? Masks, options and the model's own output say.
+"""These checks decide whether Q, K and V alone represent an attention call.
 
 A dump claims: output = softmax(softcap(scale * q.k) over visible keys) v, with key j visible to query i iff j <= i and
 i - j < window. Everything a model does beyond that would be captured wrongly without anyone noticing, so each call is
@@ -13,7 +13,7 @@ from torch import Tensor
 from anchorscope.errors import InputError
 from anchorscope.models.calls import AttentionCall, AttentionInputs
 
-MASK_ROWS = 64  # rows of a mask compared at a time: bounds the extra memory
+MASK_ROWS = 64  # rows of a mask that are compared at a time, which bounds the extra memory
 CHECKED_ROWS = 8  # query positions whose output is recomputed
 EPSILON = {torch.float32: 2.0**-20, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 REASONS = {
@@ -27,7 +27,7 @@ REASONS = {
 
 
 class Unrepresentable(InputError):
-    """Attention that Q, K and V alone do not determine; `reason` says why, whatever it was wanted for."""
+    """Q, K and V alone do not determine this attention. `reason` says why, without naming what it was wanted for."""
 
     def __init__(self, call: AttentionInputs, reason: str) -> None:
         super().__init__(
@@ -38,7 +38,7 @@ class Unrepresentable(InputError):
 
 
 def refuse(call: AttentionInputs, reason: str) -> Unrepresentable:
-    """The error for attention that a dump cannot represent."""
+    """Return the error for attention that a dump cannot represent."""
     return Unrepresentable(call, reason)
 
 
@@ -46,7 +46,7 @@ def check_call(call: AttentionCall) -> None:
     """Refuse calls that one dump entry cannot represent.
 
     Raises:
-        InputError: with the layer and the reason.
+        InputError: the layer is named, with the reason.
     """
     check_inputs(call)
     if call.q.shape[0] != 1:
@@ -57,7 +57,7 @@ def check_inputs(call: AttentionInputs) -> None:
     """Refuse calls whose shapes or options already say that Q, K and V are not all there is.
 
     Raises:
-        InputError: with the layer and the reason.
+        InputError: the layer is named, with the reason.
     """
     q, k, v = call.q, call.k, call.v
     if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
@@ -82,7 +82,7 @@ def check_inputs(call: AttentionInputs) -> None:
 
 
 def visible_window(call: AttentionCall, start: int) -> int | None:
-    """The sliding window that the call's mask implements, None for full causal attention.
+    """Return the sliding window that the call's mask implements, or None for full causal attention.
 
     A window that no query has reached yet is taken from the call's options.
 
@@ -100,11 +100,11 @@ def visible_window(call: AttentionCall, start: int) -> int | None:
     if call.bidirectional:
         raise refuse(call, "it is bidirectional (no causal mask)")
     if "flash" in call.implementation or "flex" in call.implementation:
-        return hint  # these take the window as an option; `check_output` sees whether that is all
+        return hint  # these take the window as an option; `check_output` shows whether they obey it
     if n > 1 and keys != n:
         raise refuse(call, f"{keys} keys for {n} queries come without a mask")
     if hint is not None and hint < total and n > 1:
-        hint = None  # an option that this implementation ignores
+        hint = None  # this implementation ignores the option
     return hint
 
 
@@ -128,7 +128,7 @@ def _mask_window(call: AttentionCall, mask: Tensor, total: int, hint: int | None
 
 
 def causal_mask(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
-    """Which keys each query sees, by position: those up to its own, and of those the last `window`.
+    """Return which keys each query sees, by position: those up to its own, and of these only the last `window`.
 
     Args:
         queries: (n,) integer positions.
@@ -143,7 +143,7 @@ def causal_mask(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
 
 
 def visible(call: AttentionInputs, mask: Tensor) -> Tensor:
-    """Boolean form of a mask; an additive one may hold only 0 (visible) and its dtype's lowest value or -inf."""
+    """Return a mask in boolean form. An additive one may hold only 0 (visible) and its dtype's lowest value or -inf."""
     if mask.dtype == torch.bool:
         return mask
     shown = mask == 0
@@ -154,7 +154,7 @@ def visible(call: AttentionInputs, mask: Tensor) -> Tensor:
 
 
 def check_output(call: AttentionCall, start: int, window: int | None) -> None:
-    """Recompute a few rows of the call's output in float32 and compare.
+    """Recompute a few rows of the call's output in float32 and compare them with what the model computed.
 
     The tolerance allows for the rounding of scores and weights in the model's dtype: a few units in the last place of
     the largest |score| and of the largest |value|.

@@ -1,11 +1,13 @@
-"""Whether a prompt run in pieces, with a cache between them, is the same as the prompt run whole.
+"""These checks decide whether a prompt prefilled in chunks, with a KV cache between them, is the same as the whole
+prompt.
 
-Three things can differ. Rotations may depend on the length (see `positions`). Recurrent layers and short convolutions
-may drop their state between pieces. And a cache may hold something else than the layers gave it. The first is tried at
-the prompt's real length, on the rotary modules alone. The second is tried on the prompt's first tokens, cut as the real
-run cuts them: each module that is handed the cache gets the inputs that it has in the whole run, so that errors do not
-add up over the layers and no expert is chosen otherwise, and its output may differ by the dtype's rounding only; and
-the queries, keys and values of the whole model are compared too.
+Three things can differ. Rotary embeddings may depend on the length (see `positions`). Recurrent layers and short
+convolutions may drop their state between chunks. And a cache may return other keys and values than the layers put into
+it. The first is tried at the prompt's real length, on the rotary modules alone. The second is tried on the prompt's
+first tokens, cut as the real run cuts them: each module that receives the cache gets the inputs that it had in the
+whole run, so that errors do not add up over the layers and no other expert is chosen, and its output may differ by the
+dtype's rounding only; the queries, keys and values of the whole model are compared too. The third is watched during the
+real run (`CacheWatch`).
 """
 
 from __future__ import annotations
@@ -26,28 +28,28 @@ from anchorscope.models.config import text_config
 from anchorscope.models.hook import intercept
 from anchorscope.models.language import language_only
 from anchorscope.models.positions import TRIAL_TOKENS, Rotations
-from anchorscope.models.prefill import Prefill, feed, run
+from anchorscope.models.prefill import Prefill, forwards, last_forward
 from anchorscope.models.watch import filled, module_hooks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-SHORT = 11  # tokens of a piece in the trial: more than the kernels of short convolutions have
+SHORT = 11  # tokens of a chunk in the trial: more than a short convolution's kernel covers
 PIECES = 4
-LONG = 300  # of a longer trial of models with recurrent layers, whose scans work on up to 256 tokens at a time
-MOST_TOKENS, MOST_FORWARDS = 700, 64  # of one trial
+LONG = 300  # tokens of a chunk in the longer trial of recurrent layers, whose scans take up to 256 tokens at a time
+MOST_TOKENS, MOST_FORWARDS = 700, 64  # limits of one trial
 # Largest relative difference per token of a module with the same inputs (in units of the dtype's epsilon), ...
 ROUNDINGS = {torch.float64: 1 << 12, torch.float32: 1 << 8}
 ROUNDINGS_16 = 4
 # ... and of the whole model's queries, keys and values, where differences add up over the layers: relative. An expert
-# may be chosen otherwise by rounding in 16-bit types, so the median of the tokens counts there.
+# may be chosen otherwise by rounding in 16-bit types, so the median over the tokens is compared there.
 MODEL_TOLERANCE, MODEL_MEDIAN_16 = 1e-3, 0.1
 
 
 def rotations(model: PreTrainedModel, token_ids: Sequence[int]) -> Rotations:
-    """The rotary modules, from a trial run of a few tokens."""
+    """Find the rotary modules in a trial run of a few tokens."""
     ids = filled(token_ids, TRIAL_TOKENS)
-    return Rotations(model, lambda: run(model, ids), TRIAL_TOKENS)
+    return Rotations(model, lambda: last_forward(model, ids), TRIAL_TOKENS)
 
 
 def check_chunks(
@@ -57,17 +59,17 @@ def check_chunks(
     prefills: Iterable[Prefill],
     advice: str = "; capture without --chunk",
 ) -> None:
-    """Make sure that prompts run in pieces are the same as run whole.
+    """Make sure that prompts prefilled in chunks are the same as prefilled whole.
 
     Args:
         model: the model.
         token_ids: some ids to try it with, best the longest prompt's.
         layers: the attention layers whose queries, keys and values are compared.
-        prefills: the runs to come.
-        advice: how the sentence ends that says they are not.
+        prefills: the prefills that are to run.
+        advice: the end of the sentence that refuses them.
 
     Raises:
-        InputError: pieces give something else, or the model keeps no cache.
+        InputError: chunks give another result, or the model keeps no cache.
     """
     prefills = sorted({p for p in prefills if p.chunk < p.tokens}, key=lambda p: (p.tokens, p.chunk))
     if not prefills:
@@ -80,7 +82,7 @@ def check_chunks(
 
 @contextmanager
 def explained(model: PreTrainedModel, advice: str) -> Iterator[None]:
-    """Let what goes wrong in a trial be one sentence that ends with `advice`, also where the model's own code fails.
+    """Turn whatever goes wrong in a trial, even inside the model's own code, into one sentence that ends with `advice`.
 
     Raises:
         InputError: a check failed, or the model did.
@@ -97,7 +99,9 @@ def explained(model: PreTrainedModel, advice: str) -> Iterator[None]:
 
 
 def _trials(prefills: Sequence[Prefill], recurrent: bool, window: int | None) -> list[tuple[int, ...]]:
-    """Sizes of pieces to try: short ones, for recurrent layers also longer ones, and across the widest window."""
+    """Return the chunk sizes to try: short ones, longer ones for recurrent layers, and ones that cross the widest
+    window.
+    """
     trials = {p.small(SHORT, PIECES * SHORT) for p in prefills}
     if recurrent:
         trials |= {p.small(LONG, 2 * LONG) for p in prefills if p.chunk > SHORT}
@@ -108,10 +112,10 @@ def _trials(prefills: Sequence[Prefill], recurrent: bool, window: int | None) ->
 
 
 def check_rotations(model: PreTrainedModel, token_ids: Sequence[int], prefills: Sequence[Prefill]) -> None:
-    """Make sure that no piece is rotated otherwise than in the whole prompt.
+    """Make sure that chunks are rotated as in the whole prompt.
 
     Raises:
-        InputError: it is.
+        InputError: a chunk is rotated otherwise.
     """
     found = rotations(model, token_ids)
     for p in prefills:
@@ -125,7 +129,7 @@ def check_rotations(model: PreTrainedModel, token_ids: Sequence[int], prefills: 
 
 
 def rope_types(model: PreTrainedModel) -> str:
-    """The kinds of scaling that the configuration names, for messages."""
+    """Return the kinds of rope scaling that the configuration names, for messages."""
     parameters = getattr(text_config(model), "rope_parameters", None) or {}
     sets = [v for v in parameters.values() if isinstance(v, dict)] or [parameters]
     kinds = {str(x.get("rope_type", x.get("type", "default"))) for x in sets}
@@ -137,7 +141,7 @@ def rope_types(model: PreTrainedModel) -> str:
 
 
 def _kinds(model: PreTrainedModel, token_ids: Sequence[int]) -> tuple[bool, int | None]:
-    """Whether some layers keep another state than keys and values, and the widest window."""
+    """Return whether some layers keep another state than keys and values, and the widest sliding window."""
     windows: list[int] = []
     attending: set[nn.Module] = set()
 
@@ -153,7 +157,7 @@ def _kinds(model: PreTrainedModel, token_ids: Sequence[int]) -> tuple[bool, int 
 
 
 def _keepers(model: PreTrainedModel, ids: Sequence[int], sizes: Sequence[int]) -> list[nn.Module]:
-    """The innermost modules that are handed a cache: attention, recurrences, convolutions."""
+    """Return the innermost modules that receive a cache: attention, recurrences and convolutions."""
     holders: dict[nn.Module, None] = {}
 
     def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -161,7 +165,7 @@ def _keepers(model: PreTrainedModel, ids: Sequence[int], sizes: Sequence[int]) -
             holders[module] = None
 
     with module_hooks(m.register_forward_pre_hook(look, with_kwargs=True) for m in model.modules()):
-        run(model, ids, sizes)
+        last_forward(model, ids, sizes)
     return [m for m in holders if not any(part in holders for part in m.modules() if part is not m)]
 
 
@@ -171,29 +175,29 @@ def _is_cache(value: Any) -> bool:
 
 @dataclass
 class _Whole:
-    """What a module was given and gave in the whole run, call by call: tensors (B, N, *), inputs by place."""
+    """The inputs and outputs of a module in the whole run, call by call: tensors (B, N, *), inputs by argument."""
 
     inputs: list[dict[int | str, torch.Tensor]] = field(default_factory=list)
     outputs: list[torch.Tensor] = field(default_factory=list)
 
 
 class _Compare:
-    """Hooks that note the whole run, and then run pieces with its inputs."""
+    """These hooks record the whole run, and then run the chunks with the recorded inputs."""
 
     def __init__(self, modules: Sequence[nn.Module], tokens: int) -> None:
         self._names = {m: _Whole() for m in modules}
         self._tokens = tokens
         self._calls: dict[nn.Module, int] = {}
-        self._span: tuple[int, int] | None = None  # None: the whole run
+        self._span: tuple[int, int] | None = None  # the chunk's positions; None during the whole run
         self.errors: dict[nn.Module, torch.Tensor] = {m: torch.zeros(tokens) for m in modules}
 
     def begin(self, span: tuple[int, int]) -> None:
-        """A piece comes next."""
+        """Say which positions the next chunk covers."""
         self._span = span
         self._calls.clear()
 
     def hooked(self) -> AbstractContextManager[None]:
-        """Install the hooks."""
+        """Return a context in which the hooks are installed."""
         return module_hooks(
             hook
             for m in self._names
@@ -228,7 +232,7 @@ class _Compare:
         start, stop = self._span
         if index < len(seen.outputs) and seen.outputs[index].numel() and _is_hidden(result, stop - start):
             whole = seen.outputs[index].float()
-            # a token's output may be small by chance, and its rounding is that of the terms it is made of
+            # a token's output may be small by chance, while its rounding error is that of the terms it sums
             size = whole.norm(dim=-1)[0]
             size = size.clamp_min(float(size.median()))[start:stop].clamp_min(torch.finfo(torch.float32).tiny)
             error = (result.float().cpu() - whole[:, start:stop]).norm(dim=-1)[0] / size
@@ -245,10 +249,10 @@ def _is_hidden(value: Any, tokens: int) -> bool:
 def check_sizes(
     model: PreTrainedModel, token_ids: Sequence[int], layers: Collection[int], sizes: Sequence[int]
 ) -> None:
-    """Run the first tokens whole and in pieces of these sizes.
+    """Compare a prefill in chunks of these sizes with the whole prefill, on as many first tokens of the prompt.
 
     Raises:
-        InputError: a module, or the whole model, gives something else, or keeps no cache.
+        InputError: a module, or the whole model, gives another result, or keeps no cache.
     """
     total = sum(sizes)
     ids = filled(token_ids, total)
@@ -256,7 +260,7 @@ def check_sizes(
     with compare.hooked():
         whole = _projections(model, ids, layers, None)
     _check_model(model, whole, _projections(model, ids, layers, sizes), sizes)
-    pieces = feed(model, ids, sizes)
+    pieces = forwards(model, ids, sizes)
     with compare.hooked():
         for span in pairwise((0, *accumulate(sizes))):
             compare.begin(span)
@@ -264,14 +268,14 @@ def check_sizes(
     names = {m: name for name, m in model.named_modules()}
     for module, errors in compare.errors.items():
         if _is_layer(model, names[module]) and model.dtype.itemsize < 4:
-            continue  # the experts of a whole layer may be chosen otherwise by rounding
+            continue  # rounding may choose other experts in a whole layer
         worst = float(errors[sizes[0] :].max())
         if not worst <= ROUNDINGS.get(model.dtype, ROUNDINGS_16) * torch.finfo(model.dtype).eps:
             raise InputError(_refusal(model, f"the output of {type(module).__name__} {names[module]}", worst))
 
 
 def _is_layer(model: PreTrainedModel, name: str) -> bool:
-    """Whether a module is a whole layer of the model."""
+    """Return whether a module is a whole layer of the model."""
     parent = name.rpartition(".")[0]
     return isinstance(model.get_submodule(parent), nn.ModuleList)
 
@@ -279,7 +283,7 @@ def _is_layer(model: PreTrainedModel, name: str) -> bool:
 def _projections(
     model: PreTrainedModel, ids: Sequence[int], layers: Collection[int], sizes: Sequence[int] | None
 ) -> dict[tuple[int, str], torch.Tensor]:
-    """Queries, keys and values of the layers, (tokens, heads x d) each."""
+    """Return the queries, keys and values of the layers, each as (tokens, heads x d)."""
     seen: dict[tuple[int, str], list[torch.Tensor]] = {}
 
     def keep(call: AttentionCall) -> None:
@@ -289,7 +293,7 @@ def _projections(
                 seen.setdefault((call.layer, name), []).append(x[0].transpose(0, 1).flatten(1).float().cpu())
 
     with intercept(model, language_only(model, keep)):
-        run(model, ids, sizes)
+        last_forward(model, ids, sizes)
     return {key: torch.cat(found) for key, found in seen.items()}
 
 
@@ -321,23 +325,23 @@ def _refusal(model: PreTrainedModel, what: str, error: float) -> str:
 # the real run
 
 
-WATCHED = 4  # keys and values of each piece that later pieces must find again
+WATCHED = 4  # so many keys and values of each chunk must come back in later chunks
 
 
 class CacheWatch:
-    """A sink that makes sure, during a prefill in chunks, that the cache gives back what earlier chunks put into it.
+    """This sink makes sure, during a prefill in chunks, that the cache returns what earlier chunks put into it.
 
-    Of every chunk a few keys and values are kept; as long as the cache holds their positions they must come back bit
+    It keeps a few keys and values of every chunk. As long as the cache holds their positions, they must come back bit
     for bit: caches that quantize, shift or overwrite would change what attention sees.
     """
 
     def __init__(self, layers: Sequence[int]) -> None:
-        """Watch these layers."""
+        """Watch the given layers."""
         self._seen: dict[int, int] = dict.fromkeys(layers, 0)
         self._kept: dict[int, dict[int, tuple[torch.Tensor, torch.Tensor]]] = {layer: {} for layer in layers}
 
     def __call__(self, call: AttentionCall) -> None:
-        """Look at one call.
+        """Compare one call's keys and values with those kept, and keep some of its own.
 
         Raises:
             InputError: an earlier key or value has changed, or is gone though the cache is long enough.

@@ -1,4 +1,4 @@
-"""A model's configuration: the language model's own, and what is refused by it alone."""
+"""These functions read a model's configuration and refuse models that it alone rules out."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def text_config(model: PreTrainedModel) -> PretrainedConfig:
-    """The configuration of the language model, also inside a multimodal one."""
+    """Return the configuration of the language model, also from inside a multimodal one."""
     return model.config.get_text_config(decoder=True)
 
 
@@ -19,7 +19,7 @@ def check_config(config: PretrainedConfig, name: str) -> None:
     """Refuse architectures whose attention is not causal self-attention throughout.
 
     Raises:
-        InputError: encoder-decoder.
+        InputError: the model is an encoder-decoder.
     """
     if getattr(config, "is_encoder_decoder", False):
         raise InputError(

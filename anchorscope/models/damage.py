@@ -1,4 +1,4 @@
-"""A model folder's files, looked at before transformers reads them: what is damaged is named in one sentence."""
+"""These checks look at a model folder's files before transformers reads them, and name what is damaged."""
 
 from __future__ import annotations
 
@@ -68,15 +68,15 @@ def check_folder(folder: Path, source: str) -> None:
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder brings a tokenizer, whole or not."""
+    """Return whether a folder brings a tokenizer, whole or damaged."""
     return any((folder / name).exists() for name in TOKENIZERS)
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """A JSON file that must hold an object; a byte-order mark is accepted.
+    """Read a JSON file that must hold an object; a byte-order mark is accepted.
 
     Raises:
-        InputError: unreadable, empty, too large, a Git LFS pointer, or no such JSON.
+        InputError: the file is unreadable, empty, too large, a Git LFS pointer, or holds no JSON object.
     """
     check_file(path)
     try:
@@ -95,10 +95,10 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def check_file(path: Path) -> None:
-    """Refuse what is no readable regular file with something in it, and Git LFS pointers.
+    """Refuse whatever is not a readable, nonempty regular file, and Git LFS pointers.
 
     Raises:
-        InputError: as said.
+        InputError: the file is named, with the reason.
     """
     try:
         if not path.exists():
@@ -119,12 +119,12 @@ def check_weights(folder: Path, source: str, named: Any = None) -> None:
     """Open every weight file's header; no weights are read.
 
     Args:
-        folder: the model's.
+        folder: the model's folder.
         source: the model, as the user named it.
-        named: the file of weights that config.json names, if it does.
+        named: the file of weights that config.json names, or None.
 
     Raises:
-        InputError: no safetensors at all (pickle is never read), or files that are damaged or absent.
+        InputError: there are no safetensors (pickle is never read), or files are damaged or absent.
     """
     if named is not None:
         if not (isinstance(named, str) and named.endswith((".safetensors", ".safetensors.index.json"))):
@@ -148,10 +148,10 @@ def check_weights(folder: Path, source: str, named: Any = None) -> None:
 
 
 def check_safetensors(path: Path) -> None:
-    """Open a safetensors file's header and compare its size.
+    """Open a safetensors file's header and compare the file's size with it.
 
     Raises:
-        InputError: it is damaged or cut short.
+        InputError: the file is damaged or cut short.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -200,7 +200,7 @@ def _check_count(key: str, value: Any, where: str) -> None:
 
 
 def _shards(folder: Path, index: str) -> Iterator[str]:
-    """The weight files that an index names, each inside the folder and a safetensors file."""
+    """Yield the weight files that an index names. Each must be a safetensors file inside the folder."""
     weight_map = read_object(folder / index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise InputError(f"{folder / index} is damaged, it holds no weight_map: fetch the model again")
@@ -213,7 +213,7 @@ def _shards(folder: Path, index: str) -> Iterator[str]:
 
 
 def _no_weights(folder: Path, source: str) -> str:
-    """Why a folder without safetensors cannot be read."""
+    """Say why a folder without safetensors cannot be read."""
     try:
         pickles = sorted(p.name for p in folder.iterdir() if p.name.endswith((*PICKLES, ".bin.index.json")))
         others = sorted(p.name for p in folder.iterdir() if p.suffix == ".safetensors")

@@ -1,4 +1,4 @@
-"""What identifies a model: the `model` object of dumps and of anchors.json."""
+"""`model_facts` makes the `model` object of dumps and of anchors.json, which identifies a model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def model_facts(model: PreTrainedModel, name: str | None = None, revision: str |
     and so does merging them; disabled or inactive ones do not.
 
     Raises:
-        InputError: an adapter that is no part of the model's layers (prompt learning and the like).
+        InputError: an adapter is not part of the model's layers (prompt learning and similar).
     """
     model = unwrapped(model)
     config = text_config(model)
@@ -63,13 +63,13 @@ def model_facts(model: PreTrainedModel, name: str | None = None, revision: str |
 
 
 def name_of(model: PreTrainedModel) -> str:
-    """A loaded model's id, or the last part of the folder it came from: dumps carry no local paths."""
+    """Return a loaded model's id, or the last part of the folder it came from, since dumps carry no local paths."""
     source = str(getattr(model, "name_or_path", "") or "")
     return (Path(source).name if Path(source).exists() else source) or type(model).__name__
 
 
 def _shared(config: PretrainedConfig, name: str, otherwise: Any) -> Any:
-    """A configuration's value, `otherwise` where it is unset, None where every layer has its own."""
+    """Return a configuration's value, `otherwise` where it is unset, or None where every layer has its own."""
     try:
         value = getattr(config, name, None)
     except RuntimeError:  # transformers refuses to read it globally

@@ -1,8 +1,8 @@
-"""A GGUF file's own statements about attention, put into the configuration that transformers makes of it.
+"""Statements of a GGUF file about attention are put into the configuration that transformers makes of the file.
 
 transformers drops most of them without a word: rope scaling, per-dimension frequencies, windows, head sizes. The
-conventions are llama.cpp's, whose converter writes the files. Architectures are admitted one by one, each where the
-same weights give the same logits from GGUF and from safetensors (tests/capture/test_gguf.py).
+conventions are llama.cpp's, whose converter writes the files. An architecture is admitted once a test shows that the
+same weights give the same logits from GGUF and from safetensors (tests/models/test_gguf.py).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ ATTRIBUTES = {  # metadata that has one counterpart in the configuration
 }
 HANDLED = {*ATTRIBUTES, *ROPE_KEYS, "attention.key_length", "attention.value_length", "attention.sliding_window"}
 HANDLED |= {"attention.causal", "vocab_size", "attention.sliding_window_pattern"}
-NEUTRAL: dict[str, tuple[Any, ...]] = {  # metadata that says nothing at these values, and is refused at others
+NEUTRAL: dict[str, tuple[Any, ...]] = {  # metadata that changes nothing at these values, and is refused at others
     "expert_count": (0,),
     "expert_used_count": (0,),
     "attention.max_alibi_bias": (0,),
@@ -80,7 +80,7 @@ LARGEST = {"gemma2": 46, "gemma3": 62}  # layers of the models that scale scores
 
 @dataclass(frozen=True)
 class Gguf:
-    """One file: its architecture and its metadata under the architecture's name."""
+    """One GGUF file: its architecture, and its metadata under the architecture's name."""
 
     reader: GGUFReader
     where: str
@@ -116,7 +116,7 @@ class Gguf:
         return file
 
     def need(self, key: str) -> Any:
-        """A value that every such file must have."""
+        """Return a value that every such file must have."""
         if key not in self.values:
             raise InputError(f"{self.where} is incomplete: it has no {self.architecture}.{key}")
         return self.values[key]
@@ -182,7 +182,7 @@ def _bias_names(file: Gguf) -> tuple[str, ...]:
 
 
 def _biases(file: Gguf) -> dict[str, Any]:
-    """Settings that make room for biases, which the file's metadata does not mention."""
+    """Return the settings that make room for biases, which the file's metadata does not mention."""
     if file.architecture != "llama":
         return {}
     found = {tensor.name for tensor in file.reader.tensors}
@@ -218,7 +218,9 @@ def _windows(file: Gguf) -> dict[str, Any]:
 
 
 def _scale(file: Gguf, heads: int, hidden: int, head_dim: int) -> dict[str, Any]:
-    """The scale of scores, which llama.cpp derives from the size of the model for want of metadata."""
+    """Return the setting that scales the scores. llama.cpp derives it from the size of the model, since no metadata
+    states it.
+    """
     if file.architecture not in LARGEST:
         return {}
     largest = file.need("block_count") == LARGEST[file.architecture]

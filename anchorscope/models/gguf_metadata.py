@@ -1,4 +1,4 @@
-"""What a GGUF file says about its model, beside what transformers makes of it, which drops much of it silently."""
+"""These functions read the metadata of a GGUF file."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def open_gguf(path: Path) -> GGUFReader:
         contents(reader, "general.architecture")
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror or error})") from None
-    except Exception as error:  # the reader trusts the file: any error can come of a damaged one
+    except Exception as error:  # the reader trusts the file, so a damaged one may raise anything
         what = first_line(error, 200)
         raise InputError(f"{path} is no whole GGUF file, it is damaged or cut short ({what})") from None
     parts = contents(reader, "split.count", 1)
@@ -41,7 +41,8 @@ def open_gguf(path: Path) -> GGUFReader:
 
 
 def contents(reader: GGUFReader, key: str, *otherwise: Any) -> Any:
-    """A metadata value as plain Python: a number, a text or a list; `otherwise`, if given, where the key is absent.
+    """Return a metadata value as plain Python (a number, a text or a list), or `otherwise`, if given, where the key is
+    absent.
 
     Raises:
         KeyError: the key is absent, and there is nothing to give instead.

@@ -1,4 +1,4 @@
-"""Rotary embedding as a GGUF file states it, in the terms of transformers."""
+"""These functions translate the rotary embedding that a GGUF file states into transformers' `rope_parameters`."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ UNSET: dict[str, tuple[float, ...]] = {  # yarn's options at which nothing diffe
 
 @dataclass(frozen=True)
 class Rope:
-    """What a file says.
+    """What a GGUF file states about its rotary embedding.
 
     Attributes:
-        values: metadata, without the architecture's name.
-        tensors: those of ROPE_TENSORS that the file has, each one factor per pair of dimensions.
-        context: the model's positions.
-        rotated: dimensions that are rotated.
+        values: the metadata, its keys without the architecture's name.
+        tensors: the tensors among ROPE_TENSORS that the file has, each with one factor per pair of dimensions.
+        context: how many positions the model has.
+        rotated: how many dimensions are rotated.
         where: the file's name.
     """
 
@@ -61,15 +61,15 @@ class Rope:
     where: str
 
     def scaling(self, name: str, otherwise: Any = None) -> Any:
-        """A value below rope.scaling."""
+        """Return a metadata value whose key begins with rope.scaling, or `otherwise`."""
         return self.values.get(SCALING + name, otherwise)
 
 
 def rope_parameters(rope: Rope) -> dict[str, Any]:
-    """transformers' `rope_parameters` for what a file says, with exactly its frequencies.
+    """Return the `rope_parameters` with which transformers computes exactly the file's frequencies.
 
     Raises:
-        InputError: a kind of scaling that transformers' formulas do not give.
+        InputError: transformers has no formula for the file's scaling.
     """
     base = {"rope_theta": float(rope.values.get("rope.freq_base", DEFAULT_BASE))}
     kind, factor = rope.scaling("type", "none"), rope.scaling("factor", rope.values.get("rope.scale_linear"))
@@ -129,7 +129,7 @@ def _longrope(rope: Rope) -> dict[str, Any]:
 
 
 def _frequencies(rope: Rope, base: float) -> dict[str, Any]:
-    """Divisors of the frequencies: Llama 3's where its formula gives them, else as such."""
+    """Express divisors of the frequencies as Llama 3's formula where it gives them, else factor by factor."""
     factors = list(rope.tensors[FREQUENCIES])
     if all(abs(x - 1) < 1e-7 for x in factors):
         return {"rope_type": "default"}
@@ -155,7 +155,7 @@ def _frequencies(rope: Rope, base: float) -> dict[str, Any]:
 
 
 def _llama3(base: float, rotated: int, factor: float, original: int) -> list[float]:
-    """Llama 3's divisors of the frequencies, with its own bounds of 1 and 4 rotations."""
+    """Return Llama 3's divisors of the frequencies, with its own bounds of 1 and 4 rotations."""
     found = []
     for i in range(rotated // 2):
         rotations = original / (2 * math.pi * base ** (2 * i / rotated))

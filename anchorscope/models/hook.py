@@ -1,16 +1,16 @@
-"""See or replace every attention call of a transformers model: `divert`, and `intercept` on top of it.
+"""`intercept` shows every attention call of a transformers model, and `divert` replaces it.
 
 Transformers lets a model name its attention function (`AttentionInterface`) and the function that builds its masks
-(`AttentionMaskInterface`). While a context is open, the model's configs name private functions of each kind. The
-mask function delegates to exactly the function the model would have called, with the same arguments; the attention
-function hands the call to `attend` together with the model's own function, ready to be called. `intercept` calls it
-and looks at the result, so the model's logits stay equal bit for bit. Registering the mask function is not optional:
-without it transformers builds no mask at all, and sliding windows and chunked prefill are silently wrong. Delegates
-see the model's own implementation name, since some of them look it up in the config again.
+(`AttentionMaskInterface`). While a context is open, the model's configs name private functions of each kind. The mask
+function delegates to exactly the function the model would have called, with the same arguments; the attention function
+hands the call to `attend` together with the model's own function, ready to be called. `intercept` calls it and looks at
+the result, so the model's logits stay equal bit for bit. Registering the mask function is not optional: without it
+transformers builds no mask at all, and sliding windows and chunked prefill are silently wrong. Delegates see the
+model's own implementation name, since some of them look it up in the config again.
 
-Which contexts a call passes is decided by its module: the open contexts of the models that hold it, in the order in
-which they were opened. So contexts may be left in any order, and the last one to leave gives the configs their own
-names back. A private name copies and pickles as the model's own: a copy made inside a context is an ordinary model.
+A call's module decides which contexts see it: those of the models that hold the module, in the order in which they were
+opened. So contexts may be left in any order, and the last one to leave gives the configs their own names back. A
+private name copies and pickles as the model's own: a copy made inside a context is an ordinary model.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 _beneath: dict[str, str] = {}  # names registered here -> the implementation that each stands in front of
-_lock = threading.RLock()  # guards what follows
+_lock = threading.RLock()  # guards the two below
 _open: list[_Context] = []  # the open contexts, in the order in which they were opened
 _named: dict[int, tuple[PretrainedConfig, int]] = {}  # id of a config with a private name -> it, and its contexts
 
@@ -89,7 +89,7 @@ def divert(model: PreTrainedModel, attend: Attend) -> Iterator[None]:
 
 
 class _Name(str):
-    """A private implementation name. Copies and pickles of it are `own`, the name that it stands in front of."""
+    """A private implementation name. Its copies and pickles are `own`, the name of the implementation behind it."""
 
     __slots__ = ("own",)
     own: str
@@ -102,7 +102,7 @@ class _Name(str):
 
 
 class _Context:
-    """One open `divert`: whose modules it covers and who answers their calls."""
+    """One open `divert`. It knows which modules it covers and who answers their calls."""
 
     def __init__(self, model: PreTrainedModel, attend: Attend) -> None:
         self.model, self.attend = model, attend
@@ -143,7 +143,7 @@ class _Context:
             _open.append(self)
 
     def leave(self) -> str | None:
-        """Close the context; returns the implementation that a config names instead of the private one, if any does."""
+        """Close the context. Return the implementation that a config names instead of the private one, if any does."""
         changed = None
         with _lock:
             _open.remove(self)
@@ -159,7 +159,7 @@ class _Context:
         return changed
 
     def covers(self, module: nn.Module) -> bool:
-        """Whether the module is a part of the model, also one that was put in after the context was opened."""
+        """Return whether the module is a part of the model, even if it was put in after the context was opened."""
         if id(module) in self._modules:
             return True
         if module in self._others:
@@ -171,7 +171,7 @@ class _Context:
 
 
 def _private(implementation: str) -> _Name:
-    """The private name in front of an implementation, registered."""
+    """Return the private name of an implementation, registered."""
     # "flash" stays in it where it was: transformers chooses unpadded inputs by that substring
     name = _Name(f"anchorscope_in_front_of_{implementation}")
     name.own = implementation
@@ -190,7 +190,7 @@ def _private(implementation: str) -> _Name:
 
 
 def _through(attends: list[Attend], call: AttentionInputs, own: Own) -> Any:
-    """Ask the last of `attends`, whose own attention is the others'."""
+    """Ask the last of `attends`; its own attention leads to the one before."""
     if not attends:
         return own(call.q, call.k, call.v)
 
@@ -248,14 +248,14 @@ def register(name: str, attend: Attend, implementation: str) -> None:
         return build(*args, **options)
 
     interface.register(name, attention)
-    # an implementation without a mask function gets none, before and now
+    # an implementation without a mask function gets no mask from transformers either
     if implementation in masks._global_mapping:
         masks.register(name, mask)
     _beneath[name] = implementation
 
 
 class _AsBefore:
-    """A module whose config names another implementation, without a change to the config that other threads read."""
+    """A module whose config names another implementation; the config itself, which other threads read, is unchanged."""
 
     def __init__(self, module: nn.Module, implementation: str) -> None:
         self._module = module
@@ -266,20 +266,22 @@ class _AsBefore:
 
     @classmethod
     def of(cls, module: nn.Module, implementation: str) -> Any:
-        """The module itself where no delegate looks the name up, or where the next one comes from here too."""
+        """Return the module itself where no delegate looks the name up, or where the next delegate was registered here
+        too.
+        """
         plain = implementation in ("eager", "sdpa", *_beneath) or getattr(module, "config", None) is None
         return module if plain else cls(module, implementation)
 
 
 def _named_config(config: Any, implementation: str) -> Any:
-    """A shallow copy of a config that names `implementation`."""
+    """Return a shallow copy of a config that names `implementation`."""
     config = copy.copy(config)
     config._attn_implementation_internal = implementation
     return config
 
 
 def _unregister(name: str) -> None:
-    """Take a name back that `register` gave."""
+    """Undo `register`."""
     for interface in _interfaces():
         interface._global_mapping.pop(name, None)
     _beneath.pop(name, None)
@@ -297,14 +299,14 @@ def _interfaces() -> tuple[Any, Any]:
 
 
 def _foundation(name: str) -> str:
-    """The implementation at the bottom of nested contexts."""
+    """Return the implementation beneath all nested contexts."""
     while name in _beneath:
         name = _beneath[name]
     return name
 
 
 def _configs(model: PreTrainedModel) -> Iterator[PretrainedConfig]:
-    """Every config that a part of the model consults, each once."""
+    """Yield every config that a part of the model consults, each once."""
     from transformers import PretrainedConfig
 
     seen: set[int] = set()
@@ -317,7 +319,7 @@ def _configs(model: PreTrainedModel) -> Iterator[PretrainedConfig]:
 
 
 def _delegate(module: nn.Module, implementation: str) -> Any:
-    """The attention function that the module's own code would look up.
+    """Return the attention function that the module's own code would look up.
 
     Each modelling file looks `implementation` up in its `ALL_ATTENTION_FUNCTIONS`, with its own
     `eager_attention_forward` as the default; both are globals of the file that defines the module's class or the base

@@ -1,6 +1,7 @@
-"""The KV cache in a model's forward and in its result, by the name that the installed transformers uses.
+"""These functions pass a KV cache into a model's forward and take it from the result, by the name that the installed
+transformers uses.
 
-It was called `past_key_values` until transformers renamed it to `cache`; models that bring their own code keep the old
+The name was `past_key_values` until transformers changed it to `cache`; models that bring their own code keep the old
 name.
 """
 
@@ -19,20 +20,21 @@ NAMES = ("cache", "past_key_values")
 
 
 def cache_option(module: nn.Module, cache: Any) -> dict[str, Any]:
-    """The keyword argument that hands `cache` to the module's forward; none for None."""
+    """Return the keyword argument that hands `cache` to the module's forward; none for None."""
     return {} if cache is None else {_forward(module)[0]: cache}
 
 
 def continuation(module: nn.Module, cache: Any, held: int, ids: torch.Tensor) -> dict[str, Any]:
-    """Keyword arguments of a forward over `ids` behind a cache: the cache, and the positions of the ids.
+    """Return the keyword arguments of a forward over `ids` that follow a cache: the cache, and the positions of the
+    ids.
 
-    Some hybrids would count positions by the cache of their first layer, which is a recurrent one and counts nothing.
-    At the beginning, positions are the model's own.
+    Some hybrids would count positions by the cache of their first layer, which is recurrent and counts nothing. Without
+    a cache, the model counts positions itself.
 
     Args:
-        module: whose forward it is.
-        cache: what the forward before returned; None at the beginning.
-        held: tokens that it holds.
+        module: the module that runs.
+        cache: the cache that the last forward returned; None before the first.
+        held: how many tokens the cache holds.
         ids: (1, n) int64.
     """
     options = cache_option(module, cache)
@@ -42,7 +44,7 @@ def continuation(module: nn.Module, cache: Any, held: int, ids: torch.Tensor) ->
 
 
 def _forward(module: nn.Module) -> tuple[str, Collection[str]]:
-    """What a forward calls its cache, and the names of all it takes.
+    """Return the name of the cache among a forward's parameters, and all their names.
 
     A wrapper (an adapter, a compiled model) passes keywords on, so the first module inside that names a cache decides.
     """
@@ -55,9 +57,9 @@ def _forward(module: nn.Module) -> tuple[str, Collection[str]]:
 
 
 def result_cache(result: Any) -> Any:
-    """The KV cache in what a forward returned, None where it keeps none."""
+    """Return the KV cache in a forward's result, or None where the model keeps none."""
     for name in NAMES:
-        # a renamed field is still readable by its old name, with a warning, so the new one is asked first
+        # a renamed field can still be read by its old name, with a warning, so the new name is asked first
         cache = getattr(result, name, None)
         if cache is not None:
             return cache

@@ -1,4 +1,4 @@
-"""Which attention is a language model's causal self-attention: a model that sees or hears has other attention too.
+"""`Language` tells a language model's causal self-attention from the other attention of a model that sees or hears.
 
 Towers for images and sound may number their layers from 0 as the text does, and cross-attention layers stand among
 those of the text. Neither is prefill of a prompt, so both are left out, by name.
@@ -21,7 +21,7 @@ TOWERS = ("vision", "audio", "speech", "encoder")  # in the type of a tower's co
 
 
 class Language:
-    """The modules of a model's language model, without its towers.
+    """The set of modules that make up a model's language model, without its towers.
 
     Args:
         model: any loaded transformers model; None where only a call is known: then towers are told by their
@@ -45,12 +45,12 @@ class Language:
         return decoder is not None and any(x is module for x in decoder.modules())
 
     def foreign(self, call: AttentionInputs) -> bool:
-        """Whether a call is no self-attention of a numbered layer of the language model."""
+        """Return whether a call is something else than self-attention of a numbered layer of the language model."""
         return call.layer is None or call.module not in self or crosses(call)
 
 
 def text_decoder(model: PreTrainedModel) -> nn.Module:
-    """The part of a model that is its language model: the model itself where there is no other part."""
+    """Return the part of a model that is its language model, or the model itself where there is no other part."""
     kind = type(text_config(model))
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     if isinstance(getattr(decoder, "config", None), kind):
@@ -59,13 +59,13 @@ def text_decoder(model: PreTrainedModel) -> nn.Module:
 
 
 def crosses(call: AttentionInputs) -> bool:
-    """Whether a call is cross-attention, which reads something else than its own tokens."""
+    """Return whether a call is cross-attention, which reads something else than its own tokens."""
     named = "cross" in type(call.module).__name__.lower() or getattr(call.module, "is_cross_attention", False)
     return bool(named) or call.k.shape[-2] < call.q.shape[-2]
 
 
 def language_only(model: PreTrainedModel, sink: Callable[[AttentionCall], None]) -> Callable[[AttentionCall], None]:
-    """A sink for `intercept` that passes on the calls of the language model, not those of other towers."""
+    """Return a sink for `intercept` that passes on the calls of the language model, not those of other towers."""
     language = Language(model)
 
     def watch(call: AttentionCall) -> None:

@@ -1,4 +1,4 @@
-"""Loading a model: a Hugging Face id, a local folder, a GGUF file or a preset."""
+"""This module loads a model by its Hugging Face id, or from a local folder, a GGUF file or a preset."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 class LoadedModel:
     """A model ready to run, with its tokenizer (None if it has none) and the name to record.
 
-    `loading` is what the loader reported, JSON-able: `unexpected`, the names of the checkpoint's tensors that the model
-    does not use, and `metadata`, what a GGUF file says about attention and what was made of it. It is empty for a model
-    that was loaded elsewhere.
+    `loading` holds what the loader reported, JSON-able: `unexpected`, the names of the checkpoint's tensors that the
+    model does not use, and `metadata`, what a GGUF file says about attention and what was made of it. It is empty for a
+    model that was loaded elsewhere.
     """
 
     model: PreTrainedModel
@@ -39,14 +39,14 @@ class LoadedModel:
     loading: Mapping[str, Any] = field(default_factory=dict)
 
 
-OLDEST_TRANSFORMERS = (5, 22)  # as pyproject.toml says
+OLDEST_TRANSFORMERS = (5, 22)  # pyproject.toml says the same
 
 
 def require_transformers() -> None:
     """Make sure the extra `hf` is installed.
 
     Raises:
-        MissingBackendError: it is not, or transformers is older than the tests know.
+        MissingBackendError: it is not, or transformers is older than the oldest version that the tests cover.
     """
     try:
         import transformers
@@ -61,14 +61,14 @@ def require_transformers() -> None:
 
 
 def transformers_version() -> str:
-    """The version of transformers that runs the models."""
+    """Return the version of transformers that runs the models."""
     import transformers
 
     return transformers.__version__
 
 
 def quiet_transformers() -> None:
-    """Keep transformers' own remarks and progress bars off the terminal: for programs with their own, not libraries."""
+    """Keep transformers' own remarks and progress bars off the terminal. This is for programs that have their own."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -94,11 +94,11 @@ def load_model(
         model_dtype: "bf16", "fp16" or "fp32"; by default what the checkpoint holds (fp32 for GGUF).
         revision: the revision of a Hugging Face id.
         trust_remote_code: run code that comes with the model; off unless the user says so.
-        notify: told about downloads, and about tensors of the checkpoint that the model does not use.
+        notify: receives remarks on downloads and on tensors of the checkpoint that the model does not use.
 
     Raises:
-        InputError: no such model, one that is not a causal language model, damaged files, weights that are missing,
-            of another shape or stored as pickle.
+        InputError: there is no such model, it is not a causal language model, its files are damaged, or its weights
+            are missing, of another shape or stored as pickle.
         MissingBackendError: transformers, accelerate, gguf or the device is missing.
     """
     require_transformers()
@@ -131,7 +131,7 @@ def load_model(
 
 
 def _weights(place: Place, options: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The model with its weights, and the loader's report on them."""
+    """Return the model with its weights, and the loader's report on them."""
     from transformers import AutoModelForCausalLM
 
     found: Any = AutoModelForCausalLM.from_pretrained(
@@ -145,7 +145,7 @@ def _weights(place: Place, options: dict[str, Any]) -> tuple[PreTrainedModel, di
 
 
 def ready_model(model: str | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, **loading: Any) -> LoadedModel:
-    """A model by name, loaded with `loading` (see `load_model`), or one that is loaded already, with its tokenizer.
+    """Load a model by name with `loading` (see `load_model`), or take one that is loaded already, with its tokenizer.
 
     Raises:
         InputError, MissingBackendError: as `load_model`.
@@ -159,10 +159,10 @@ def ready_model(model: str | PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 
 
 def pretrained(model: Any) -> PreTrainedModel:
-    """The transformers model itself, behind torch.compile and adapters.
+    """Return the transformers model itself, without the wrappers of torch.compile and PEFT.
 
     Raises:
-        InputError: not a decoder-only model of transformers, or an adapter that is no part of its layers.
+        InputError: it is no decoder-only model of transformers, or an adapter is not part of its layers.
     """
     from transformers import PreTrainedModel
 

@@ -1,4 +1,4 @@
-"""Where a model comes from, and one sentence for each of the many ways in which transformers cannot read it."""
+"""This module finds a model's files, and says in one sentence why transformers cannot read them."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ CONVERSION = "DISABLE_SAFETENSORS_CONVERSION"  # transformers' switch against we
 
 @dataclass(frozen=True)
 class Place:
-    """Where a model's files are.
+    """The place where a model's files are.
 
     Attributes:
         source: the model, as the user named it.
-        folder: what transformers is given: a local folder or a Hugging Face id.
+        folder: a local folder or a Hugging Face id, for transformers' loaders.
         name: the name to record.
         local: whether the files are on this machine.
-        gguf: the GGUF file, if it is one.
-        options: what transformers' loaders are given with the folder.
+        gguf: the GGUF file, or None for a folder or an id.
+        options: keyword arguments for transformers' loaders.
     """
 
     source: str
@@ -50,11 +50,11 @@ def locate(source: str, revision: str | None, notify: Callable[[str], None]) -> 
 
     Args:
         source: a preset, a GGUF file, a local folder, or a Hugging Face id; tried in this order.
-        revision: of a Hugging Face id.
+        revision: the revision of a Hugging Face id.
         notify: told about downloads.
 
     Raises:
-        InputError: no such model, or damaged files.
+        InputError: there is no such model, or its files are damaged.
     """
     path, name = Path(source), Path(source).name
     if source in PRESETS:
@@ -85,10 +85,10 @@ def locate(source: str, revision: str | None, notify: Callable[[str], None]) -> 
 def load_tokenizer(
     place: Place, options: dict[str, Any], notify: Callable[[str], None]
 ) -> PreTrainedTokenizerBase | None:
-    """The tokenizer, or None where the model brings none (then prompts must be token ids).
+    """Load the tokenizer. Return None where the model brings none, so that prompts must be token ids.
 
     Raises:
-        InputError: the model brings a tokenizer that is broken.
+        InputError: the model brings a broken tokenizer.
         MissingBackendError: it needs a package that is missing.
     """
     from transformers import AutoTokenizer
@@ -103,7 +103,7 @@ def load_tokenizer(
             f"the tokenizer of model {place.source} needs a package that is missing: {first_line(error)}"
         ) from None
     except Exception as error:  # the tokenizers library raises bare Exceptions
-        if place.gguf is not None:  # transformers cannot convert every kind, and token ids do without
+        if place.gguf is not None:  # transformers cannot convert every kind, and token ids need none
             notify(
                 f"warning: the tokenizer of {place.source} cannot be used ({first_line(error)}): only token ids can be"
                 " prompts"
@@ -120,12 +120,12 @@ def load_tokenizer(
 
 
 def guarded(place: Place, load: Callable[[], T]) -> T:
-    """Run a loader of transformers; its many ways to say no become one sentence.
+    """Run a loader of transformers, and turn its many errors into one sentence each.
 
     Raises:
-        InputError: as said.
+        InputError: the model cannot be loaded.
         MissingBackendError: a package is missing.
-        RunFailure: out of memory.
+        RunFailure: memory ran out.
     """
     try:
         return load()
@@ -152,7 +152,7 @@ def guarded(place: Place, load: Callable[[], T]) -> T:
 
 @contextmanager
 def no_conversion() -> Iterator[None]:
-    """Keep transformers from asking a conversion service for safetensors that the model's own revision has not."""
+    """Keep transformers from asking a conversion service for safetensors that the model's revision does not have."""
     before = os.environ.get(CONVERSION)
     os.environ[CONVERSION] = "1"
     try:
@@ -165,7 +165,7 @@ def no_conversion() -> Iterator[None]:
 
 
 def _hub_sentence(source: str, error: BaseException) -> str:
-    """Why a model of the hub cannot be loaded, by the errors behind transformers' own."""
+    """Say why a model of the hub cannot be loaded, judged by the errors behind transformers' own."""
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     causes = list(_causes(error))
@@ -197,7 +197,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _no_config(path: Path, source: str) -> str:
-    """Why a folder without config.json is no model."""
+    """Say why a folder without config.json is not a model."""
     ggufs = sorted(p.name for p in path.iterdir() if p.suffix.lower() == ".gguf")
     if ggufs:
         return f"model folder {source} holds no config.json; give the file itself: {path / ggufs[0]}"

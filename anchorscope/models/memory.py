@@ -1,4 +1,4 @@
-"""How much memory a prefill will take, before it is run, and what is said of it.
+"""`forecast` estimates how much memory a prefill will take, before it is run.
 
 Small runs are watched operation by operation: the bytes of live tensors after each one. Every operation allocates a
 polynomial of the prompt's length (quadratic at most: masks, eager scores), and runs of different lengths make the same
@@ -32,15 +32,15 @@ from anchorscope.proof import SCORED
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-LENGTHS = (64, 128, 256)  # tokens in a piece of the small runs
+LENGTHS = (64, 128, 256)  # tokens of a chunk in the small runs
 ROWS = 16  # tokens of the runs that tell what a row of logits takes
 
 
 class LiveBytes(TorchDispatchMode):
-    """Watches the tensors made inside the context.
+    """This mode counts the bytes of the tensors that are made inside the context and are still alive.
 
     Attributes:
-        events: bytes alive after each operation that made something.
+        events: the bytes alive after each operation that made a tensor.
     """
 
     def __init__(self) -> None:
@@ -50,11 +50,11 @@ class LiveBytes(TorchDispatchMode):
         self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        with self:  # an operation made of others is watched at those
+        with self:  # a composite operation is watched at the operations that it consists of
             parts = func.decompose(*args, **(kwargs or {}))
         if parts is not NotImplemented:
             return parts
-        # what goes in was there before: weights and inputs are not this run's
+        # the arguments existed before, so they do not count: weights and inputs
         before = {id(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
         result = func(*args, **(kwargs or {}))
         made = False
@@ -77,13 +77,13 @@ class LiveBytes(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class MemoryCurve:
-    """Peak bytes of a prefill against its length.
+    """The peak bytes of a prefill against its length.
 
     Attributes:
         lengths: (r,) lengths that were run, in the unit the operations are polynomials of.
         points: (r, e) bytes alive after each operation of those runs.
-        unit: that length for one token of the prompt.
-        tokens: the length that the curve was made for.
+        unit: the length in that unit that one token of the prompt adds.
+        tokens: the prompt length N that the curve was made for.
         tail: bytes that the last operation needs beside those, whatever the length.
     """
 
@@ -94,7 +94,9 @@ class MemoryCurve:
     tail: int = 0
 
     def bytes(self, tokens: int) -> int:
-        """Peak bytes beyond the weights, KV cache included, at a length up to the one it was made for."""
+        """Return the peak bytes beyond the weights, KV cache included, at a length up to the one the curve was made
+        for.
+        """
         x = tokens * self.unit
         value = np.zeros(self.points.shape[1])
         for i in range(len(self.lengths)):  # the polynomial through each operation's points, in Lagrange's form
@@ -104,7 +106,7 @@ class MemoryCurve:
         return max(0, int(value.max()))
 
     def fitting(self, budget: float) -> int:
-        """The most tokens, up to the length it was made for, that take at most `budget` bytes."""
+        """Return the most tokens, up to the length the curve was made for, that take at most `budget` bytes."""
         return bisect.bisect_right(range(1, self.tokens + 1), budget, key=self.bytes)
 
 
@@ -114,8 +116,8 @@ def prefill_curve(model: PreTrainedModel, token_ids: Sequence[int], tokens: int,
     Args:
         model: the model.
         token_ids: some ids to run; repeated where more are needed.
-        tokens: N.
-        chunk: as for the prefill. With more than three pieces, three of the real size are run.
+        tokens: the prompt length N.
+        chunk: tokens prefilled at a time, or None. Of more than three chunks, three of the real size are run.
     """
 
     def watch(count: int, piece: int | None) -> list[list[int]]:
@@ -123,25 +125,25 @@ def prefill_curve(model: PreTrainedModel, token_ids: Sequence[int], tokens: int,
         return _watch_pieces(model, lambda: prefill(model, ids, chunk=piece))
 
     if chunk is not None and 3 * chunk < tokens:
-        # only the cache behind a piece grows, and everything else linearly with it
+        # only the cache grows from chunk to chunk, and everything else grows linearly with it
         return _curve([2 * chunk, 3 * chunk], watch(3 * chunk, chunk)[1:], 1.0, tokens)
     size = tokens if chunk is None else min(chunk, tokens)
     if size <= LENGTHS[-1]:
         return _curve([size], [list(chain(*watch(tokens, chunk)))], size / tokens, tokens)
-    # the same number of pieces, all of them smaller by the same factor
+    # the small runs have as many chunks, all smaller by the same factor
     runs = [list(chain(*watch(max(small, round(small * tokens / size)), small))) for small in LENGTHS]
     return _curve(LENGTHS, runs, size / tokens, tokens)
 
 
 def logits_bytes(model: PreTrainedModel, token_ids: Sequence[int], rows: int) -> int:
-    """Bytes that the logits of `rows` positions take at most, beyond those of a single one.
+    """Return the most bytes that the logits of `rows` positions take beyond those of a single position.
 
-    From runs of a few tokens: what each operation makes for a position more, so that a cap on the logits counts.
+    Runs of a few tokens tell what each operation makes for one more position, so a cap on the logits counts too.
 
     Args:
         model: a model whose forward takes `logits_to_keep`.
         token_ids: some ids to run; repeated where more are needed.
-        rows: positions.
+        rows: the number of positions.
     """
     ids = filled(token_ids, ROWS)
     inputs = torch.tensor([ids], dtype=torch.long, device=model_device(model))
@@ -158,14 +160,14 @@ def logits_bytes(model: PreTrainedModel, token_ids: Sequence[int], rows: int) ->
 
 
 def _curve(lengths: Sequence[int], runs: Sequence[Sequence[int]], unit: float, tokens: int) -> MemoryCurve:
-    """Line the runs' operations up; where experts make their number differ, only the peaks."""
+    """Line the runs' operations up. Where experts make their numbers differ, only the peaks are compared."""
     same = len({len(run) for run in runs}) == 1
     points = [list(run) if same else [max(run)] for run in runs]
     return MemoryCurve(np.array(lengths, dtype=float), np.array(points, dtype=float), unit, tokens)
 
 
 def _watch_pieces(model: PreTrainedModel, run: Callable[[], Any]) -> list[list[int]]:
-    """The events of each piece of a prefill."""
+    """Return the events of each chunk of a prefill."""
     starts: list[int] = []
     with LiveBytes() as live:
         hook = prefill_module(model).register_forward_pre_hook(lambda *_: starts.append(len(live.events)))
@@ -176,13 +178,13 @@ def _watch_pieces(model: PreTrainedModel, run: Callable[[], Any]) -> list[list[i
 
 
 def weight_bytes(model: PreTrainedModel) -> int:
-    """Bytes of a model's parameters and buffers, shared ones once."""
+    """Return the bytes of a model's parameters and buffers; shared ones count once."""
     storages = {id(s): s.nbytes() for s in (x.untyped_storage() for x in [*model.parameters(), *model.buffers()])}
     return sum(storages.values())
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Memory that is free on a device now, or None where the system does not say."""
+    """Return the bytes that are free on a device now, or None where the system does not say."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -198,10 +200,10 @@ def free_bytes(device: torch.device) -> int | None:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a prefill will take of its device's memory, known before it starts.
+    """The memory that a prefill will take on its device, known before it starts.
 
     Attributes:
-        curve: its peak against the length, made for the longest prompt.
+        curve: the prefill's peak against its length, made for the longest prompt.
         weights: bytes of the model's weights.
         free: bytes that are free on the device, or None where the system does not say.
         chunk: tokens prefilled at a time, or None for the whole prompt.
@@ -214,11 +216,11 @@ class Forecast:
 
     @property
     def needed(self) -> int:
-        """Bytes of the longest prompt's prefill, beyond the weights."""
+        """Return the bytes that the longest prompt's prefill takes beyond the weights."""
         return self.curve.bytes(self.curve.tokens)
 
     def sentences(self) -> Iterator[str]:
-        """What the user should know before the run."""
+        """Yield what the user should know before the run."""
         yield (
             f"memory: {human_bytes(self.weights)} of weights and about {human_bytes(self.needed)} for the prefill of"
             f" {self.curve.tokens} tokens"
@@ -227,7 +229,7 @@ class Forecast:
             yield f"warning: only {human_bytes(self.free)} of memory are free: {self.advice()}"
 
     def advice(self) -> str:
-        """What would fit, by the same estimate."""
+        """Say what would fit, by the same estimate."""
         fits = 0 if self.free is None else self.curve.fitting(0.9 * self.free)
         how = f"in chunks of {self.chunk}" if self.chunk else "in one piece"
         smaller = f"a --chunk below {self.chunk}" if self.chunk else "--chunk 2048 (the prompt in pieces)"
@@ -239,7 +241,7 @@ class Forecast:
 def forecast(
     model: PreTrainedModel, token_ids: Sequence[int], chunk: int | None, tell: Callable[[str], None]
 ) -> Forecast | None:
-    """Estimate what the prefill of a prompt will take, and say so; None where it cannot be known.
+    """Estimate what the prefill of a prompt will take, and say so. Return None where it cannot be known.
 
     Args:
         model: the model, loaded.
@@ -265,7 +267,7 @@ def forecast(
 
 
 def out_of_memory(error: BaseException, known: Forecast | None) -> str:
-    """The sentence for a prefill that ran out of memory, with what would fit."""
+    """Return the sentence for a prefill that ran out of memory, with what would fit."""
     what = "out of GPU memory" if isinstance(error, torch.OutOfMemoryError) else "out of memory"
     if known is None:
         return f"{what} before the prefill began: use --model-dtype bf16, a smaller --chunk or a smaller model"

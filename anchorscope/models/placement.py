@@ -1,4 +1,6 @@
-"""Where a model takes its input and keeps its weights, also where accelerate keeps them outside the modules."""
+"""These functions find where a model takes its input and keeps its weights, which accelerate may keep outside the
+modules.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ if TYPE_CHECKING:
 
 
 def model_device(model: PreTrainedModel) -> torch.device:
-    """The device where a model takes its input, also where accelerate keeps the weights elsewhere until they run."""
+    """Return the device where a model takes its input, even where accelerate keeps the weights elsewhere until they
+    run.
+    """
     if model.device.type != "meta":
         return model.device
     inputs = model.get_input_embeddings()
@@ -26,9 +30,9 @@ def model_device(model: PreTrainedModel) -> torch.device:
 
 
 def stored_values(model: PreTrainedModel) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A function from a parameter of the model to its values, wherever accelerate keeps them.
+    """Return a function from a parameter of the model to its values, wherever accelerate keeps them.
 
-    Parameters without values come back as they are.
+    Parameters without values are returned as they are.
     """
     keepers = {
         id(parameter): (module._hf_hook, key)
@@ -47,7 +51,7 @@ def stored_values(model: PreTrainedModel) -> Callable[[torch.Tensor], torch.Tens
 
 
 def stored_tensor(hook: Any, key: str) -> torch.Tensor | None:
-    """The values of a module's tensor `key` that accelerate keeps outside of it, on the CPU or on disk, or None."""
+    """Return the values of a module's tensor `key` that accelerate keeps on the CPU or on disk, or None."""
     for one in getattr(hook, "hooks", (hook,)):  # accelerate chains several hooks in a SequentialHook
         weights = getattr(one, "weights_map", None)
         if weights is None:

@@ -1,8 +1,8 @@
-"""How many positions a model has, and whether the length of what it sees changes how it rotates them.
+"""This module finds how many positions a model has, and whether the length of its input changes its rotary embedding.
 
 Some rotary embeddings depend on the length: longrope has one set of frequencies up to the original length and another
 beyond it, dynamic NTK scaling has a set for every length beyond it. Keys that a cache holds keep the rotation of the
-length at which they were made, so a prompt run in pieces is then not the same prompt run whole.
+length at which they were made, so a prompt prefilled in chunks is then not the same prompt prefilled whole.
 """
 
 from __future__ import annotations
@@ -23,19 +23,20 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 TRIAL_TOKENS = 5
-MOST_PIECES = 512  # of a longer series, that many are looked at
+MOST_PIECES = 512  # so many chunks of a longer series are compared
 STRETCHING = ("linear", "dynamic", "yarn")  # their factor multiplies the length that the model was trained at
 TABLES = {"pos", "position", "positions", "positional", "wpe"}  # words in the names of tables with a row per position
-MASKS = {"bias", "mask"}  # and of square causal masks
+MASKS = {"bias", "mask"}  # words in the names of square causal masks
 
 
 @dataclass(frozen=True)
 class Positions:
-    """The lengths that a model is made for.
+    """The prompt lengths that a model is made for.
 
     Attributes:
-        limit: the most tokens that it can run at all, or None. Tables of learned or precomputed positions have a limit.
-        trained: the most tokens that it is made for, or None. Rotary models run beyond it, but get worse.
+        limit: the most tokens that the model can run at all, or None. Tables of learned or precomputed positions have
+            a limit.
+        trained: the most tokens that the model is made for, or None. Rotary models run beyond it, but get worse.
     """
 
     limit: int | None
@@ -45,10 +46,10 @@ class Positions:
         """Refuse a prompt that the model cannot run, and warn of one that it is not made for.
 
         Args:
-            name: of the prompt, for the sentence.
-            tokens: its length.
-            tell: told the warning.
-            option: that shortens it.
+            name: the prompt's name, for the sentence.
+            tokens: the prompt's length.
+            tell: receives the warning.
+            option: the option that shortens the prompt.
 
         Raises:
             InputError: it is longer than `limit`.
@@ -68,7 +69,7 @@ NO_LIMIT = Positions(None, None)
 
 
 def model_positions(model: PreTrainedModel) -> Positions:
-    """The lengths that a model is made for, from its configuration and its tables of positions."""
+    """Read the lengths that a model is made for from its configuration and its tables of positions."""
     config = text_config(model)
     stated = getattr(config, "max_position_embeddings", None)
     if not isinstance(stated, int) or isinstance(stated, bool) or stated <= 0:
@@ -79,12 +80,12 @@ def model_positions(model: PreTrainedModel) -> Positions:
 
 
 def max_positions(model: PreTrainedModel) -> int | None:
-    """The largest prompt the model is made for, or None if it names no limit."""
+    """Return the length of the longest prompt the model is made for, or None if it names no limit."""
     return model_positions(model).trained
 
 
 def _trained(config: PretrainedConfig, stated: int) -> int:
-    """The stated length, or what scaling makes of the original one if that is more."""
+    """Return the stated length, or the original length times the scaling factor if that is more."""
     parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
     if not isinstance(parameters, Mapping):
         return stated
@@ -106,7 +107,7 @@ def _stretched(parameters: Mapping[str, Any], stated: int, layered: bool) -> int
 
 
 def _has_table(model: PreTrainedModel, stated: int) -> bool:
-    """Whether some table has a row for each position: learned embeddings, precomputed sines, causal masks."""
+    """Return whether some table has a row for each position: learned embeddings, precomputed sines, causal masks."""
 
     def fits(size: int) -> bool:
         return stated <= size <= stated + 8  # some tables begin with a few rows of padding
@@ -128,20 +129,20 @@ def _has_table(model: PreTrainedModel, stated: int) -> bool:
 
 @dataclass(frozen=True)
 class _Call:
-    """One call of a rotary module, to be made again with other positions."""
+    """One call of a rotary module, kept so that it can be repeated at other positions."""
 
     module: nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
     def at(self, positions: Sequence[int]) -> list[torch.Tensor]:
-        """Its tables at these positions, each (len(positions), d), complex ones as they are."""
+        """Return the module's tables at these positions, each (len(positions), d); complex ones stay complex."""
 
         def other(value: Any) -> Any:
             if not isinstance(value, torch.Tensor):
                 return value
             if value.is_floating_point():
-                return value.float()  # says only in what dtype the tables are wanted
+                return value.float()  # it only says in what dtype the tables are wanted
             ids = torch.tensor(list(positions), dtype=value.dtype, device=value.device)
             return ids.expand(*value.shape[:-1], len(positions))
 
@@ -152,7 +153,7 @@ class _Call:
 
 
 def _axis(table: torch.Tensor, positions: int) -> int:
-    """The axis of the positions: the last but one, or the first of that size."""
+    """Return the axis of the positions: the last but one, or the first of that size."""
     if table.ndim > 1 and table.shape[-2] == positions:
         return table.ndim - 2
     return table.shape.index(positions)
@@ -161,8 +162,8 @@ def _axis(table: torch.Tensor, positions: int) -> int:
 class Rotations:
     """The rotary modules of a model, as its forward calls them.
 
-    Modules are found by what they are given, not by name: those without parts or parameters of their own that take the
-    positions of the tokens in a trial run.
+    They are found by what they receive, not by name: modules without children or parameters that get the positions of
+    the tokens in a trial run.
     """
 
     def __init__(self, model: PreTrainedModel, run: Callable[[], Any], tokens: int) -> None:
@@ -171,7 +172,7 @@ class Rotations:
         Args:
             model: the model.
             run: a forward of `tokens` tokens.
-            tokens: of the trial; best a number that no other size has.
+            tokens: the length of the trial; best a number that no other size has.
         """
         self._model = model
         self._calls: list[_Call] = []
@@ -190,11 +191,11 @@ class Rotations:
             run()
 
     def same(self, tokens: int, stops: Sequence[int]) -> bool:
-        """Whether every position is rotated alike in one forward and in pieces.
+        """Return whether every position is rotated alike in one forward and in chunks.
 
         Args:
-            tokens: length of the whole.
-            stops: where the pieces end, ascending; the last is `tokens`.
+            tokens: the length of the whole prompt.
+            stops: the ends of the chunks, ascending; the last is `tokens`.
         """
         pieces = [(start, stop) for start, stop in pairwise([0, *stops]) if stop > start]
         if len(pieces) > MOST_PIECES:
@@ -218,7 +219,7 @@ class Rotations:
         )
 
     def switch(self, tokens: int, first: int) -> int:
-        """The most tokens, from `first` up to `tokens`, that are rotated as the first `first` of them alone are."""
+        """Return the most tokens, from `first` up to `tokens`, whose first `first` are rotated as they are alone."""
         low, high = first, tokens
         while high - low > 1:
             middle = (low + high) // 2
@@ -235,7 +236,7 @@ def _is_positions(value: torch.Tensor, tokens: int) -> bool:
 
 
 def reset_rotations(model: PreTrainedModel) -> None:
-    """Let the rotary modules forget the longest prompt they have seen.
+    """Make the rotary modules forget the longest prompt they have seen.
 
     Dynamic scaling keeps the frequencies of the longest prompt so far, and would use them for a shorter one.
     """
@@ -248,9 +249,9 @@ def reset_rotations(model: PreTrainedModel) -> None:
 
 
 def rotation_state(model: PreTrainedModel) -> Callable[[], None]:
-    """Note what the rotary modules remember; the function returned puts it back."""
+    """Record what the rotary modules remember. The function returned restores it."""
     noted = [
-        (module, name, _copy(getattr(module, name, None)))  # None: set once the module has seen a longer prompt
+        (module, name, _copy(getattr(module, name, None)))  # the module makes it when it sees a longer prompt
         for module, prefix in _dynamic(model)
         for name in dict.fromkeys((f"{prefix}inv_freq", f"{prefix}max_seq_len_cached", "max_seq_len_cached"))
     ]
@@ -270,7 +271,9 @@ def _copy(value: Any) -> Any:
 
 
 def _dynamic(model: PreTrainedModel) -> Iterator[tuple[Any, str]]:
-    """Rotary modules that remember a length, each with the prefix of its names for a kind of layer ("" if one)."""
+    """Yield the rotary modules that remember a length, each with the prefix of its names for a kind of layer ("" if
+    there is one kind).
+    """
     for module in model.modules():
         if hasattr(module, "original_max_seq_len") and hasattr(module, "max_seq_len_cached"):
             for name, _ in list(module.named_buffers(recurse=False)):

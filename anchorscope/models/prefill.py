@@ -1,4 +1,4 @@
-"""The forward over a prompt: whole, or in chunks with a KV cache between them; never with N x vocabulary logits."""
+"""This module runs a model over a prompt, whole or in chunks with a KV cache, and never makes N x vocabulary logits."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prefill:
-    """A prefill to come, in pieces.
+    """How a prompt will be prefilled in chunks.
 
     Attributes:
-        tokens: of the prompt.
-        chunk: tokens of a piece.
-        stops: where the pieces end; by default all but the last are full.
+        tokens: the prompt length N.
+        chunk: the tokens of a full chunk.
+        stops: the ends of the chunks; by default all but the last are full.
     """
 
     tokens: int
@@ -41,23 +41,24 @@ class Prefill:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Tokens of each piece."""
+        """Return the tokens of each chunk."""
         return tuple(b - a for a, b in pairwise((0, *self.stops)))
 
     def small(self, piece: int, most: int) -> tuple[int, ...]:
-        """Fewer and smaller pieces of the same kind: none is longer than `piece`, and they hold at most `most` tokens.
+        """Return fewer and smaller chunks of the same kind: none is longer than `piece`, and they hold at most `most`
+        tokens.
 
-        Sizes that do not exceed `piece` are the real ones, the last piece's included.
+        Sizes that do not exceed `piece` stay as they are, the last chunk's included.
         """
         size, last = min(self.chunk, piece), min(self.sizes[-1], piece)
         return (*[size] * min((most - last) // size, len(self.stops) - 1), last)
 
 
-def feed(model: PreTrainedModel, token_ids: Sequence[int], sizes: Sequence[int] | None = None) -> Iterator[Any]:
-    """Forwards over the ids, whole without a cache or in pieces of these sizes with one; yields what each returns.
+def forwards(model: PreTrainedModel, token_ids: Sequence[int], sizes: Sequence[int] | None = None) -> Iterator[Any]:
+    """Run forwards over the ids, whole without a cache or in chunks of these sizes with one. Yield what each returns.
 
     Models that accept `logits_to_keep` compute one row of logits; for others the body runs without its head, so an N x
-    vocabulary tensor never exists. Rotations that remember the longest prompt begin anew.
+    vocabulary tensor never exists. Rotary modules that remember the longest prompt are reset.
 
     Raises:
         InputError: the model keeps no cache.
@@ -82,29 +83,29 @@ def feed(model: PreTrainedModel, token_ids: Sequence[int], sizes: Sequence[int] 
         yield result
 
 
-def run(model: PreTrainedModel, token_ids: Sequence[int], sizes: Sequence[int] | None = None) -> Any:
-    """`feed` to its end; returns what the last forward does."""
-    return deque(feed(model, token_ids, sizes), maxlen=1).pop()
+def last_forward(model: PreTrainedModel, token_ids: Sequence[int], sizes: Sequence[int] | None = None) -> Any:
+    """Run all `forwards`, and return what the last one returns."""
+    return deque(forwards(model, token_ids, sizes), maxlen=1).pop()
 
 
 def prefill(model: PreTrainedModel, token_ids: Sequence[int], *, chunk: int | None = None) -> torch.Tensor | None:
-    """One forward over the ids; logits of the last position (1, 1, vocabulary), or None where the model has no such
-    option.
+    """Run the model over the ids. Return the logits of the last position (1, 1, vocabulary), or None where the model
+    has no option for one row.
 
     Models that accept `logits_to_keep` compute one row of logits; for others the body runs without its head, so an N x
-    vocabulary tensor never exists. With `chunk`, a KV cache carries the prompt forward piece by piece.
+    vocabulary tensor never exists. With `chunk`, a KV cache links chunks of that many tokens.
     """
     sizes = None if chunk is None else Prefill(len(token_ids), chunk).sizes
-    return getattr(run(model, token_ids, sizes), "logits", None)
+    return getattr(last_forward(model, token_ids, sizes), "logits", None)
 
 
 def keeps_few_rows(model: PreTrainedModel) -> bool:
-    """Whether the model's forward can make the logits of the last positions alone."""
+    """Return whether the model's forward can compute the logits of the last positions alone."""
     return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
 def prefill_module(model: PreTrainedModel) -> nn.Module:
-    """The module whose forward is a prefill without N x vocabulary logits: the model itself if it can keep one row of
-    them, else its body without the head.
+    """Return the module whose forward prefills without N x vocabulary logits: the model itself if it can compute one
+    row of them, else its body without the head.
     """
     return model if keeps_few_rows(model) else model.base_model

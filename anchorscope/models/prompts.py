@@ -1,4 +1,4 @@
-"""Prompts: from files or text to the token ids that a model prefills."""
+"""This module turns files and text into the token ids that a model prefills."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PromptInput:
-    """A prompt to capture: its name, and text or token ids.
+    """A prompt with its name, and its text or token ids.
 
     Attributes:
         name: becomes the prompt's name in the dump (made unique there).
@@ -35,7 +35,7 @@ class PromptInput:
 
 @dataclass(frozen=True)
 class TokenizedPrompt:
-    """A prompt as the model reads it: `text` is the part of the text that the ids cover, if known."""
+    """A prompt as the model reads it. `text` is the part of the text that the ids cover, if known."""
 
     name: str
     token_ids: tuple[int, ...]
@@ -46,7 +46,7 @@ def prompt_from_file(path: str | os.PathLike[str]) -> PromptInput:
     """Read a UTF-8 text file; it is named after the file's stem.
 
     Raises:
-        InputError: missing, a folder, unreadable, empty, or not text.
+        InputError: the file is missing, a folder, unreadable, empty, or not text.
     """
     path = Path(path)
     return PromptInput(path.stem, decode(read_stream(path, MAX_PROMPT_BYTES, "prompt"), f"prompt {path}"))
@@ -56,7 +56,7 @@ def token_ids_from_file(path: str | os.PathLike[str]) -> PromptInput:
     """Read token ids from a file (see `parse_token_ids`); the prompt is named after the file's stem.
 
     Raises:
-        InputError: missing, a folder, unreadable, empty, or not token ids.
+        InputError: the file is missing, a folder, unreadable, empty, or does not hold token ids.
     """
     path = Path(path)
     return PromptInput(
@@ -65,10 +65,10 @@ def token_ids_from_file(path: str | os.PathLike[str]) -> PromptInput:
 
 
 def parse_token_ids(raw: bytes, where: str) -> tuple[int, ...]:
-    """Token ids written as a JSON list, or as decimal numbers with spaces, line ends or commas between them.
+    """Parse token ids: a JSON list, or decimal numbers separated by spaces, line ends or commas.
 
     Raises:
-        InputError: empty, or anything else.
+        InputError: the text is empty, or something else.
     """
     words = re.split(r"[\s,]+", decode(raw, where).strip().removeprefix("[").removesuffix("]").strip())
     for word in words:
@@ -80,10 +80,10 @@ def parse_token_ids(raw: bytes, where: str) -> tuple[int, ...]:
 
 
 def decode(raw: bytes, where: str) -> str:
-    """Bytes of a prompt as text (a byte order mark is dropped).
+    """Decode the bytes of a prompt; a byte order mark is dropped.
 
     Raises:
-        InputError: empty, binary, or not UTF-8.
+        InputError: they are empty, binary, or not UTF-8.
     """
     if b"\0" in raw:
         raise InputError(f"{where} is binary (it holds zero bytes): give a UTF-8 text file")
@@ -97,7 +97,7 @@ def decode(raw: bytes, where: str) -> str:
 
 
 def unique_names(prompts: Sequence[PromptInput]) -> list[PromptInput]:
-    """The prompts with names that can be told apart: a repeated one gets "-2", "-3", ...; odd characters become "_"."""
+    """Return the prompts with distinct names: repeated ones get "-2", "-3", ...; unprintable characters become "_"."""
     taken: set[str] = set()
     result = []
     for prompt in prompts:
@@ -122,22 +122,22 @@ def tokenize(
     special_tokens: bool = True,
     notify: Callable[[str], None],
 ) -> TokenizedPrompt:
-    """Token ids of a prompt, cut to the first `tokens`.
+    """Return the token ids of a prompt, cut to the first `tokens`.
 
     Args:
-        prompt: text or ids.
-        tokenizer: the model's; may be None if the prompt brings ids.
-        tokens: N; None means the whole prompt.
-        positions: how many the model has, or None if that does not matter.
-        vocabulary: number of embeddings, or None if unknown.
+        prompt: a text or token ids.
+        tokenizer: the model's tokenizer; it may be None if the prompt brings ids.
+        tokens: the prompt length N; None means the whole prompt.
+        positions: how many positions the model has, or None if that does not matter.
+        vocabulary: the number of embeddings, or None if unknown.
         chat: make the text a user's message in the tokenizer's chat template, up to where the answer would begin.
         special_tokens: let the tokenizer add its special tokens (a template brings its own).
-        notify: told when the prompt is cut, is shorter than `tokens` or longer than the model is made for, or begins
-            with a special token twice.
+        notify: receives a warning where the prompt is cut, is shorter than `tokens` or longer than the model is made
+            for, or begins with a special token twice.
 
     Raises:
-        InputError: fewer than 2 tokens, more than the model's positions, an id outside the vocabulary, no tokenizer, no
-            chat template.
+        InputError: there are fewer than 2 tokens or more than the model's positions, an id lies outside the
+            vocabulary, or the tokenizer or its chat template is missing.
         MissingBackendError: the template needs jinja2, which is missing.
     """
     encoded = _encoded(prompt, tokenizer, chat, special_tokens, notify)
@@ -166,7 +166,7 @@ def tokenize(
 
 
 class _Encoded(NamedTuple):
-    """A whole prompt's ids, the text they came from, and each token's (start, end) in it; None where not known."""
+    """A whole prompt's ids, the text they came from, and each token's (start, end) in it; None if unknown."""
 
     ids: list[int]
     text: str | None
@@ -180,7 +180,7 @@ def _encoded(
     special_tokens: bool,
     notify: Callable[[str], None],
 ) -> _Encoded:
-    """The whole prompt as token ids; see `tokenize`."""
+    """Encode the whole prompt; see `tokenize`."""
     text = prompt.text
     if text is not None and any("\ud800" <= c <= "\udfff" for c in text):
         raise InputError(f"prompt {prompt.name} holds half of a surrogate pair, which is no text")
@@ -193,7 +193,7 @@ def _encoded(
     options: dict[str, Any] = {"return_offsets_mapping": True} if tokenizer.is_fast else {}
     if chat:
         text, special_tokens = in_template(f"prompt {prompt.name}", text, tokenizer), False
-    # `verbose` off: a text longer than the model is the normal case, `tokenize` cuts it
+    # `verbose` is off since long texts are normal here: `tokenize` cuts them
     found = tokenizer(text, verbose=False, add_special_tokens=special_tokens, **options)
     ids = list(found["input_ids"])
     if (token := _doubled(ids, text, tokenizer)) is not None:
@@ -205,19 +205,19 @@ def _encoded(
 
 
 def _doubled(ids: Sequence[int], text: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The special token that the text begins with although the tokenizer begins every text with it, or None."""
+    """Return the special token that the text begins with although the tokenizer adds it to every text, or None."""
     if not ids or ids[0] not in tokenizer.all_special_ids:
         return None
     token = str(tokenizer.convert_ids_to_tokens(ids[0]))
-    # Some tokenizers make a blank before the text a token of its own.
+    # some tokenizers make the blank before the text a token of its own
     return token if text.lstrip().startswith(token) and list(ids[:3]).count(ids[0]) > 1 else None
 
 
 def in_template(where: str, text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The text as a user's message in the model's chat template, up to where the answer begins.
+    """Put the text as a user's message into the model's chat template, up to where the answer begins.
 
     Args:
-        where: whose text it is, for messages.
+        where: the name of the text, for messages.
         text: what the user says.
         tokenizer: the model's.
 
@@ -232,5 +232,5 @@ def in_template(where: str, text: str, tokenizer: PreTrainedTokenizerBase) -> st
         return str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
     except ImportError as error:
         raise MissingBackendError(f"the chat template needs a package that is missing: {error}") from None
-    except Exception as error:  # a template is a program that came with the model; it may fail in any way
+    except Exception as error:  # a template is a program that came with the model and may fail in any way
         raise InputError(f"{where}: the model's chat template failed: {visible(error, 300)}") from None

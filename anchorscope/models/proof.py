@@ -1,4 +1,6 @@
-"""Proving a loaded model: its weights are there, and it predicts the text it is given (anchorscope/proof.py)."""
+"""These functions prove a loaded model: its weights are there, and it predicts the text it is given (see
+anchorscope/proof.py).
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ import torch
 from anchorscope.models.config import text_config
 from anchorscope.models.placement import model_device
 from anchorscope.models.positions import reset_rotations
-from anchorscope.models.prefill import keeps_few_rows, run
+from anchorscope.models.prefill import keeps_few_rows, last_forward
 from anchorscope.models.weights import check_materialized, listed
 from anchorscope.proof import CONTEXT, SCORED, ModelProof, PromptProof
 
@@ -31,7 +33,7 @@ def prove_model(model: PreTrainedModel, loading: Mapping[str, Any] | None = None
         loading: what its loader reported, or None where the caller loaded it.
 
     Raises:
-        InputError: weights have no values at all (they are on the device meta, and no offloading brings them).
+        InputError: weights have no values (they are on the device meta, and no offloading brings them).
     """
     check_materialized(model, type(model).__name__)
     found = _from_no_checkpoint(model)
@@ -47,9 +49,10 @@ def prove_model(model: PreTrainedModel, loading: Mapping[str, Any] | None = None
 
 
 def _from_no_checkpoint(model: PreTrainedModel) -> list[str]:
-    """Weights that `from_pretrained` made up: it marks those that it read, and a model made otherwise has no marks.
+    """Return the weights that `from_pretrained` made at random. It marks those that it read; a model made otherwise has
+    no marks.
 
-    Those that accelerate keeps elsewhere have no marks either: their place on the meta device is put in afterwards.
+    Weights that accelerate keeps elsewhere have no marks either: they are put on the meta device afterwards.
     """
     marked: list[str] = []
     others: list[str] = []
@@ -61,7 +64,7 @@ def _from_no_checkpoint(model: PreTrainedModel) -> list[str]:
 
 
 def _is_added(model: PreTrainedModel, name: str) -> bool:
-    """Whether a parameter belongs to an adapter, which comes from a file of its own."""
+    """Return whether a parameter belongs to an adapter, which has a file of its own."""
     parts = name.split(".")
     if "modules_to_save" in parts:
         return True
@@ -105,7 +108,7 @@ class NextTokens:
             hook.remove()
 
     def proof(self) -> PromptProof:
-        """The result, once the prompt has run."""
+        """Return the result, once the prompt has run."""
         nll, right = (np.concatenate(x) for x in zip(*self._found, strict=True)) if self._found else (np.zeros(0),) * 2
         wanted = len(self._ids) - 1 - self._first
         if len(nll) != wanted:
@@ -130,13 +133,13 @@ class NextTokens:
         self._found.append(score(rows, torch.tensor(targets, dtype=torch.long, device=logits.device)))
 
     def _span(self, kwargs: dict[str, Any]) -> tuple[int, range]:
-        """Where a piece ends, and those of its positions whose successors are scored."""
+        """Return where a chunk ends, and those of its positions whose successors are scored."""
         stop = self._position + kwargs["input_ids"].shape[1]
         return stop, range(max(self._position, self._first), min(stop, len(self._ids) - 1))
 
 
 def summarize(nll: np.ndarray, right: np.ndarray, context: int, vocabulary: int) -> PromptProof:
-    """The proof of tokens that are scored already, of which the last `SCORED` count.
+    """Return the proof of tokens that are scored already; the last `SCORED` of them count.
 
     Args:
         nll: (T,) negative log-likelihoods, nats.
@@ -153,7 +156,7 @@ def summarize(nll: np.ndarray, right: np.ndarray, context: int, vocabulary: int)
 
 
 def score(logits: torch.Tensor, targets: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Negative log-likelihood of each true next token (nats), and 1 where it is the most likely one, else 0.
+    """Score each true next token: its negative log-likelihood (nats), and 1 if it is the most likely one, else 0.
 
     Args:
         logits: (T, vocabulary), any floating dtype; sums of exponentials are taken in float64.
@@ -171,13 +174,13 @@ def score(logits: torch.Tensor, targets: torch.Tensor) -> tuple[np.ndarray, np.n
 
 
 def log_sum_exp(z: torch.Tensor) -> torch.Tensor:
-    """log of the sum of exponentials of each row of z (T, vocabulary) float32, in float64."""
+    """Return the logarithm of the sum of exponentials of each row of z (T, vocabulary) float32, in float64."""
     top = z.amax(1, keepdim=True)
     return (z - top).exp_().sum(1, dtype=torch.float64).log_() + top[:, 0].double()
 
 
 def row_slices(logits: torch.Tensor, size: int) -> Iterator[slice]:
-    """Consecutive rows whose float32 copies take about `size` bytes."""
+    """Return slices of consecutive rows whose float32 copies take about `size` bytes."""
     rows = max(1, size // (4 * logits.shape[1]))
     return (slice(i, i + rows) for i in range(0, logits.shape[0], rows))
 
@@ -195,22 +198,22 @@ def prove_prompt(model: PreTrainedModel, token_ids: Sequence[int]) -> PromptProo
     scores = NextTokens(model, ids)
     with torch.inference_mode(), scores:
         if keeps_few_rows(model):
-            run(model, ids)
-        else:  # a prefill would leave the head out
+            last_forward(model, ids)
+        else:  # `prefill` would leave the head out
             reset_rotations(model)
             model(input_ids=torch.tensor([list(ids)], dtype=torch.long, device=model_device(model)), use_cache=False)
     return scores.proof()
 
 
 def runs_to_end(model: PreTrainedModel, tokens: int, layers: Sequence[int] | None) -> bool:
-    """Whether a capture should run the model behind the last wanted layer, for the sake of its logits.
+    """Return whether a capture should run the model beyond the last wanted layer, for the sake of its logits.
 
-    It does where that costs no more than a short run of `CONTEXT` tokens (`prove_prompt`) would. The answer depends on
-    what was asked for alone, so that an interrupted capture ends with the same proof.
+    It should where that costs no more than a short run of `CONTEXT` tokens (`prove_prompt`) would. The answer depends
+    only on what was asked for, so an interrupted capture ends with the same proof.
 
     Args:
         model: the model.
-        tokens: N.
+        tokens: the prompt length N.
         layers: the wanted layers, or None for all.
     """
     if layers is None:

@@ -1,4 +1,4 @@
-"""Watching the modules of a model while it runs."""
+"""These helpers watch the modules of a model in trial runs."""
 
 from __future__ import annotations
 

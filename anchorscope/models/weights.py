@@ -1,4 +1,4 @@
-"""What the loader says about a checkpoint's tensors: random numbers in their place are refused, by name."""
+"""These checks read the loader's report on a checkpoint's tensors, and refuse random numbers in their place by name."""
 
 from __future__ import annotations
 
@@ -19,7 +19,14 @@ PREFIXES = {  # what other programs put before a tensor's name
     "_fsdp_wrapped_module.": "it was saved from a parallel wrapper",
 }
 
-SCALES = (".weight_scale", ".weight_scale_inv", ".weight_zero_point", ".SCB", ".scales", ".qzeros")  # of quantization
+SCALES = (
+    ".weight_scale",
+    ".weight_scale_inv",
+    ".weight_zero_point",
+    ".SCB",
+    ".scales",
+    ".qzeros",
+)  # quantization
 
 
 def check_report(report: Mapping[str, Any], source: str, notify: Callable[[str], None]) -> list[str]:
@@ -71,10 +78,10 @@ def check_report(report: Mapping[str, Any], source: str, notify: Callable[[str],
 
 
 def check_materialized(model: PreTrainedModel, name: str) -> None:
-    """Refuse a loaded model some of whose weights were never given values.
+    """Refuse a loaded model if some of its weights have no values.
 
     Raises:
-        InputError: tensors on the meta device that no hook of accelerate brings in.
+        InputError: tensors are on the meta device, and no hook of accelerate brings their values.
     """
     empty = []
     for prefix, module in model.named_modules():
@@ -90,7 +97,7 @@ def check_materialized(model: PreTrainedModel, name: str) -> None:
 
 
 def listed(names: Iterable[str]) -> str:
-    """The first few names, and how many more there are."""
+    """Return the first few names, and how many more there are."""
     names = list(names)
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more
@@ -101,7 +108,7 @@ def _count(things: list[Any], noun: str) -> str:
 
 
 def _hint(unexpected: list[str]) -> str:
-    """Why the names do not match, where the checkpoint's own names show it."""
+    """Say why the names do not match, where the checkpoint's own names show it."""
     for prefix, reason in PREFIXES.items():
         if any(prefix in name for name in unexpected):
             return f", while the checkpoint's names hold {prefix!r}: {reason}; save it again without"

@@ -1,4 +1,4 @@
-"""Running a transformers model with anchor attention in place of its own prefill attention."""
+"""This package runs a transformers model with anchor attention in place of its own prefill attention."""
 
 from __future__ import annotations
 

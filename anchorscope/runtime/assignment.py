@@ -1,4 +1,6 @@
-"""Which heads run how: an `AnchorConfig`, its file, or one theta for all; checked against the model before it runs."""
+"""An assignment says which heads run how: by an `AnchorConfig`, its file, or one theta for all. It is checked against
+the model before the run.
+"""
 
 from __future__ import annotations
 
@@ -23,14 +25,14 @@ PROBE = (1, 2)  # token ids of the trial run
 
 
 class Assignment:
-    """What each layer does.
+    """The anchors of every layer, by a configuration or by one theta.
 
     Args:
         config: an AnchorConfig, the path of an anchors.json, or a theta in nats for every head of every layer without
             a sliding window, in groups of 128 x 16 queries.
 
     Raises:
-        InputError: a NaN, a file that cannot be read, or something else altogether.
+        InputError: theta is NaN, the file cannot be read, or the type is another.
     """
 
     def __init__(self, config: Configuration) -> None:
@@ -50,7 +52,7 @@ class Assignment:
             )
 
     def layer(self, call: AttentionInputs) -> LayerAnchors | None:
-        """How the call's layer runs; None for dense.
+        """Return how the call's layer runs, or None for dense.
 
         Raises:
             InputError: the configuration has another number of heads there.
@@ -77,7 +79,7 @@ class Assignment:
             self.config.check_model(facts, force=force)
 
     def check(self, model: PreTrainedModel, force: bool) -> None:
-        """Try the model on two tokens, and refuse what could not run or would not mean the same.
+        """Try the model on two tokens, and refuse layers that could not run or would not mean the same.
 
         Raises:
             InputError: the configuration is for another model; a layer that it names (without one: any layer) makes
@@ -114,7 +116,7 @@ class Assignment:
 
 
 class _Trial:
-    """A sink that keeps each layer's call and the reason why Q, K and V do not determine it, if there is one."""
+    """This sink keeps each layer's call and the reason, if any, why Q, K and V do not determine it."""
 
     def __init__(self, language: Language) -> None:
         self._language = language
@@ -136,5 +138,5 @@ class _Trial:
 
 
 def cannot(call: AttentionInputs, reason: str) -> InputError:
-    """The error for attention that the kernels would compute wrongly."""
+    """Return the error for attention that the kernels would compute wrongly."""
     return InputError(f"{call.name} cannot run sparse: {reason} (leave it out of the anchors, or take another model)")

@@ -1,4 +1,6 @@
-"""One attention call, sparse: the heads of a layer through the pipeline, whatever else runs through the model's own."""
+"""`SparseRun` answers the attention calls of a model: some heads run sparse, everything else runs through the model's
+own attention.
+"""
 
 from __future__ import annotations
 
@@ -25,13 +27,13 @@ from anchorscope.runtime.pieces import HeadGroup, Piece, pieces_of, runs_sparse,
 from anchorscope.runtime.speculation import candidates
 from anchorscope.runtime.usage import LayerUse, Tally
 
-# What contexts around the one at work may do with a call: anything, only count it, or nothing (a trial run).
+# The contexts around the one that runs may do anything with a call, only count it, or do nothing (a trial run).
 _outer: ContextVar[Literal["act", "count", "pass"]] = ContextVar("outer", default="act")
 
 
 @contextlib.contextmanager
 def outer_contexts(may: Literal["count", "pass"]) -> Iterator[None]:
-    """Keep the contexts around from making calls sparse, or from seeing them at all."""
+    """Keep the contexts around this one from making calls sparse, or from seeing them at all."""
     token = _outer.set(may)
     try:
         yield
@@ -40,7 +42,7 @@ def outer_contexts(may: Literal["count", "pass"]) -> Iterator[None]:
 
 
 class _NoBackward(torch.autograd.Function):
-    """The identity; whoever differentiates through it learns that the kernels only go forward."""
+    """The identity function. Whoever differentiates through it learns that the kernels have no backward pass."""
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, x: Tensor) -> Tensor:
@@ -52,7 +54,7 @@ class _NoBackward(torch.autograd.Function):
 
 
 class _SparseCall(NamedTuple):
-    """The kernels, with everything they need of one call but its heads and rows."""
+    """A call for the kernels, with everything they need except which heads and rows they run."""
 
     call: AttentionInputs
     anchors: LayerAnchors
@@ -60,7 +62,7 @@ class _SparseCall(NamedTuple):
     backend: str
 
     def run(self, heads: HeadGroup, piece: Piece, *, keep: bool = False) -> Attention:
-        """Sparse attention of some heads and rows; `keep` every key where the rows are to run dense."""
+        """Run some heads and rows sparse. With `keep`, every key is kept: the rows run dense."""
         q, k, v, place = self._inputs(heads, piece)
         p = self.anchors.params
         shape = {"block": p.block, "step": p.step, "init": p.init, "lookback": p.lookback}
@@ -72,7 +74,7 @@ class _SparseCall(NamedTuple):
             raise cannot(self.call, str(error)) from None
 
     def dense_lse(self, heads: HeadGroup, piece: Piece) -> Tensor:
-        """LSE over all visible keys, (b, H', n') float32: what recall is measured against."""
+        """Return the LSE over all visible keys, (b, H', n') float32; recall is measured against it."""
         q, k, v, place = self._inputs(heads, piece)
         if self.backend == "torch":
             return torch_backend.anchor(q, k, v, init=k.shape[2], **place).lse
@@ -93,13 +95,13 @@ class _SparseCall(NamedTuple):
 
 
 class SparseRun:
-    """What a model does inside `sparse_attention`, and what it did: `layers()`.
+    """The record and the rules of a model inside `sparse_attention`; `layers()` says what it did.
 
     Args:
         assignment: which heads run how; None leaves everything to the model and only counts.
         backend: "auto", "torch" or "triton".
         measure: compute the recall of every sparse call, by a second exact pass over all keys.
-        language: what of the model is its language model; by default told by each call alone.
+        language: the modules of the model's language model; by default each call is judged on its own.
     """
 
     def __init__(
@@ -119,24 +121,26 @@ class SparseRun:
         self._tallies: dict[int, Tally] = {}
 
     def layers(self) -> list[LayerUse]:
-        """What every layer did since the start or the last `reset`, in ascending order; waits for the GPU."""
+        """Return what every layer did since the start or the last `reset`, by layer. This waits for the GPU."""
         return [self._tallies[layer].use(layer) for layer in sorted(self._tallies)]
 
     def left_out(self) -> list[str]:
-        """Classes of attention that ran as it is and is in no layer's count: of other towers, across, or both-sided."""
+        """Return the classes of attention that ran unchanged and count in no layer: other towers', cross- or
+        bidirectional attention.
+        """
         return sorted(self._left_out)
 
     def reset(self) -> None:
-        """Count from zero again."""
+        """Restart all counts from zero."""
         self._tallies.clear()
         self._left_out.clear()
 
     def foreign(self, call: AttentionInputs) -> bool:
-        """Whether a call is left to the model and out of the counts: no self-attention of the language model."""
+        """Return whether a call is left to the model and not counted, as no self-attention of the language model."""
         return self._language.foreign(call)
 
     def attend(self, call: AttentionInputs, own: Own) -> Any:
-        """Answer one call of the model: see `anchorscope.models.calls.Attend`.
+        """Answer one call of the model; see `anchorscope.models.calls.Attend`.
 
         Raises:
             InputError: a layer with anchors makes a call that the kernels would compute wrongly.
@@ -166,7 +170,7 @@ class SparseRun:
         return self._tallies.setdefault(-1 if call.layer is None else call.layer, Tally())
 
     def _dense(self, call: AttentionInputs, own: Own, positions: CallPositions | None = None) -> Any:
-        """Leave a call to the model, and count it by `positions`, or by its mask."""
+        """Leave a call to the model, and count its pairs by `positions`, or by its mask."""
         _, heads, n, _ = call.q.shape
         if n == 1:
             return own(call.q, call.k, call.v)
@@ -187,7 +191,9 @@ class SparseRun:
     def _counted(
         self, call: AttentionInputs, positions: CallPositions | None, window: int | None
     ) -> tuple[int, int] | None:
-        """Queries of a dense call and the pairs that one head computes; None if it is not causal at all."""
+        """Count the queries of a dense call and the pairs that one head computes. Return None if it is not causal at
+        all.
+        """
         if call.bidirectional:
             return None
         try:
@@ -202,10 +208,10 @@ class SparseRun:
         )
 
     def _planned(self, call: AttentionInputs, own: Own, anchors: LayerAnchors) -> Any:
-        """Run a call of a layer with anchors: sparse, unless that is dense anyway, or is to be.
+        """Run a call of a layer with anchors sparse, unless all of it is to run dense.
 
-        A piece of up to `block` queries behind a cache (candidates of speculative decoding, the last short chunk)
-        stays the model's own.
+        A chunk of up to `block` queries that follow a cache (candidates of speculative decoding, the last short chunk)
+        is left to the model.
         """
         n, keys = call.q.shape[2], call.k.shape[2]
         if (n <= anchors.params.block and n < keys) or candidates(call) == n:
@@ -213,7 +219,7 @@ class SparseRun:
         check_inputs(call)
         window = window_of(call)
         if window is not None and n < keys and keys - n >= window - 1:
-            return self._dense(call, own)  # the cache may have dropped the first keys, and with them the anchors
+            return self._dense(call, own)  # the cache may have dropped the first keys, which hold anchors
         wanted = getattr(getattr(call.module, "config", None), "output_attentions", False)
         if call.options.get("output_attentions") or wanted:
             raise Unrepresentable(call, "it is asked for its attention weights (output_attentions)")
@@ -263,7 +269,7 @@ class SparseRun:
 
 
 def _room(call: AttentionInputs, pieces: list[Piece]) -> Tensor:
-    """The call's output (B, n, H, dv), to be written; zero where its queries are padding."""
+    """Return an empty output (B, n, H, dv) for the call, with zeros where its queries are padding."""
     batch, heads, n, _ = call.q.shape
     padded = sum(p.prompts * p.size for p in pieces) < batch * n
     return (call.q.new_zeros if padded else call.q.new_empty)(batch, n, heads, call.v.shape[-1])

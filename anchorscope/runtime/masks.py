@@ -1,7 +1,8 @@
-"""Where the queries of a call stand, read off its mask: position of the first query, and each prompt's own keys.
+"""This module reads the positions of a call's queries off its mask: the position of the first query, and each prompt's
+own keys.
 
-Prompts of a batch may be padded on either side, and a static cache may hand over keys that do not exist yet. Whatever
-else a mask hides (or adds) is refused: the kernels could not reproduce it.
+Prompts of a batch may be padded on either side, and a static cache may hand over keys that do not exist yet. A mask
+that hides (or adds) anything else is refused: the kernels could not reproduce it.
 """
 
 from __future__ import annotations
@@ -15,16 +16,16 @@ from torch import Tensor
 from anchorscope.models.calls import AttentionInputs
 from anchorscope.models.check import Unrepresentable, causal_mask, refuse, visible
 
-CHUNK = 1 << 24  # elements of a mask compared at a time: bounds the extra memory
+CHUNK = 1 << 24  # elements of a mask that are compared at a time, which bounds the extra memory
 
 
 @dataclass(frozen=True)
 class CallPositions:
-    """Positions of one call, counted from the first key of the row.
+    """The positions of one call, counted from the first key of the row.
 
     Attributes:
-        offset: position of the first query.
-        spans: per row of the batch, its prompt's keys [start, stop); padding and unfilled cache lie outside.
+        offset: the position of the first query.
+        spans: the prompt's keys [start, stop) in each row of the batch; padding and unfilled cache lie outside.
     """
 
     offset: int
@@ -32,21 +33,21 @@ class CallPositions:
 
 
 class PositionCache:
-    """`positions` with a memory: the layers of a forward share their masks, which are compared once.
+    """This cache reads a mask once for all layers of a forward that share it.
 
-    A layer that does not come after the last one belongs to another forward, and a mask may have been changed in place
-    in between: it is compared again.
+    A layer index that does not rise shows that another forward has begun, and a mask may have been changed in place in
+    between: it is read again.
     """
 
     def __init__(self) -> None:
         self._known: dict[tuple[int, int | None], tuple[weakref.ref[Tensor], CallPositions | str, int]] = {}
-        self._rising: tuple[weakref.ref[Tensor], int] | None = None  # position ids looked at, and by which layer
+        self._rising: tuple[weakref.ref[Tensor], int] | None = None  # position ids last checked, and their layer
 
     def __call__(self, call: AttentionInputs, window: int | None) -> CallPositions:
-        """The call's positions; `window` is its sliding window.
+        """Return the call's positions; `window` is its sliding window.
 
         Raises:
-            Unrepresentable: its mask is not causal with padding and at most that window.
+            Unrepresentable: the mask is not causal with padding and at most that window.
         """
         if call.mask_tensor is None:
             self._refuse_packed(call)
@@ -66,7 +67,7 @@ class PositionCache:
         return found
 
     def _refuse_packed(self, call: AttentionInputs) -> None:
-        """FlashAttention takes a row for several prompts where its position ids (1, n) begin anew."""
+        """Refuse several prompts packed into one row, where the position ids (1, n) for FlashAttention start over."""
         positions = call.options.get("position_ids")
         if "flash" not in call.implementation or call.mask is not None:
             return
@@ -81,7 +82,9 @@ class PositionCache:
 
 
 def window_of(call: AttentionInputs) -> int | None:
-    """The sliding window that the call asks for; None without one or where the mask's absence says it has no effect."""
+    """Return the sliding window of the call, or None if it has none or the absence of a mask shows that it has no
+    effect.
+    """
     window = call.window
     if window and call.mask is None and "flash" not in call.implementation and window < call.k.shape[2]:
         return None
@@ -89,7 +92,7 @@ def window_of(call: AttentionInputs) -> int | None:
 
 
 def assumed(call: AttentionInputs) -> CallPositions:
-    """Positions by shapes alone: no padding, the queries at the end of the keys."""
+    """Derive the positions from shapes alone: no padding, the queries at the end of the keys."""
     batch, _, n, _ = call.q.shape
     keys = call.k.shape[2]
     if call.implementation == "sdpa" and call.mask is None:
@@ -98,7 +101,7 @@ def assumed(call: AttentionInputs) -> CallPositions:
 
 
 def _unmasked(call: AttentionInputs) -> CallPositions:
-    """A call without a mask, or with what FlashAttention takes instead: a (B, keys) tensor, one per real token."""
+    """Read a call without a mask, or with FlashAttention's substitute: a (B, keys) tensor that marks real tokens."""
     batch, _, n, _ = call.q.shape
     keys = call.k.shape[2]
     if call.bidirectional:
@@ -121,7 +124,7 @@ def _masked(call: AttentionInputs, mask: Tensor, window: int | None) -> CallPosi
     parts = [(begin, mask[:, 0, begin : begin + step]) for begin in range(0, n, step)]
     seen = torch.zeros(len(mask), keys, dtype=torch.bool, device=mask.device)
     for _, part in parts:
-        seen |= visible(call, part).any(1)  # no single row shows a prompt whole: windows hide its beginning
+        seen |= visible(call, part).any(1)  # windows hide a prompt's beginning, so no single row shows all of it
     spans = _runs(call, seen)
     offset = 0 if n == keys else _first_position(call, mask, spans)
     bounds = torch.tensor(spans, device=mask.device)
@@ -139,9 +142,9 @@ def _masked(call: AttentionInputs, mask: Tensor, window: int | None) -> CallPosi
 
 
 def _first_position(call: AttentionInputs, mask: Tensor, spans: tuple[tuple[int, int], ...]) -> int:
-    """Position of the first query among more keys than queries; a static cache has empty ones at its end.
+    """Return the position of the first query among more keys than queries; a static cache has empty keys at its end.
 
-    The last key of a prompt is first seen by its own query, unless that came in an earlier call.
+    The first query that sees a prompt's last key is that key's own, unless it came in an earlier call.
     """
     found = [0]
     for row, (_, stop) in zip(mask[:, 0], spans, strict=True):
@@ -151,7 +154,7 @@ def _first_position(call: AttentionInputs, mask: Tensor, spans: tuple[tuple[int,
 
 
 def _runs(call: AttentionInputs, shown: Tensor) -> tuple[tuple[int, int], ...]:
-    """The stretch of shown keys [start, stop) in each row of a (B, keys) boolean; (0, 0) where none is."""
+    """Return the range of shown keys [start, stop) in each row of a (B, keys) boolean, (0, 0) where none is."""
     runs = []
     for row in shown.cpu():
         at = row.nonzero()[:, 0]
@@ -165,10 +168,11 @@ def _runs(call: AttentionInputs, shown: Tensor) -> tuple[tuple[int, int], ...]:
 
 
 def shown_pairs(call: AttentionInputs) -> tuple[int, int] | None:
-    """Queries and the (query, key) pairs of one head that a mask (B or 1, 1 or H, n, keys) of any kind shows.
+    """Count the queries and the (query, key) pairs of one head that a mask (B or 1, 1 or H, n, keys) of any kind shows.
 
-    A query counts if it sees its own key, which padding does not. None for attention that is not causal at all: the
-    first query sees later keys, and all that the last one sees. Heads that see differently are counted by the first.
+    A query counts if it sees its own key, which padding does not. None is returned for attention that is not causal at
+    all: the first query sees later keys, and all that the last one sees. If heads see different keys, the first head is
+    counted.
     """
     n, keys = call.q.shape[2], call.k.shape[2]
     if call.mask.shape[2:] != (n, keys):
@@ -179,7 +183,7 @@ def shown_pairs(call: AttentionInputs) -> tuple[int, int] | None:
         at = shown.any(1).nonzero()[:, 0]
         if not len(at):
             continue
-        last = int(at[-1])  # of the queries that see anything: it stands at the last key that it sees
+        last = int(at[-1])  # the last query that sees anything; its own key is the last it sees
         offset = 0 if n == keys else max(0, int(shown[last].nonzero()[-1, 0]) - last)
         if n > 1 and bool(shown[0, offset + 1 :].any()) and not bool((shown[last] & ~shown[0]).any()):
             return None

@@ -1,4 +1,4 @@
-"""One sparse call in pieces: prompts of a batch that lie alike, and heads that run alike."""
+"""A sparse call is cut into pieces (prompts of a batch with the same padding) and groups of heads that run alike."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from anchorscope.runtime.masks import CallPositions
 
 
 class Piece(NamedTuple):
-    """Rows of a batch whose prompts lie alike.
+    """Rows of a batch whose prompts have the same padding, with the queries and keys that are real.
 
     Attributes:
-        rows: of the batch.
-        queries: of the call, without padding.
-        keys: of those given, without padding.
-        offset: position of the first query in its prompt.
+        rows: the rows of the batch.
+        queries: the queries of the call that are no padding.
+        keys: the keys of the call that these queries may see and that are no padding.
+        offset: the position of the first query in its prompt.
     """
 
     rows: slice
@@ -30,17 +30,17 @@ class Piece(NamedTuple):
 
     @property
     def prompts(self) -> int:
-        """Number of rows."""
+        """Return the number of rows."""
         return int(self.rows.stop - self.rows.start)
 
     @property
     def size(self) -> int:
-        """Queries per row."""
+        """Return the number of queries in each row."""
         return int(self.queries.stop - self.queries.start)
 
 
 def pieces_of(positions: CallPositions, n: int) -> list[Piece]:
-    """The prompts of a call of n queries; those that are still padding have none."""
+    """Cut a call of n queries into its prompts. Rows that are still all padding have no piece."""
     alike = len(set(positions.spans)) == 1
     rows = [slice(0, len(positions.spans))] if alike else [slice(b, b + 1) for b in range(len(positions.spans))]
     found = []
@@ -53,7 +53,7 @@ def pieces_of(positions: CallPositions, n: int) -> list[Piece]:
 
 
 def split_tail(pieces: list[Piece], n: int, tail: int) -> tuple[list[Piece], list[Piece]]:
-    """Pieces of a call's queries without its last `tail`, and pieces of those."""
+    """Cut the last `tail` queries of a call off its pieces. Return the pieces before and the pieces after the cut."""
     before, after = [], []
     for rows, queries, keys, offset in pieces:
         here = max(queries.start, min(queries.stop, n - tail))
@@ -68,7 +68,9 @@ def split_tail(pieces: list[Piece], n: int, tail: int) -> tuple[list[Piece], lis
 
 
 def runs_sparse(piece: Piece, params: AnchorParams) -> bool:
-    """Whether a piece has keys to choose from, and is no short one (at most `block` queries) behind a cache."""
+    """Return whether a piece has keys to choose from, and is more than a short piece (at most `block` queries) that
+    follows a cache.
+    """
     behind_cache = piece.offset > 0 and piece.size <= params.block
     return not behind_cache and params.at(piece.size, offset=piece.offset).most_stripes > 0
 
@@ -78,7 +80,7 @@ class HeadGroup(NamedTuple):
 
     Attributes:
         theta: (H',) float32, nats; +inf for dense heads.
-        query: (H',) int64, which query heads, or None for all.
+        query: (H',) int64, the query heads, or None for all.
         kv: (Hkv',) int64, the kv heads that they read, or None for all.
     """
 
@@ -87,13 +89,13 @@ class HeadGroup(NamedTuple):
     kv: Tensor | None
 
     def of(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Their share of the tensors."""
+        """Return this group's share of the tensors."""
         if self.query is None or self.kv is None:
             return q, k, v
         return q.index_select(1, self.query), k.index_select(1, self.kv), v.index_select(1, self.kv)
 
     def place(self, out: Tensor, result: Tensor) -> None:
-        """Write their result (b, n', H', d) into all heads' output (b, n', H, d)."""
+        """Write this group's result (b, n', H', d) into the output of all heads (b, n', H, d)."""
         if self.query is None:
             out.copy_(result)
         else:
@@ -103,10 +105,10 @@ class HeadGroup(NamedTuple):
 def split_heads(
     anchors: LayerAnchors, kv_heads: int, device: torch.device
 ) -> tuple[HeadGroup | None, HeadGroup | None]:
-    """Heads for the pipeline and heads for the model's own attention; None where there are none.
+    """Return the heads that run sparse and those left to the model's own attention; None where there are none.
 
-    Of a kv head whose query heads are not all dense, every query head goes to the pipeline, dense ones with theta =
-    +inf: they keep every key.
+    If some query heads of a kv head are dense and others are not, all of them run in the kernels, the dense ones with
+    theta = +inf: they keep every key.
     """
     ratio = len(anchors.thetas) // kv_heads
     dense = [all(anchors.dense[r * ratio : (r + 1) * ratio]) for r in range(kv_heads)]

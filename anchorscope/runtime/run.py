@@ -1,4 +1,4 @@
-"""Running a loaded model sparse, or only timing its attention: context managers that leave it as it was."""
+"""These context managers run a loaded model sparse, or only time its attention, and leave it as it was."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def sparse_attention(
     measure: bool = False,
     force: bool = False,
 ) -> Iterator[SparseRun]:
-    """Prefill with anchor attention inside the context; decoding and everything unnamed stay the model's own.
+    """Prefill with anchor attention inside the context; decoding and layers without anchors stay the model's own.
 
         with anchorscope.sparse_attention(model, "anchors.json") as run:
             model.generate(**inputs)
@@ -67,7 +67,7 @@ def sparse_attention(
         raise InputError(f"backend {backend!r} is unknown; use one of {', '.join(BACKENDS)}")
     model = _loaded(model)
     for sentence in prove_model(model).warnings:
-        warnings.warn(sentence, stacklevel=3)  # past this generator and its context manager
+        warnings.warn(sentence, stacklevel=3)  # the caller's line, above this generator and its context manager
     assignment = Assignment(config)
     with outer_contexts("pass"):
         assignment.check(model, force)
@@ -78,7 +78,7 @@ def sparse_attention(
 
 @contextlib.contextmanager
 def attention_clock(model: PreTrainedModel) -> Iterator[SparseRun]:
-    """Count and time the model's attention as it is, like `sparse_attention` does: the dense arm of a comparison.
+    """Count and time the model's own attention as `sparse_attention` does: the dense arm of a comparison.
 
     Raises:
         MissingBackendError: transformers is missing.
@@ -115,7 +115,7 @@ def register_attention(
         The run, shared by all models of this implementation: use one at a time where its counts matter.
 
     Raises:
-        InputError: no anchors at all, anchors that cannot be read, or an unknown implementation.
+        InputError: there are no anchors, they cannot be read, or the implementation is unknown.
         MissingBackendError: transformers is missing.
     """
     require_transformers()
@@ -149,7 +149,8 @@ def register_attention(
 
 
 def _loaded(model: Any) -> PreTrainedModel:
-    """The model itself, behind torch.compile and adapters; contexts around this one do not see the trial of an adapter.
+    """Return the model itself, behind torch.compile and adapters. Contexts around this one do not see the trial of an
+    adapter.
 
     Raises:
         InputError: as `pretrained`.

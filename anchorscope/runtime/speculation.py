@@ -1,7 +1,7 @@
-"""How many queries of a call are candidates of speculative decoding, which is decoding and never runs sparse.
+"""`candidates` finds how many queries of a call are candidates of speculative decoding, which never runs sparse.
 
-After the prefill, candidates come in pieces behind a cache. The first ones, though, come in one forward with the
-prompt: nothing in the call tells where the prompt ends, only `generate` knows. So its frame is asked.
+After the prefill, candidates come in short calls that follow a cache. The first ones, though, come in one forward with
+the prompt: nothing in the call tells where the prompt ends, only `generate` knows. So its stack frame is read.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from anchorscope.models.calls import AttentionInputs
 
 
 def candidates(call: AttentionInputs) -> int:
-    """The last so many queries of a call are candidates that transformers' assisted generation wants verified.
+    """Return how many of a call's last queries are candidates that transformers' assisted generation wants verified.
 
-    All of them after the first forward; 0 outside of assisted generation, and in the assistant's own forwards.
+    After the first forward these are all queries; outside of assisted generation, and in the assistant's own forwards,
+    there are none.
     """
     n = call.q.shape[2]
     frame = sys._getframe()

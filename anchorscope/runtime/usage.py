@@ -1,4 +1,4 @@
-"""What ran, layer by layer: pairs, recall and time, counted without waiting for the GPU."""
+"""These counters record what ran in each layer (pairs, recall and time) without waiting for the GPU."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LayerUse:
-    """What one layer did in its calls of more than one query; single tokens, which are decoding, are not counted.
+    """The work of one layer in its calls of more than one query; single tokens, which are decoding, are not counted.
 
-    Short pieces behind a cache (candidates of speculative decoding, a last chunk) are counted as what they are: dense.
+    Short calls that follow a cache (candidates of speculative decoding, a last chunk) are counted as dense, which they
+    are.
 
     Attributes:
         layer: index of the layer.
         kind: "sparse" if any call went through the pipeline, else "dense".
         calls: attention calls.
-        queries: over all calls and prompts; padding does not count.
+        queries: queries of all calls and prompts; padding does not count.
         visible_pairs: (query, key) pairs of all query heads that the model's own attention computes.
-        kept_pairs: of those, the pairs that were computed; exact. Dense calls and heads keep all.
+        kept_pairs: the visible pairs that were computed, an exact count. Dense calls and heads keep all.
         recall: share of the attention mass that was kept, mean over all queries and query heads of the sparse calls;
             None unless measured.
-        seconds: spent in attention: between CUDA events on a GPU, by the wall clock on a CPU. Measuring recall is not
-            included.
+        seconds: the time spent in attention, between CUDA events on a GPU and by the wall clock on a CPU. Measuring
+            recall is not included.
     """
 
     layer: int
@@ -41,12 +42,12 @@ class LayerUse:
 
     @property
     def density(self) -> float:
-        """Kept over visible pairs."""
+        """Return kept over visible pairs."""
         return self.kept_pairs / self.visible_pairs if self.visible_pairs else 1.0
 
 
 class Clock:
-    """Seconds inside `running`, summed up. On a GPU nothing waits before `seconds` is asked for."""
+    """The seconds inside `running`, summed up. On a GPU nothing waits before `seconds` is called."""
 
     def __init__(self) -> None:
         self._wall = 0.0
@@ -54,7 +55,7 @@ class Clock:
 
     @contextlib.contextmanager
     def running(self, device: torch.device) -> Iterator[None]:
-        """Count what runs inside."""
+        """Time what runs inside."""
         if device.type != "cuda":
             start = time.perf_counter()
             yield
@@ -68,7 +69,7 @@ class Clock:
         self._events.append((begin, end))
 
     def seconds(self) -> float:
-        """The sum so far; waits for the GPU to reach it."""
+        """Return the sum so far. This waits for the GPU to reach it."""
         for begin, end in self._events:
             end.synchronize()
             self._wall += begin.elapsed_time(end) / 1e3
@@ -77,7 +78,7 @@ class Clock:
 
 
 class Tally:
-    """Running sums of one layer. Numbers the GPU computes stay there until `use`."""
+    """The running sums of one layer. Numbers that the GPU computes stay there until `use`."""
 
     def __init__(self) -> None:
         self.clock = Clock()
@@ -91,17 +92,17 @@ class Tally:
         self._rows = 0
 
     def stripes(self, pairs: Tensor) -> None:
-        """Add kept pairs that are known on the device only: () int64."""
+        """Add kept pairs whose number only the device knows, () int64."""
         self._stripes = pairs if self._stripes is None else self._stripes + pairs
 
     def mass(self, rows: Tensor, full: int) -> None:
-        """Add the share of attention mass that each row of sparse heads kept; `full` rows more kept all of it."""
+        """Add the share of attention mass that each row of sparse heads kept, and `full` rows that kept all of it."""
         total = rows.double().clamp_(max=1).sum() + full
         self._mass = total if self._mass is None else self._mass + total
         self._rows += rows.numel() + full
 
     def use(self, layer: int) -> LayerUse:
-        """The sums as numbers."""
+        """Return the sums as numbers."""
         return LayerUse(
             layer=layer,
             kind=self.kind,

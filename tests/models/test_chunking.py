@@ -12,7 +12,7 @@ import torch
 from anchorscope.capture import capture_model
 from anchorscope.errors import InputError
 from anchorscope.models.chunking import MOST_TOKENS, SHORT, check_chunks, check_sizes
-from anchorscope.models.prefill import Prefill, feed
+from anchorscope.models.prefill import Prefill, forwards
 
 pytest.importorskip("transformers")
 
@@ -53,7 +53,7 @@ def attention_of(model: Any, sizes: tuple[int, ...]) -> dict[tuple[int, str], to
     AttentionMaskInterface.register("looking", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
     try:
         model.set_attn_implementation("looking")
-        list(feed(model, ids(sum(sizes)), sizes))
+        list(forwards(model, ids(sum(sizes)), sizes))
     finally:
         model.set_attn_implementation(own)
         AttentionInterface._global_mapping.pop("looking")
