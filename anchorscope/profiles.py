@@ -380,7 +380,7 @@ def _check_arrays(profile: HeadProfile) -> None:
                 raise InputError(f"{name} holds infinity")
         if name in _SHARES and array.size and not (array.min() >= 0 and array.max() <= 1 + _CLOSE):
             raise InputError(f"{name} must lie between 0 and 1")
-        # +-inf minus itself is NaN, so compare neighbours instead of taking differences
+        # +-inf minus itself is NaN, so compare neighbors instead of taking differences
         if name in _ASCENDING and (array[1:] < array[:-1]).any():
             raise InputError(f"{name} must be ascending")
     if sizes["T"] < 1 or sizes["M"] < 2 or sizes["K"] < 1:

@@ -1,9 +1,10 @@
 """Stage 1: softmax over the anchor region of every query, with pooled queries and pooled anchors from the same pass.
 
-Each program owns a tile of queries of one head within one group and walks the group's two key ranges, the first `init`
-keys and the keys from `lookback` before the group up to the diagonal, tile by tile. Tiles that every query of the tile
-sees in full go first and need no mask. Source: Zhang et al., AnchorAttention (EMNLP 2025), step 1, with the partition
-of docs/method.md.
+Each program owns a tile of BM queries of one head within one group. It iterates over key tiles of the group's two key
+ranges: the first `init` keys, and the keys from `lookback` before the group up to the diagonal. Key tiles that every
+query of the tile sees in full come first and need no mask. The online softmax keeps a running maximum, a running sum
+and an output accumulator per query; the running maximum at the end is the query's anchor.
+Source: Zhang et al., AnchorAttention (EMNLP 2025), step 1, with the partition of docs/method.md.
 """
 
 from __future__ import annotations
@@ -47,7 +48,11 @@ def anchor_kernel(
     HAS_V: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SPLIT: tl.constexpr, POOL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (groups * tiles per group * B * H,). Heads vary fastest: those of one kv head share its keys in L2."""
+    """Grid: (groups * tiles per group * B * H,). Heads vary fastest: those of one kv head share its keys in L2.
+
+    Out: (B, H, n, DIM); Lse, RowMax: (B, H, n) float32; QBar: (B, H, blocks, DIM); ABar: (B, H, blocks) float32.
+    SPLIT: see `accumulate`. POOL: blocks are pooled here, otherwise `pool_kernel` does it from RowMax.
+    """
     pid = tl.program_id(0)
     bh = pid % batch_heads
     order = pid // batch_heads
@@ -69,13 +74,13 @@ def anchor_kernel(
     inner = d < DIM
     q_at = Q + b * sqb + h.to(tl.int64) * sqh + row0.to(tl.int64) * sqn + i[:, None] * sqn + d[None, :] * sqd
     q = tl.load(q_at, mask=live[:, None] & inner[None, :], other=0.0)  # [BM, D]
-    if POOL:  # blocks lie within this tile
+    if POOL:  # the tile holds whole blocks, so their means are at hand
         parts: tl.constexpr = BM // BLOCK
         p = tl.arange(0, parts)
         count = tl.minimum(row_end - row0 - p * BLOCK, BLOCK)
         share = 1.0 / tl.maximum(count, 1).to(tl.float32)
         pooled = bh.to(tl.int64) * blocks + row0 // BLOCK + p
-        q_sum = tl.sum(tl.reshape(q.to(tl.float32), [parts, BLOCK, D]), 1)
+        q_sum = tl.sum(tl.reshape(q.to(tl.float32), [parts, BLOCK, D]), 1)  # [parts, D]
         tl.store(
             QBar + pooled[:, None] * DIM + d[None, :],
             (q_sum * share[:, None]).to(QBar.dtype.element_ty),
@@ -108,12 +113,13 @@ def anchor_kernel(
     acc = tl.zeros([BM, D], tl.float32) if HAS_V else row_sum
 
     for it in tl.range(0, full_a + full_b):  # key tiles that all queries of the tile see in full
+        # j: first key of the tile, in int64 because j * skn may exceed 32 bits
         j = tl.where(it < full_a, it * BN, start + (it - full_a) * BN).to(tl.int64)
         if D == DIM:
             k = tl.load(k_base + j * skn + k_off)  # [BN, D]
         else:
             k = tl.load(k_base + j * skn + k_off, mask=inner[None, :], other=0.0)
-        qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BN], raw scores
         if HAS_V:
             if D == DIM:
                 v = tl.load(v_base + j * svn + v_off)  # [BN, D]
@@ -125,6 +131,7 @@ def anchor_kernel(
             acc, row_sum, row_max, qk, v, scale, cap, SOFTCAP, False, HAS_V, SPLIT, PRECISION
         )
 
+    # The other key tiles: the ends of both ranges, those on the diagonal, and all of them where there is a window.
     rest_a = init_from + full_a * BN
     rest_b = local_from + full_b * BN
     tiles_a = tl.cdiv(init_end - rest_a, BN)
@@ -134,6 +141,7 @@ def anchor_kernel(
         limit = tl.where(it < tiles_a, init_end, stop)
         cols = j + c
         there = cols < limit
+        # k and v: [BN, D]; rows beyond the range are zero and masked below
         k = tl.load(k_base + j.to(tl.int64) * skn + k_off, mask=there[:, None] & inner[None, :], other=0.0)
         qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         seen = there[None, :] & (cols[None, :] <= pos[:, None])
@@ -166,7 +174,7 @@ def pool_kernel(
     Q, RowMax, QBar, ABar, sqb, sqh, sqn, sqd, n, heads, block, blocks,
     DIM: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (blocks, B * H). Block sizes that do not fit the tile of `anchor_kernel` are pooled here."""
+    """Means over blocks whose size does not fit the tile of `anchor_kernel`. Grid: (blocks, B * H)."""
     t = tl.program_id(0)
     bh = tl.program_id(1)
     row0 = t * block
@@ -178,9 +186,9 @@ def pool_kernel(
     a_sum = tl.zeros([BM], tl.float32)
     for r in tl.range(row0, row_end, BM):
         live = r + i < row_end
-        at = q_base + tl.cast(r + i, tl.int64)[:, None] * sqn + d[None, :] * sqd
+        at = q_base + tl.cast(r + i, tl.int64)[:, None] * sqn + d[None, :] * sqd  # [BM, D]
         q_sum += tl.sum(tl.load(at, mask=live[:, None] & (d < DIM)[None, :], other=0.0).to(tl.float32), 0)
-        a_sum += tl.load(RowMax + bh.to(tl.int64) * n + r + i, mask=live, other=0.0)
+        a_sum += tl.load(RowMax + bh.to(tl.int64) * n + r + i, mask=live, other=0.0)  # [BM]
     count = (row_end - row0).to(tl.float32)
     at = bh.to(tl.int64) * blocks + t
     tl.store(ABar + at, tl.sum(a_sum, 0) / count)
@@ -201,7 +209,7 @@ def _(q, k, v, sizes, scale, cap, precise):
 
 
 def _outputs(q: Tensor, v: Tensor | None, geo: Geometry, precise: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Room for the results, in the order of `AnchorState`."""
+    """Uninitialized results, in the order of `AnchorState`."""
     kind = torch.float32 if precise else q.dtype
     return (
         q.new_empty(geo.batch, geo.heads, geo.queries, 0 if v is None else geo.dim, dtype=kind),
@@ -227,7 +235,7 @@ def _launch(
 def portable(
     q: Tensor, k: Tensor, v: Tensor | None, geo: Geometry, precise: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Launcher of `anchor_kernel`, which runs on every architecture."""
+    """Launch `anchor_kernel`, which runs on every architecture."""
     out, lse, q_bar, a_bar = _outputs(q, v, geo, precise)
     c = launch("anchor_precise" if precise else "anchor", q.device, q.element_size(), geo.dim_pad)
     bm = min(c["BM"], max(16, triton.next_power_of_2(geo.group)))

@@ -1,6 +1,6 @@
 """Stage 1 for Hopper: the pass of anchor.py, warp-specialized, in Gluon.
 
-A persistent program per multiprocessor takes its share of query tiles. One producer warp brings Q, K and V tiles by
+A persistent program per multiprocessor takes its share of query tiles. One producer warp loads Q, K and V tiles by
 TMA; two consumer warpgroups own 64 queries each and share the key tiles. A consumer's PV GEMM runs beneath the softmax
 of the next key tile, and the first QK GEMM of the next query tile beneath the epilogue of the current one. Scheduling
 after Shah et al., FlashAttention-3 (NeurIPS 2024), section 3. Queries are pooled by the tensor cores.
@@ -51,7 +51,7 @@ FOLDING = {"SHARE": 4, "num_warps": 1}
 
 @gluon.jit
 def _rows(tile, g, n, group, tiles):
-    """First position of the group, first row and past-the-last row of the group for a query tile."""
+    """First query of the group, first query of the tile, and the query after the group's last."""
     base = g * group
     here = gl.minimum(tiles, (n - base + 127) // 128)  # the last group may be short
     return base, base + (here - 1 - tile) * 128, gl.minimum(base + group, n)  # the longest tile of a group first
@@ -59,10 +59,10 @@ def _rows(tile, g, n, group, tiles):
 
 @gluon.jit
 def _keys(base, row0, row_end, offset, init, lookback, BN: gl.constexpr):
-    """Keys of a work item: first ones, start of the others, and number of tiles.
+    """Keys of a work item: start of the local range, end of the initial range and its pieces, and number of key tiles.
 
-    Keys come in pieces of 64: the first `init_pieces` from key 0 on, the others from `start` on. A tile is BN // 64 of
-    them, so that the two ranges share a tile where they meet.
+    Keys are loaded in pieces of 64: the first `init_pieces` from key 0 on, the others from `start` on. A key tile is
+    BN // 64 pieces, so that the two ranges share a tile where they meet.
     """
     start = gl.maximum(offset + base - lookback, 0)
     init_end = gl.minimum(init, start)
@@ -78,7 +78,7 @@ def _produce(
     qy_b, qy_h, qx_b, qx_h, ky_b, ky_h, kx_b, kx_h, vy_b, vy_h, vx_b, vx_h,
     D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, QUEUE: gl.constexpr,
 ):  # fmt: skip
-    """The producer warp."""
+    """The producer warp: it loads two query tiles [64, D] a work item, and its K and V tiles [BN, D], by TMA."""
     number = 0  # key tiles so far
     bh, tile, g = coordinates(gl.program_id(0), batch_heads, tiles)
     for work in range(items_of_program(items)):
@@ -92,6 +92,7 @@ def _produce(
         mbarrier.expect(q_full.index(q_stage), 2 * q_desc.block_type.nbytes)
         y = b * qy_b + h * qy_h + row0
         x = b * qx_b + h * qx_h
+        # Two query tiles [64, D], one for each consumer.
         tma_load(q_desc, [y, x], q_full.index(q_stage), q_s.index(2 * q_stage))
         tma_load(q_desc, [y + 64, x], q_full.index(q_stage), q_s.index(2 * q_stage + 1))
         ky = b * ky_b + hk * ky_h
@@ -116,7 +117,7 @@ def _produce(
 
 @gluon.jit
 def _load(desc, tiles_s, full, stage, it, y, x, start, init_pieces, D: gl.constexpr, BN: gl.constexpr):
-    """Bring a key tile, its pieces in panels of 64 columns, as the tensor cores read it."""
+    """Load a key tile [BN, D] as boxes [64, 64]: pieces of 64 keys in panels of 64 columns, as WGMMA reads them."""
     rows: gl.constexpr = BN // 64
     panels: gl.constexpr = D // 64
     mbarrier.expect(full.index(stage), rows * panels * desc.block_type.nbytes)
@@ -129,7 +130,7 @@ def _load(desc, tiles_s, full, stage, it, y, x, start, init_pieces, D: gl.conste
 
 @gluon.jit
 def _masked(s, it, start, init_end, init_pieces, first, BN: gl.constexpr, S_L: gl.constexpr):
-    """Hide what lies after a query or beyond the first keys; `first` is the position of the consumer's first query.
+    """Mask keys after the query and padding after the initial range; `first` is the position of the first query.
 
     Every query sees a key of the first tile, so its maximum is finite from there on.
     """
@@ -166,12 +167,12 @@ def _consume(
     Out, Lse, RowMax, QSum, n, offset, init, lookback, group, tiles, batch_heads, items, step_h, step_t, step_g,
     scale_log2, D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, QUEUE: gl.constexpr,
 ):  # fmt: skip
-    """One consumer warpgroup: queries 64 * half ... of each tile."""
+    """One consumer warpgroup: it owns the 64 queries from 64 * half on of each query tile."""
     S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     A_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     A_ROW: gl.constexpr = gl.SliceLayout(1, A_L)
     P_L: gl.constexpr = gl.DotOperandLayout(0, A_L, 2)
-    TOP: gl.constexpr = gl.SliceLayout(1, PARTS)
+    ROW_L: gl.constexpr = gl.SliceLayout(1, PARTS)
     OUT_L: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (D // 8), D // 8], [4, 1], [1, 0])
     dtype: gl.constexpr = k_s.dtype
     stage = 0  # buffer of the current key tile, and the parity of its barriers
@@ -189,7 +190,7 @@ def _consume(
         mine = key_tiles
         if BN == 64 and half == 0:  # the last tile may lie after all queries of the first half
             mine -= (start + (key_tiles - 1 - init_pieces) * 64 > first + 63).to(gl.int32)
-        row_max = gl.full([64], float("-inf"), gl.float32, TOP)
+        row_max = gl.full([64], float("-inf"), gl.float32, ROW_L)
         row_sum = gl.zeros([64, 8], gl.float32, PARTS)
         unit = bh * ((n + 63) // 64) + my0 // 64
         panel = (2 * (work % QUEUE) + half) * (D // 64)
@@ -232,7 +233,7 @@ def _consume(
         s_token = start_qk(q_s.index(2 * ((work + 1) % QUEUE) + half), k_s.index(stage), BN, S_L)
 
         at = bh * n + my0
-        rows = gl.arange(0, 64, TOP)
+        rows = gl.arange(0, 64, ROW_L)
         live = my0 + rows < row_end
         denominator = gl.sum(row_sum, 1)
         gl.store(Lse + at + rows, (row_max + gl.log2(denominator)) * LN2, mask=live)
@@ -261,8 +262,10 @@ def anchor_hopper_kernel(
     qy_b, qy_h, qx_b, qx_h, ky_b, ky_h, kx_b, kx_h, vy_b, vy_h, vx_b, vx_h,
     D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, QUEUE: gl.constexpr, CONSUMER_REGS: gl.constexpr,
 ):  # fmt: skip
-    """Grid: one program per multiprocessor, 4 + 4 + 1 warps. Out: (B, H, n, D); RowMax: (B, H, n); QSum: (B, H,
-    units of 64 queries, D)."""
+    """Grid: one program per multiprocessor, 4 + 4 + 1 warps.
+
+    Out: (B, H, n, D); Lse, RowMax: (B, H, n); QSum: (B, H, ceil(n / 64), D), sums over units of 64 queries.
+    """
     dtype: gl.constexpr = k_desc.dtype
     q_s = gl.allocate_shared_memory(dtype, [2 * QUEUE, 64, D], q_desc.layout)
     tile: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BN, D], dtype)
@@ -312,7 +315,7 @@ def anchor_hopper_kernel(
 
 @triton.jit(do_not_specialize=["n", "units", "blocks", "parts"])
 def fold_kernel(QSum, RowMax, QBar, ABar, n, units, blocks, parts, block, D: tl.constexpr, SHARE: tl.constexpr):
-    """Grid: (blocks / SHARE, B * H). Means over blocks, from sums over units of 64 queries and from anchors."""
+    """Means over blocks of sums over units of 64 queries, and of anchors. Grid: (ceil(blocks / SHARE), B * H)."""
     bh = tl.program_id(1).to(tl.int64)
     d = tl.arange(0, D)
     i = tl.arange(0, 64)
@@ -320,8 +323,8 @@ def fold_kernel(QSum, RowMax, QBar, ABar, n, units, blocks, parts, block, D: tl.
         q = tl.zeros([D], tl.float32)
         a = tl.zeros([64], tl.float32)
         for u in tl.range(t * parts, tl.minimum((t + 1) * parts, units)):
-            q += tl.load(QSum + (bh * units + u) * D + d)
-            a += tl.load(RowMax + bh * n + u * 64 + i, mask=u * 64 + i < n, other=0.0)
+            q += tl.load(QSum + (bh * units + u) * D + d)  # [D]
+            a += tl.load(RowMax + bh * n + u * 64 + i, mask=u * 64 + i < n, other=0.0)  # [64]
         share = 1.0 / tl.minimum(block, n - t * block).to(tl.float32)
         at = bh * blocks + t
         tl.store(QBar + at * D + d, (q * share).to(QBar.dtype.element_ty))
@@ -344,7 +347,7 @@ def suits(q: Tensor, k: Tensor, v: Tensor | None, geo: Geometry, precise: bool) 
 
 
 def anchor_hopper(q: Tensor, k: Tensor, v: Tensor, geo: Geometry) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """out, lse, q_bar, a_bar of `anchor` for a call that `suits`."""
+    """Results of `anchor` (out, lse, q_bar, a_bar) for a call that `suits`."""
     c = launch("anchor_hopper", q.device, 2, geo.dim)
     units = triton.cdiv(geo.queries, HALF)
     f32 = torch.float32

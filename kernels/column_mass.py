@@ -1,6 +1,7 @@
 """Attention mass of every column in every group, from the dense LSE.
 
-A tile of keys stays on the chip and the group's queries stream past it.
+Each program keeps one tile of keys and iterates over the group's queries, so that the sum over queries stays in
+registers and is written once.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def mass_kernel(
     DIM: tl.constexpr, D: tl.constexpr, BC: tl.constexpr, BQ: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (key tiles * groups * B * H,). A tile of keys stays on the chip; the group's queries stream past."""
+    """Grid: (key tiles * groups * B * H,). Mass: (B, H, groups, keys) float32; Lse: (B, H, n) float32, of all keys."""
     c0 = tl.program_id(0) % tiles * BC
     row = tl.program_id(0) // tiles
     g = groups - 1 - row % groups
@@ -48,6 +49,7 @@ def mass_kernel(
     mass = tl.zeros([BC], tl.float32)
     if begin < stop:
         k_at = K + b * skb + (h // repeats).to(tl.int64) * skh + c0.to(tl.int64) * skn
+        # k: [BC, D], loaded once
         k = tl.load(k_at + c[:, None] * skn + d[None, :] * skd, mask=(cols < keys)[:, None] & inner[None, :], other=0.0)
         q_base = Q + b * sqb + h.to(tl.int64) * sqh + i[:, None] * sqn + d[None, :] * sqd
         l_base = Lse + bh.to(tl.int64) * n + i
@@ -63,7 +65,7 @@ def mass_kernel(
                 q = tl.load(q_base + tl.cast(r, tl.int64) * sqn)  # [BQ, D]
             else:
                 q = tl.load(q_base + tl.cast(r, tl.int64) * sqn, mask=inner[None, :], other=0.0)
-            ref = tl.load(l_base + r) * LOG2E
+            ref = tl.load(l_base + r) * LOG2E  # [BQ]
             qk = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BC, BQ]
             if SOFTCAP:
                 mass += tl.sum(tl.exp2(capped(qk, scale, cap, SOFTCAP) * LOG2E - ref[None, :]), 1)
@@ -76,9 +78,10 @@ def mass_kernel(
             r = tl.where(it < before, begin + it * BQ, tail + (it - before) * BQ)
             limit = tl.where(it < before, edge, stop)
             live = r + i < limit
+            # q: [BQ, D]
             q = tl.load(q_base + tl.cast(r, tl.int64) * sqn, mask=live[:, None] & inner[None, :], other=0.0)
-            ref = tl.load(l_base + r, mask=live, other=0.0) * LOG2E
-            qk = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+            ref = tl.load(l_base + r, mask=live, other=0.0) * LOG2E  # [BQ]
+            qk = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BC, BQ]
             gap = (offset + r + i)[None, :] - cols[:, None]
             seen = (gap >= 0) & live[None, :]
             if WINDOW:
@@ -90,7 +93,7 @@ def mass_kernel(
 
 @torch.library.custom_op("anchorscope::column_mass", mutates_args=())
 def mass_op(q: Tensor, k: Tensor, lse: Tensor, sizes: Sequence[int], scale: float, cap: float) -> Tensor:
-    """Launcher of `mass_kernel`; the geometry is flat (`Geometry.flat`). See `column_mass`."""
+    """Launch `mass_kernel`; the geometry is flat (`Geometry.flat`). See `column_mass`."""
     geo = Geometry.unflat(sizes, scale, cap)
     mass = _output(q, geo)
     c = launch("column_mass", q.device, q.element_size(), geo.dim_pad)

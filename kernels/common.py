@@ -144,7 +144,7 @@ def processors(device: torch.device) -> int:
 
 @triton.jit
 def capped(qk, scale, cap, SOFTCAP: tl.constexpr):
-    """Score in nats of a raw product: scale * qk, then cap * tanh(. / cap)."""
+    """Score in nats from the dot product qk: scale * qk, then cap * tanh(. / cap) with a soft-cap."""
     s = qk * scale
     if SOFTCAP:
         # tanh(x) = 1 - 2 / (1 + exp(2x)); saturates to +-1 without overflow trouble.
@@ -155,11 +155,11 @@ def capped(qk, scale, cap, SOFTCAP: tl.constexpr):
 @triton.jit
 def accumulate(acc, row_sum, row_max, qk, v, scale, cap, SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
                HAS_V: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """One step of the online softmax: the state (acc (M, D), running sum (M,), running maximum (M,) in log2 units)
-    joined by a tile of raw scores.
+    """One step of the online softmax: add a tile of raw scores to the accumulator, running sum and running maximum.
 
-    `qk` (M, N) holds -inf where MASKED hides a key. SPLIT feeds the weights to the tensor cores as two halves, which
-    makes the product accurate to about 2^-17 whatever the 16-bit dtype.
+    acc: (M, D); row_sum, row_max: (M,), the maximum in log2 units; qk: (M, N), -inf where MASKED hides a key;
+    v: (N, D). SPLIT gives the tensor cores each weight as the sum of two 16-bit numbers, which makes the PV GEMM
+    accurate to about 2^-17 whatever the 16-bit dtype.
     """
     if SOFTCAP:
         s = capped(qk, scale, cap, SOFTCAP) * LOG2E

@@ -28,7 +28,10 @@ def dense_kernel(
     DIM: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     HAS_V: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (tiles * B * H,), longest first. Out: (B, H, n, DIM) float32 contiguous."""
+    """Grid: (tiles * B * H,); late query tiles, which have most keys, come first.
+
+    Out: (B, H, n, DIM) float32, contiguous; Lse: (B, H, n) float32.
+    """
     pid = tl.program_id(0)
     bh = pid % batch_heads
     row0 = (tiles - 1 - pid // batch_heads) * BM
@@ -56,22 +59,23 @@ def dense_kernel(
     row_sum = tl.zeros([BM], tl.float32)
     row_max = tl.full([BM], float("-inf"), tl.float32)
     acc = tl.zeros([BM, D], tl.float32) if HAS_V else row_sum
-    for it in tl.range(0, full):
+    for it in tl.range(0, full):  # key tiles that all queries of the tile see in full
         j = tl.cast(it * BN, tl.int64)
         if D == DIM:
             k = tl.load(k_at + j * skn)  # [BN, D]
         else:
             k = tl.load(k_at + j * skn, mask=inner[None, :], other=0.0)
-        qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BN]
         v = k
         if HAS_V:
-            v = tl.load(v_at + j * svn, mask=inner[None, :], other=0.0)
+            v = tl.load(v_at + j * svn, mask=inner[None, :], other=0.0)  # [BN, D]
         acc, row_sum, row_max = accumulate(
             acc, row_sum, row_max, qk, v, scale, cap, SOFTCAP, False, HAS_V, SPLIT, PRECISION
         )
-    for j in tl.range(begin + full * BN, stop, BN):
+    for j in tl.range(begin + full * BN, stop, BN):  # those on the diagonal, and all of them where there is a window
         cols = j + c
         there = (cols < stop)[:, None] & inner[None, :]
+        # k and v: [BN, D]
         k = tl.load(k_at + tl.cast(j, tl.int64) * skn, mask=there, other=0.0)
         qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         seen = cols[None, :] <= (offset + rows)[:, None]
@@ -96,7 +100,7 @@ def dense_kernel(
 def dense_op(
     q: Tensor, k: Tensor, v: Tensor | None, sizes: Sequence[int], scale: float, cap: float
 ) -> tuple[Tensor, Tensor]:
-    """Launcher of `dense_kernel`; the geometry is flat (`Geometry.flat`). See `dense_lse`."""
+    """Launch `dense_kernel`; the geometry is flat (`Geometry.flat`). See `dense_lse`."""
     geo = Geometry.unflat(sizes, scale, cap)
     out, lse = _outputs(q, v, geo)
     c = launch("dense_lse" if v is None else "anchor_precise", q.device, q.element_size(), geo.dim_pad)

@@ -93,8 +93,8 @@ class Geometry(NamedTuple):
         return max(16, 1 << (self.dim - 1).bit_length())
 
     @property
-    def reach(self) -> int:
-        """Key j is visible to the queries at positions j up to j + reach - 1: the window, or all keys."""
+    def effective_window(self) -> int:
+        """The window, or the number of keys: key j is visible to queries at positions below j + effective_window."""
         return self.keys if self.window is None else self.window
 
     @property
@@ -122,7 +122,7 @@ class Geometry(NamedTuple):
 
         Keys that a window hides from the whole group are left out. The two ranges never overlap.
         """
-        lowest = max(self.offset + group * self.group - self.reach + 1, 0)
+        lowest = max(self.offset + group * self.group - self.effective_window + 1, 0)
         local = self.local_start(group)
         return slice(lowest, max(min(self.init, local), lowest)), slice(max(local, lowest), self.offset + last)
 
@@ -134,7 +134,7 @@ class Geometry(NamedTuple):
             first, last: queries, counted from the first query of the call: numbers, or tensors like `columns`.
         """
         first, last = first + self.offset, last + self.offset
-        return (columns + self.reach).clip(first, last) - first
+        return (columns + self.effective_window).clip(first, last) - first
 
     @property
     def visible_pairs(self) -> int:
@@ -191,9 +191,9 @@ def _candidate_pairs(geo: Geometry) -> int:
     total = 0
     for group in range(geo.groups):
         (start, stop), (first, last) = geo.candidates(group), geo.rows(group)
-        # Column j is seen by max(j + reach - first, 0) - max(j + reach - last, 0) queries.
+        # With w the window, column j is seen by max(j + w - first, 0) - max(j + w - last, 0) queries.
         for sign, edge in ((1, first), (-1, last)):
-            ahead = geo.reach - geo.offset - edge - 1
+            ahead = geo.effective_window - geo.offset - edge - 1
             total += sign * (_triangle(stop + ahead) - _triangle(start + ahead))
     return total
 

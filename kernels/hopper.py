@@ -1,4 +1,6 @@
-"""What the Hopper kernels share: TMA views, work items of persistent programs, rings of buffers, the online softmax."""
+"""What the Hopper kernels share: TMA descriptors, the tile scheduler of persistent programs, rings of shared-memory
+buffers, the online softmax.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +19,11 @@ reinterpret = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.sh
 
 HALF = 64  # queries of one consumer warpgroup
 BM = 2 * HALF
-PIECE = 64  # keys, and columns, that one TMA load brings
+PIECE = 64  # keys, and columns, of the box that one TMA load copies
 LOG2E: gl.constexpr = gl.constexpr(1.4426950408889634)
 LN2: gl.constexpr = gl.constexpr(0.6931471805599453)
-# Rows of products as the tensor cores leave them, columns of every 8 that a thread has added up.
+# Layout of per-row partial sums (64, 8): rows as WGMMA leaves them in registers, and of every 8 columns the sum that a
+# thread holds.
 PARTS: gl.constexpr = gl.constexpr(
     gl.DistributedLinearLayout(
         reg_bases=[[0, 1], [8, 0]], lane_bases=[[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]], warp_bases=[[16, 0], [32, 0]],
@@ -31,7 +34,7 @@ PARTS: gl.constexpr = gl.constexpr(
 
 @gluon.jit
 def items_of_program(items):
-    """Number of work items this program takes: its t-th is item program_id + t * num_programs."""
+    """Number of work items of this program under the static tile scheduler: item t is program_id + t * num_programs."""
     return (items - gl.program_id(0) + gl.num_programs(0) - 1) // gl.num_programs(0)
 
 
@@ -39,14 +42,14 @@ def items_of_program(items):
 def coordinates(item, first, second):
     """Coordinates (a, b, c) of a work item, where item = a + first * (b + second * c).
 
-    The divisions cost more than a step from one item to the next, see `next_coordinates`.
+    The divisions are slow, so `next_coordinates` steps from one item to the next without them.
     """
     return item % first, item // first % second, item // first // second
 
 
 @gluon.jit
 def next_coordinates(a, b, c, step_a, step_b, step_c, first, second):
-    """Coordinates of the work item `num_programs` further on; the steps are the coordinates of item `num_programs`."""
+    """Coordinates of the program's next work item; the steps are the coordinates of item `num_programs`."""
     a += step_a
     carry = (a >= first).to(gl.int32)
     a -= carry * first
@@ -57,14 +60,14 @@ def next_coordinates(a, b, c, step_a, step_b, step_c, first, second):
 
 @gluon.jit
 def next_stage(stage, phase, STAGES: gl.constexpr):
-    """The next buffer of a ring, and the parity of its barrier."""
+    """The next buffer of a ring of STAGES, and the phase (parity) of its barrier."""
     wrap = stage == STAGES - 1
     return gl.where(wrap, 0, stage + 1), gl.where(wrap, phase ^ 1, phase)
 
 
 @gluon.jit
 def wait_full(full, number, pred, STAGES: gl.constexpr):
-    """Wait for the tile (or queries) of a running number in its ring of buffers."""
+    """Wait until the tile with the given running number has arrived in its buffer of the ring."""
     mbarrier.wait(full.index(number % STAGES), (number // STAGES) & 1, pred=pred)
 
 
@@ -72,9 +75,8 @@ def wait_full(full, number, pred, STAGES: gl.constexpr):
 def softmax(s, row_max, row_sum, scale_log2, BN: gl.constexpr):
     """One step of the online softmax over a tile of raw scores s (64, BN).
 
-    Returns the weights (64, BN), the factor that rescales what was accumulated, and the new running maximum (log2
-    units) and running sum.
-
+    Returns the weights (64, BN), the factor that rescales the accumulator, and the new running maximum (log2 units)
+    and running sum.
 
     The running sum stays spread over 8 columns: `row_sum` (64, 8) has the layout PARTS, `row_max` (64,) that of its
     rows.
@@ -90,7 +92,7 @@ def softmax(s, row_max, row_sum, scale_log2, BN: gl.constexpr):
 
 @gluon.jit
 def start_qk(q, keys, BN: gl.constexpr, S_L: gl.constexpr):
-    """Start the QK GEMM of 64 queries (64, D) with a key tile (BN, D); the token of its result (64, BN)."""
+    """Issue the asynchronous WGMMA of 64 queries (64, D) with a key tile (BN, D); the token of its result (64, BN)."""
     zeros = gl.zeros([64, BN], gl.float32, S_L)
     return warpgroup_mma(q, keys.permute((1, 0)), zeros, use_acc=False, is_async=True)
 
@@ -102,14 +104,14 @@ def coordinate_steps(programs: int, first: int, second: int) -> tuple[int, int, 
 
 @lru_cache(maxsize=64)
 def shared_layout(rows: int, dim: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    """Layout of a (rows, dim) tile that the tensor cores read from shared memory."""
+    """Shared-memory layout of a (rows, dim) tile that WGMMA reads."""
     return gl.NVMMASharedLayout.get_default_for([rows, dim], gl.bfloat16 if dtype == torch.bfloat16 else gl.float16)
 
 
 def tma_view(x: Tensor) -> tuple[list[int], list[int], tuple[int, int, int, int]] | None:
-    """A (B, H, n, d) tensor as a matrix for TMA: shape, strides, and steps (y, x) per batch and head.
+    """A (B, H, n, d) tensor as the matrix of a TMA descriptor: shape, strides, and steps (y, x) per batch and head.
 
-    None where the layout does not allow it: last dimension not contiguous, unaligned, or no common row length.
+    None where the strides do not allow it: last dimension not contiguous, unaligned, or no common row length.
     """
     batch, heads, n, d = x.shape
     sb, sh, sn, sd = x.stride()

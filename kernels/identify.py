@@ -1,9 +1,9 @@
 """Stage 2: which key columns are stripes of each group, from the pooled queries and anchors.
 
-`score_kernel` keeps a tile of keys on the chip and walks the groups that have it among their candidates: the pooled
-queries of several heads (of one kv head) and blocks, stacked, give one product per step, so keys are read once per kv
-head. Its result is a bit mask over (head, group, column). `count_kernel` and `list_kernel` turn the mask into ascending
-column lists.
+`score_kernel` loads a tile of keys once and iterates over the groups that have it among their candidates. The pooled
+queries of several groups, heads (of one kv head) and blocks are stacked into one GEMM operand, so that keys are read
+once per kv head. Its result is a bit mask over (head, group, column). `count_kernel` counts the bits, `scan_kernel`
+sums the counts up to offsets, and `list_kernel` writes ascending column lists.
 Source: Zhang et al., AnchorAttention (EMNLP 2025), step 2, with the candidates of docs/method.md.
 """
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 PAD = 256  # columns of the bit mask are a multiple of this, which every BC of `score_kernel` divides
 SHARE = 512  # words of the bit mask that one program lists
-# launches of count_kernel, scan_kernel and list_kernel on any GPU
+# How count_kernel, scan_kernel and list_kernel are launched, on any GPU.
 COUNTING = {"BS": 2, "num_warps": 4}
 SCANNING = {"BW": 2048, "num_warps": 8}
 LISTING = {"FEW": 8, "BC": 512, "num_warps": 1}
@@ -78,8 +78,9 @@ def score_kernel(
     inner = d < DIM
     cols = c0 + c
     k_at = K + b.to(tl.int64) * skb + hk.to(tl.int64) * skh + c0.to(tl.int64) * skn
+    # k: [BC, D], loaded once
     k = tl.load(k_at + c[:, None] * skn + d[None, :] * skd, mask=(cols < keys)[:, None] & inner[None, :], other=0.0)
-    theta = tl.load(Theta + head, mask=head_ok, other=float("-inf"))
+    theta = tl.load(Theta + head, mask=head_ok, other=float("-inf"))  # [TG * RC * SP]
     bit = (1 << (c % 16)).to(tl.int32)
     q_at = QBar + (head // heads).to(tl.int64) * sqb + (head % heads).to(tl.int64) * sqh
 
@@ -100,7 +101,7 @@ def score_kernel(
             q = tl.load(
                 q_at[:, None] + at[:, None] * sqn + d[None, :], mask=ok[:, None] & inner[None, :], other=0.0
             )  # [TG * RC * SP, D]
-            a = tl.load(ABar + head.to(tl.int64) * blocks + at, mask=ok, other=0.0)
+            a = tl.load(ABar + head.to(tl.int64) * blocks + at, mask=ok, other=0.0)  # [TG * RC * SP]
             need = tl.where(ok, a - theta, float("inf"))  # least score that makes a stripe
             qk = tl.dot(k, tl.trans(q.to(k.dtype)), input_precision=PRECISION)  # [BC, TG * RC * SP]
             if SOFTCAP:  # cap * tanh(x / cap) >= need, solved for the raw product
@@ -110,6 +111,7 @@ def score_kernel(
             hit = qk >= (need / scale)[None, :]
             if WINDOW:
                 hit = hit & ((offset + at * block)[None, :] - cols[:, None] < window)
+            # A column has its bit if any block of the group hits: an OR over 16 columns and SP blocks.
             bits = tl.where(hit & ok[None, :], bit[:, None], 0)
             bits = tl.reshape(bits, [BC // 16, 16, TG * RC, SP])
             if SP < 8:
@@ -119,7 +121,7 @@ def score_kernel(
                 bits = tl.reshape(tl.permute(bits, [0, 2, 1, 3]), [BC // 16, TG * RC, 16 * SP])
                 some = tl.reduce(bits, 2, _either)
             word = word | some
-        # Cut to the candidates of each group.
+        # Clear the bits of columns that are no candidates of the group.
         wg = g + wr // RC
         limit = (offset + wg * group - lookback)[None, :] - w_cols[:, None]
         least = init - w_cols[:, None]
@@ -131,7 +133,7 @@ def score_kernel(
 
 @triton.jit
 def _ones(x):
-    """Bits set in each int32."""
+    """Number of bits set in each int32 (a population count)."""
     x = x - ((x >> 1) & 0x55555555)
     x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
     x = (x + (x >> 4)) & 0x0F0F0F0F
@@ -160,7 +162,7 @@ def count_kernel(Bits, Counts, Before, offset, init, lookback, window, group, gr
     base = tl.zeros([], tl.int32)
     for share in tl.range(lo // SHARE, tl.cdiv(hi, SHARE), BS):
         at = share * SHARE + w
-        bits = tl.load(Bits + row.to(tl.int64) * words + at, mask=(at >= lo) & (at < hi), other=0)
+        bits = tl.load(Bits + row.to(tl.int64) * words + at, mask=(at >= lo) & (at < hi), other=0)  # [BS, SHARE]
         ones = tl.sum(_ones(bits), 1)
         before = base + tl.cumsum(ones, 0) - ones
         tl.store(Before + row.to(tl.int64) * shares + share + i, before, mask=share + i < shares)
@@ -170,12 +172,12 @@ def count_kernel(Bits, Counts, Before, offset, init, lookback, window, group, gr
 
 @triton.jit(do_not_specialize=["rows"])
 def scan_kernel(Counts, Offsets, rows, BW: tl.constexpr):
-    """Grid: (1,). Offsets (rows + 1,) int64 from Counts (rows,) int32."""
+    """Offsets (rows + 1,) int64 are the running sum of Counts (rows,) int32. Grid: (1,)."""
     i = tl.arange(0, BW)
     base = tl.zeros([], tl.int64)
     tl.store(Offsets, base)
     for at in tl.range(0, rows, BW):
-        counts = tl.load(Counts + at + i, mask=at + i < rows, other=0).to(tl.int64)
+        counts = tl.load(Counts + at + i, mask=at + i < rows, other=0).to(tl.int64)  # [BW]
         tl.store(Offsets + 1 + at + i, base + tl.cumsum(counts, 0), mask=at + i < rows)
         base += tl.sum(counts, 0)
 
@@ -193,21 +195,22 @@ def list_kernel(Bits, Before, Offsets, Columns, offset, init, lookback, window, 
         return
     word = share * SHARE + tl.arange(0, SHARE)
     row_bits = Bits + row.to(tl.int64) * words
-    bits = tl.load(row_bits + word, mask=(word >= lo) & (word < hi), other=0)
+    bits = tl.load(row_bits + word, mask=(word >= lo) & (word < hi), other=0)  # [SHARE]
     ones = _ones(bits)
     base = tl.load(Offsets + row) + tl.load(Before + row.to(tl.int64) * shares + share)
     most = tl.max(ones, 0)
-    if most <= FEW:  # word by word, bit by bit
+    if most <= FEW:  # few bits a word: in each round, every word lists its lowest bit and clears it
         to = base + tl.cumsum(ones, 0) - ones
         for _ in tl.range(0, most):
             tl.store(Columns + to, word * 32 + _ones((bits & -bits) - 1), mask=(bits != 0) & (to < capacity))
             bits = bits & (bits - 1)
             to += 1
-    else:  # column by column, so that stores are contiguous
+    else:  # many bits: BC columns at a time, so that stores are contiguous
         end = tl.minimum((share + 1) * SHARE, hi)
         for c0 in tl.range(share * SHARE * 32, end * 32, BC):
             c = c0 + tl.arange(0, BC)
             wide = c // 32
+            # got: [BC], 1 where the column is a stripe
             got = (tl.load(row_bits + wide, mask=(wide >= lo) & (wide < end), other=0) >> (c % 32)) & 1
             at = base + tl.cumsum(got, 0) - 1
             tl.store(Columns + at, c, mask=(got == 1) & (at < capacity))
@@ -215,7 +218,7 @@ def list_kernel(Bits, Before, Offsets, Columns, offset, init, lookback, window, 
 
 
 def stacking(geo: Geometry, rows: int) -> tuple[int, int, int, bool]:
-    """(TG groups, RC heads, SP blocks, whether a group takes several steps) stacked to about `rows` pooled queries."""
+    """TG groups, RC heads and SP blocks of a stack of about `rows` pooled queries; whether a group has more blocks."""
     sp = min(triton.next_power_of_2(geo.step), rows)
     rc = min(triton.next_power_of_2(geo.repeats), rows // sp)
     return rows // (sp * rc), rc, sp, geo.step > sp
@@ -250,7 +253,7 @@ def _score(q_bar: Tensor, a_bar: Tensor, k: Tensor, theta: Tensor, bits: Tensor,
 
 
 def portable(q_bar: Tensor, a_bar: Tensor, k: Tensor, theta: Tensor, bits: Tensor, geo: Geometry) -> None:
-    """Launcher of `score_kernel`, which runs on every architecture: fills `bits` (B * H * groups, words) int32."""
+    """Launch `score_kernel`, which runs on every architecture: it fills `bits` (B * H * groups, words) int32."""
     c = launch("identify", k.device, k.element_size(), geo.dim_pad)
     tg, rc, sp, sub = stacking(geo, c["ROWS"])
     chunks = triton.cdiv(geo.repeats, rc)

@@ -1,9 +1,9 @@
 """Stage 2 for Hopper: the scores of identify.py, warp-specialized, in Gluon.
 
-A persistent program holds 192 keys of one kv head on the chip and streams the pooled queries of all groups past them: a
-producer warp brings stacks of 128 pooled queries (several heads and groups, as in identify.py) by TMA;
-three consumer warpgroups multiply them with 64 keys each and reduce hits to bits. One warpgroup's products run while
-the others reduce.
+A persistent program keeps 192 keys of one kv head in shared memory and iterates over the pooled queries of all groups.
+A producer warp loads stacks of 128 pooled queries (several heads and groups, as in identify.py) by TMA; three consumer
+warpgroups multiply them with 64 keys each by WGMMA and reduce hits to bits. One warpgroup's GEMM runs while the others
+reduce.
 
 Head dimensions 64, 128 and 256, 16-bit, no window, no soft-cap, groups of 4, 8, 16, 32 or 64 blocks; everything else
 runs the portable kernel.
@@ -31,7 +31,7 @@ from .hopper import HALF, PIECE, gather, items_of_program, reinterpret, shared_l
 
 ROWS = 128  # pooled queries in a stack
 CONSUMERS: gl.constexpr = gl.constexpr(3)
-KEYS: gl.constexpr = gl.constexpr(64 * 3)  # of a work item
+KEYS: gl.constexpr = gl.constexpr(64 * 3)  # keys of a work item
 
 
 @triton.jit(do_not_specialize=["heads", "repeats", "groups", "step", "blocks", "chunks", "stacks"])
@@ -39,7 +39,10 @@ def need_kernel(
     ABar, Theta, Need, heads, repeats, groups, step, blocks, chunks, stacks, scale,
     RC: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (stacks, B * Hkv * chunks). Least raw score q_bar . k that makes a stripe, in the order of the stacks."""
+    """Least raw score q_bar . k that makes a stripe, in the order of the stacks. Grid: (stacks, B * Hkv * chunks).
+
+    Need: (B * Hkv * chunks, stacks, ROWS) float32; +inf where the stack has no pooled query.
+    """
     stack = tl.program_id(0)
     part = tl.program_id(1)
     r = tl.arange(0, ROWS)
@@ -47,7 +50,7 @@ def need_kernel(
     head = part // chunks * repeats + head_in
     at = stack * (ROWS // RC) + r % (ROWS // RC)
     ok = (head_in < repeats) & (at < blocks)
-    a = tl.load(ABar + head.to(tl.int64) * blocks + at, mask=ok, other=0.0)
+    a = tl.load(ABar + head.to(tl.int64) * blocks + at, mask=ok, other=0.0)  # [ROWS]
     need = (a - tl.load(Theta + head, mask=ok, other=0.0)) / scale
     tl.store(Need + (part.to(tl.int64) * stacks + stack) * ROWS + r, tl.where(ok, need, float("inf")))
 
@@ -72,7 +75,7 @@ def _produce(
     ky_b, ky_h, kx_b, kx_h,
     D: gl.constexpr, TG: gl.constexpr, RC: gl.constexpr, KEEP: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The producer warp."""
+    """The producer warp: it loads key tiles [64, D], stacks of pooled queries [128, D] and what they need [128]."""
     L: gl.constexpr = gl.BlockedLayout([4], [32], [1], [0])
     panels: gl.constexpr = D // 64
     rows: gl.constexpr = 128 // RC
@@ -86,7 +89,7 @@ def _produce(
         k_stage = work % KEEP
         mbarrier.wait(k_empty.index(k_stage), ((work // KEEP) & 1) ^ 1)
         mbarrier.expect(k_full.index(k_stage), CONSUMERS * k_desc.block_type.nbytes)
-        for u in gl.static_range(CONSUMERS):
+        for u in gl.static_range(CONSUMERS):  # a key tile [64, D] for each consumer
             tma_load(
                 k_desc, [b * ky_b + hk * ky_h + c0 + u * 64, b * kx_b + hk * kx_h], k_full.index(k_stage),
                 k_s.index(k_stage * CONSUMERS + u),
@@ -98,7 +101,7 @@ def _produce(
             mbarrier.expect(q_full.index(stage), RC * panels * q_desc.block_type.nbytes)
             for u in gl.static_range(RC):
                 head = head0 + gl.minimum(part % chunks * RC + u, repeats - 1)
-                for c in gl.static_range(panels):
+                for c in gl.static_range(panels):  # pooled queries of one head, [128 / RC, 64]
                     tma_load(
                         q_desc, [head * blocks + stack * rows, c * 64], q_full.index(stage),
                         q_s.index((stage * panels + c) * RC + u),
@@ -114,7 +117,7 @@ def _consume(
     offset, init, lookback, kv_heads, repeats, group, groups, chunks, stacks, first, parts, items, words,
     D: gl.constexpr, TG: gl.constexpr, RC: gl.constexpr, SP: gl.constexpr, KEEP: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """One consumer warpgroup: 64 of the keys."""
+    """One consumer warpgroup: it owns the 64 keys from 64 * third on of each work item."""
     S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
     number = 0
     for work in range(items_of_program(items)):
@@ -147,10 +150,10 @@ def _mark(
     s, need, Bits, c0, g0, base, spare, offset, init, lookback, group, groups, words,
     TG: gl.constexpr, RC: gl.constexpr, SP: gl.constexpr, S_L: gl.constexpr,
 ):  # fmt: skip
-    """Bits of 64 columns from c0 on, for every unit (head and group) of a stack: any block of the group has a hit.
+    """Store the bits of 64 columns from c0 on for every unit (head and group) of a stack: does any block have a hit?
 
-    A warp has 16 columns of all units, 16 bits each, so two units share a word in the reduction over the warp. Then a
-    lane cuts and stores one unit's bits.
+    A warp holds 16 columns of all units, 16 bits each, so two units share a 32-bit word in the reduction over the warp.
+    Then each lane masks and stores the bits of one unit.
     """
     PAIRS: gl.constexpr = RC * TG // 2
     row = gl.arange(0, 64, gl.SliceLayout(1, S_L))
@@ -166,7 +169,7 @@ def _mark(
     word = word >> (unit % 2 * 16)[None, :]
     col = c0 + 16 * gl.arange(0, 4, gl.SliceLayout(1, gl.SliceLayout(1, L)))
     g = g0 + unit % TG
-    # Cut to the candidates of each group.
+    # Clear the bits of columns that are no candidates of the group.
     limit = (offset + g * group - lookback)[None, :] - col[:, None]
     word = word & ((1 << gl.minimum(gl.maximum(limit, 0), 16)) - 1)
     word = word & (0xFFFF << gl.minimum(gl.maximum(init - col, 0), 16))[:, None]
@@ -235,7 +238,7 @@ def score_hopper_kernel(
 
 
 def stacking(geo: Geometry) -> tuple[int, int, int]:
-    """(TG groups, RC heads, SP blocks) stacked to 128 pooled queries."""
+    """TG groups, RC heads and SP blocks of a stack of 128 pooled queries."""
     rc = min(triton.next_power_of_2(geo.repeats), ROWS // geo.step, 16)
     return ROWS // (rc * geo.step), rc, geo.step
 

@@ -1,6 +1,6 @@
 """Margin of every column in every group, from the pooled queries and anchors: identification for every theta at once.
 
-The walk is that of `identify.score_kernel`; pooled queries are float32 and are not rounded here.
+The loops are those of `identify.score_kernel`; pooled queries are float32 and are not rounded here.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ def margin_kernel(
     DIM: tl.constexpr, D: tl.constexpr, BC: tl.constexpr, TG: tl.constexpr, RC: tl.constexpr, SP: tl.constexpr,
     SUB: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, EXACT: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
-    """Grid as `score_kernel`'s. Margin: (B * H * groups, keys) float32, +inf already where nothing is written.
+    """The grid is that of `score_kernel`. Margin: (B * H * groups, keys) float32, filled with +inf beforehand.
 
-    EXACT: keys are float32. Otherwise the float32 pooled query is cut into three parts in the dtype of the keys, each
-    SHIFT bits below the one before, whose products are exact.
+    EXACT: keys are float32. Otherwise the float32 pooled query is split into three terms in the dtype of the keys, each
+    SHIFT bits below the one before, whose products with keys are exact.
     """
     part = tl.program_id(0)
     c0 = tl.program_id(1) * BC
@@ -42,6 +42,7 @@ def margin_kernel(
     kv_heads = heads // repeats
     b = kv // kv_heads
     hk = kv % kv_heads
+    # Groups whose candidates [init, G - lookback) and windows reach into this tile.
     low = c0 + lookback - offset
     g0 = tl.where(low < 0, 0, low // group + 1)
     g1 = groups
@@ -57,6 +58,7 @@ def margin_kernel(
     inner = d < DIM
     cols = c0 + c
     k_at = K + b.to(tl.int64) * skb + hk.to(tl.int64) * skh + c0.to(tl.int64) * skn
+    # k: [BC, D], loaded once
     k = tl.load(k_at + c[:, None] * skn + d[None, :] * skd, mask=(cols < keys)[:, None] & inner[None, :], other=0.0)
     q_at = QBar + (head // heads).to(tl.int64) * sqb + (head % heads).to(tl.int64) * sqh
     wr = tl.arange(0, TG * RC)
@@ -74,9 +76,9 @@ def margin_kernel(
             ok = head_ok & (tr < step) & (gr < g1) & (at < blocks)
             q = tl.load(
                 q_at[:, None] + at[:, None] * sqn + d[None, :], mask=ok[:, None] & inner[None, :], other=0.0
-            ).to(tl.float32)
-            a = tl.load(ABar + head.to(tl.int64) * blocks + at, mask=ok, other=0.0)
-            if EXACT:
+            ).to(tl.float32)  # [TG * RC * SP, D]
+            a = tl.load(ABar + head.to(tl.int64) * blocks + at, mask=ok, other=0.0)  # [TG * RC * SP]
+            if EXACT:  # qk: [BC, TG * RC * SP]
                 qk = tl.dot(k, tl.trans(q), input_precision="ieee")
             else:
                 q1 = q.to(k.dtype)
@@ -100,7 +102,7 @@ def margin_kernel(
 
 @torch.library.custom_op("anchorscope::margins", mutates_args=())
 def margins_op(q_bar: Tensor, a_bar: Tensor, k: Tensor, sizes: Sequence[int], scale: float, cap: float) -> Tensor:
-    """Launcher of `margin_kernel`; the geometry is flat (`Geometry.flat`). See `margins`."""
+    """Launch `margin_kernel`; the geometry is flat (`Geometry.flat`). See `margins`."""
     geo = Geometry.unflat(sizes, scale, cap)
     margin = _output(q_bar, geo).fill_(float("inf"))
     c = launch("margins", k.device, k.element_size(), geo.dim_pad)

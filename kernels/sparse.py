@@ -1,8 +1,8 @@
 """Stage 3: the softmax state of stage 1 continued over the stripes of each group, gathered key by key.
 
-Each program owns a tile of queries of one head and walks its group's list of columns, loading that many scattered rows
-of K and V per step. Candidates lie before the group, so no causal mask is needed. Source: Zhang et al., AnchorAttention
-(EMNLP 2025), step 3.
+Each program owns a tile of BM queries of one head and iterates over its group's list of columns; every iteration
+gathers BN scattered rows of K and V. Candidates lie before the group, so no causal mask is needed.
+Source: Zhang et al., AnchorAttention (EMNLP 2025), step 3.
 """
 
 from __future__ import annotations
@@ -44,7 +44,10 @@ def sparse_kernel(
     DIM: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (tiles per group * B * H * groups,), in the order of late groups first, which have most stripes."""
+    """Grid: (tiles per group * B * H * groups,). Late groups, which have most stripes, come first.
+
+    Updates Out (B, H, n, DIM) and Lse (B, H, n) in place. Columns, Offsets: see `types.Stripes`.
+    """
     pid = tl.program_id(0)
     tile = pid % tiles
     bh = (pid // tiles) % batch_heads
@@ -74,22 +77,24 @@ def sparse_kernel(
     v_base = V + b * svb + hk.to(tl.int64) * svh + d[None, :] * svd
 
     # The state so far: a normalized output has running sum 1 at the reference LSE.
-    lse = tl.load(Lse + flat, mask=live, other=0.0)
+    lse = tl.load(Lse + flat, mask=live, other=0.0)  # [BM]
     row_max = lse * LOG2E
     row_sum = tl.where(row_max > float("-inf"), 1.0, 0.0)
+    # acc: [BM, D]
     acc = tl.load(o_at, mask=live[:, None] & inner[None, :], other=0.0).to(tl.float32)
 
     listed = Columns + begin
     for it in tl.range(0, tl.cdiv(count, BN)):
         there = it * BN + c < count
-        cols = tl.load(listed + it * BN + c, mask=there, other=0).to(tl.int64)
-        if D == DIM:  # beyond the list key 0 is read, and masked below
-            k = tl.load(k_base + cols[:, None] * skn)  # [BN, D]
+        cols = tl.load(listed + it * BN + c, mask=there, other=0).to(tl.int64)  # [BN]
+        # k and v: [BN, D]; beyond the end of the list key 0 is read, and masked below
+        if D == DIM:
+            k = tl.load(k_base + cols[:, None] * skn)
             v = tl.load(v_base + cols[:, None] * svn)
         else:
             k = tl.load(k_base + cols[:, None] * skn, mask=inner[None, :], other=0.0)
             v = tl.load(v_base + cols[:, None] * svn, mask=inner[None, :], other=0.0)
-        qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BN]
         if WINDOW:
             qk = tl.where((offset + rows)[:, None] - cols[None, :] < window, qk, float("-inf"))
         qk = tl.where(there[None, :], qk, float("-inf"))
@@ -123,7 +128,7 @@ def _launch(
 def portable(
     out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, columns: Tensor, offsets: Tensor, geo: Geometry
 ) -> None:  # fmt: skip
-    """Launcher of `sparse_kernel`, which runs on every architecture."""
+    """Launch `sparse_kernel`, which runs on every architecture."""
     c = launch("sparse", q.device, q.element_size(), geo.dim_pad)
     bm = min(c["BM"], max(16, triton.next_power_of_2(geo.group)))
     tiles = triton.cdiv(geo.group, bm)
@@ -143,7 +148,7 @@ def sparse_op(
     out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, columns: Tensor, offsets: Tensor, sizes: Sequence[int],
     scale: float, cap: float,
 ) -> None:  # fmt: skip
-    """Continues `out` (B, H, n, d) and `lse` (B, H, n) in place, for torch.compile and autograd; see `sparse`."""
+    """Continue `out` (B, H, n, d) and `lse` (B, H, n) in place, for torch.compile and autograd; see `sparse`."""
     _launch(out, lse, q, k, v, columns, offsets, Geometry.unflat(sizes, scale, cap))
 
 

@@ -1,8 +1,9 @@
 """Stage 3 for Hopper: the pass of sparse.py, warp-specialized, in Gluon.
 
-As anchor_hopper.py, but keys are gathered: a producer warpgroup copies the scattered rows of K and V that a group's
-list names into the tiles the tensor cores read, running ahead of the two consumer warpgroups across work items. A
-consumer starts from an empty softmax state and joins that of stage 1 at the end, so that nothing waits for it.
+The kernel is built like anchor_hopper.py, but keys are gathered: a producer warpgroup copies the scattered rows of K
+and V that a group's list names into shared-memory tiles by asynchronous copies (cp.async), and runs ahead of the two
+consumer warpgroups across work items. A consumer starts from an empty softmax state and merges that of stage 1 at the
+end, so that its first GEMM need not wait for it.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from .hopper import (
 
 @gluon.jit
 def _listed(bh, g, row0, Offsets, n, groups, there, capacity):
-    """Where the list of a work item begins, and its length; 0 beyond the last item or query."""
+    """Where the column list of a work item begins, and its length: 0 beyond the last item or query."""
     at = bh.to(gl.int64) * groups + g
     there = there & (row0 < n)
     begin = gl.minimum(gl.load(Offsets + at, mask=there, other=0), capacity)
@@ -60,7 +61,8 @@ def _produce(
 ):  # fmt: skip
     """The producer warpgroup: it hands work items that have stripes to the consumers, together with their queries.
 
-    Items are query tiles, within heads, within groups; late groups, which have most stripes, come first.
+    It loads two query tiles [64, D] a work item by TMA, and gathers its K and V tiles [BN, D]. Work items are ordered
+    by group, then head, then query tile; late groups, which have most stripes, come first.
     """
     L: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (D // 8), D // 8], [4, 1], [1, 0])
     c = gl.arange(0, BN, gl.SliceLayout(1, L))
@@ -71,7 +73,7 @@ def _produce(
     g = groups - 1 - order
     row0 = g * group + tile * 128
     begin, count = _listed(bh, g, row0, Offsets, n, groups, True, capacity)
-    cols = gl.load(Columns + begin + c, mask=c < count, other=0)
+    cols = gl.load(Columns + begin + c, mask=c < count, other=0)  # [BN]
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         next_tile, next_bh, order = next_coordinates(tile, bh, order, step_t, step_h, step_o, tiles, batch_heads)
         next_g = groups - 1 - order
@@ -91,6 +93,7 @@ def _produce(
             mbarrier.expect(q_full.index(q_stage), 2 * q_desc.block_type.nbytes)
             y = b * qy_b + h * qy_h + row0
             x = b * qx_b + h * qx_h
+            # Two query tiles [64, D], one for each consumer.
             tma_load(q_desc, [y, x], q_full.index(q_stage), q_s.index(2 * q_stage))
             tma_load(q_desc, [y + 64, x], q_full.index(q_stage), q_s.index(2 * q_stage + 1))
             work += 1
@@ -98,11 +101,13 @@ def _produce(
             v_base = V + b.to(gl.int64) * svb + hk * svh
             for it in range(key_tiles):
                 stage = number % STAGES
-                done = (it + 1) * BN  # then the next item's list
+                # The columns of the next tile are loaded early; after the last tile they are the next item's.
+                done = (it + 1) * BN
                 ahead = gl.where(it + 1 < key_tiles, begin + done, next_begin)
                 left_over = gl.where(it + 1 < key_tiles, count - done, next_count)
                 later = gl.load(Columns + ahead + c, mask=c < left_over, other=0)
                 mbarrier.wait(k_empty.index(stage), ((number // STAGES) & 1) ^ 1)
+                # K and V tiles [BN, D], row by row
                 gather(k_s.index(stage), k_base + ((cols.to(gl.int64) * skn)[:, None] + d))
                 async_copy.mbarrier_arrive(k_full.index(stage), increment_count=False)
                 mbarrier.wait(v_empty.index(stage), ((number // STAGES) & 1) ^ 1)
@@ -129,9 +134,9 @@ def _produce(
 
 @gluon.jit
 def _hand_over(work_s, q_stage, count, bh, row0, left):
-    """Tell the consumers the next work item: length of its list (0 at the end), head, first row and rows of its group.
+    """Tell the consumers the next work item: length of its list (0: no more items), head, first query and queries left.
 
-    Every thread writes the same, the one that signals the barrier among them and before it does.
+    All threads write the same values, so the thread that arrives at the barrier has written them before.
     """
     _write(work_s, 4 * q_stage, count)
     _write(work_s, 4 * q_stage + 1, bh)
@@ -151,7 +156,7 @@ def _read(work_s, at):
 
 @gluon.jit
 def _cut(s, rest, BN: gl.constexpr, S_L: gl.constexpr):
-    """Hide what lies beyond the end of the list, which has `rest` columns from this tile on."""
+    """Mask columns beyond the end of the list, which has `rest` columns from this tile on."""
     if rest < BN:
         c = gl.arange(0, BN, gl.SliceLayout(0, S_L))
         s = gl.where((c < rest)[None, :], s, float("-inf"))
@@ -160,7 +165,7 @@ def _cut(s, rest, BN: gl.constexpr, S_L: gl.constexpr):
 
 @gluon.jit
 def _fetch(out_desc, row, q, full, last):
-    """Load the output of stage 1 into the buffer of the queries, once the QK GEMM of the last key tile is done."""
+    """Load the output of stage 1 [64, D] into the buffer of the queries once the last QK GEMM has read them."""
     if last:
         mbarrier.expect(full, out_desc.block_type.nbytes)
         tma_load(out_desc, [row, 0], full, q)
@@ -172,21 +177,21 @@ def _consume(
     out_desc, Out, Lse, n, scale_log2,
     D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, QUEUE: gl.constexpr, PINGPONG: gl.constexpr,
 ):  # fmt: skip
-    """One consumer warpgroup: queries 64 * half ... of each tile.
+    """One consumer warpgroup: it owns the 64 queries from 64 * half on of each query tile.
 
-    With PINGPONG the GEMMs of one consumer run beneath the softmax of the other; without, beneath its own.
+    With PINGPONG (ping-pong scheduling) the GEMMs of one consumer overlap the softmax of the other; without, its own.
     """
     S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     A_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     A_ROW: gl.constexpr = gl.SliceLayout(1, A_L)
     P_L: gl.constexpr = gl.DotOperandLayout(0, A_L, 2)
-    TOP: gl.constexpr = gl.SliceLayout(1, PARTS)
+    ROW_L: gl.constexpr = gl.SliceLayout(1, PARTS)
     OUT_L: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (D // 8), D // 8], [4, 1], [1, 0])
     dtype: gl.constexpr = k_s.dtype
     stage = 0  # buffer of the current key tile, and the parity of its barriers
     phase = 0
     work = 0  # work items so far
-    due = 1 - half  # parity of this consumer's next turn
+    due = 1 - half  # phase of the ping-pong barrier at which this consumer may issue its GEMMs
     wait_full(q_full, 0, True, QUEUE)
     count = _read(work_s, 0)
     mbarrier.wait(k_full.index(0), 0)
@@ -197,9 +202,9 @@ def _consume(
         q = q_s.index(2 * q_stage + half)
         flat = _read(work_s, 4 * q_stage + 1) * n + _read(work_s, 4 * q_stage + 2) + half * 64
         left = _read(work_s, 4 * q_stage + 3) - half * 64  # queries from the first of this half on
-        rows = gl.arange(0, 64, TOP)
+        rows = gl.arange(0, 64, ROW_L)
         before = gl.load(Lse + flat + rows, mask=rows < left, other=0.0) * LOG2E
-        row_max = gl.full([64], float("-inf"), gl.float32, TOP)
+        row_max = gl.full([64], float("-inf"), gl.float32, ROW_L)
         row_sum = gl.zeros([64, 8], gl.float32, PARTS)
         mbarrier.arrive(k_empty.index(stage), count=1)
         _fetch(out_desc, flat, q, old_full.index(half), count <= BN)
@@ -232,7 +237,7 @@ def _consume(
             p = gl.convert_layout(w.to(dtype), P_L, assert_trivial=True)
         fence_async_shared()
         a_token = warpgroup_mma(p, v_s.index(stage), acc, is_async=True)
-        # Join the anchor region: a normalized output is one with running sum 1 at its LSE.
+        # Merge the anchor region's state: a normalized output has running sum 1 at its LSE.
         denominator = gl.sum(row_sum, 1)
         new = gl.maximum(row_max, before)
         mine = gl.exp2(row_max - new)
@@ -273,7 +278,7 @@ def sparse_hopper_kernel(
     D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, QUEUE: gl.constexpr, CONSUMER_REGS: gl.constexpr,
     PRODUCER_REGS: gl.constexpr, PINGPONG: gl.constexpr,
 ):  # fmt: skip
-    """Grid: one program per multiprocessor, 4 + 4 + 4 warps. Updates Out (B, H, n, D), Lse (B, H, n)."""
+    """Grid: one program per multiprocessor, 4 + 4 + 4 warps. Updates Out (B, H, n, D) and Lse (B, H, n) in place."""
     dtype: gl.constexpr = q_desc.dtype
     tile: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BN, D], dtype)
     q_s = gl.allocate_shared_memory(dtype, [2 * QUEUE, 64, D], q_desc.layout)

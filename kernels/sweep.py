@@ -1,4 +1,4 @@
-"""The stripes of every theta in one walk: LSE over the kept keys, and the output's distance from dense attention.
+"""The stripes of every theta in one pass: LSE over the kept keys, and the output's distance from dense attention.
 
 Columns are sorted by the first theta that selects them (`bin_columns`), so the softmax state after bin t is that of
 thetas[t]. For as many heads as memory allows (one kv head at a time is plenty to fill a GPU), the exact profile is:
@@ -58,7 +58,10 @@ def sweep_kernel(
     DIM: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     HAS_V: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid as `sparse_kernel`'s. Lse: (B, H, T, n); Sums: (B * H, groups * tiles, T, 3) float32."""
+    """The grid is that of `sparse_kernel`. Lse: (B, H, T, n); Sums: (B * H, groups * tiles, T, 3) float32.
+
+    OutA, LseA: attention over the anchor region; OutD: dense attention. Sums are those of `Sweep`, one row a tile.
+    """
     pid = tl.program_id(0)
     tile = pid % tiles
     bh = (pid // tiles) % batch_heads
@@ -78,14 +81,15 @@ def sweep_kernel(
     inner = d < DIM
     part = live[:, None] & inner[None, :]
     q_at = Q + b * sqb + h.to(tl.int64) * sqh + row0.to(tl.int64) * sqn + i[:, None] * sqn + d[None, :] * sqd
-    q = tl.load(q_at, mask=part, other=0.0)
+    q = tl.load(q_at, mask=part, other=0.0)  # [BM, D]
     k_base = K + b * skb + hk * skh + d[None, :] * skd
     v_base = V + b * svb + hk * svh + d[None, :] * svd
     flat = bh.to(tl.int64) * n + rows
-    row_max = tl.load(LseA + flat, mask=live, other=0.0) * LOG2E
+    # A normalized output has running sum 1 at its LSE.
+    row_max = tl.load(LseA + flat, mask=live, other=0.0) * LOG2E  # [BM]
     row_sum = tl.where(row_max > float("-inf"), 1.0, 0.0)
     if HAS_V:
-        acc = tl.load(OutA + flat[:, None] * DIM + d[None, :], mask=part, other=0.0)
+        acc = tl.load(OutA + flat[:, None] * DIM + d[None, :], mask=part, other=0.0)  # [BM, D]
     else:
         acc = row_sum
     edges = Bins + (bh.to(tl.int64) * groups + g) * thetas
@@ -95,9 +99,10 @@ def sweep_kernel(
         end = tl.load(edges + t + 1)
         for j in tl.range(0, (end - at).to(tl.int32), BN):
             there = j + c < end - at
-            cols = tl.load(Columns + at + j + c, mask=there, other=0).to(tl.int64)
+            cols = tl.load(Columns + at + j + c, mask=there, other=0).to(tl.int64)  # [BN]
+            # k and v: [BN, D]
             k = tl.load(k_base + cols[:, None] * skn, mask=there[:, None] & inner[None, :], other=0.0)
-            qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BN]
             seen = there[None, :] & (rows >= 0)[:, None]
             if WINDOW:
                 seen = seen & ((offset + rows)[:, None] - cols[None, :] < window)
@@ -112,7 +117,7 @@ def sweep_kernel(
         lse = tl.where(row_sum > 0, (row_max + tl.log2(row_sum)) * LN2, float("-inf"))
         tl.store(Lse + (bh.to(tl.int64) * thetas + t) * n + rows, lse, mask=live)
         if HAS_V:
-            dense = tl.load(OutD + flat[:, None] * DIM + d[None, :], mask=part, other=0.0)
+            dense = tl.load(OutD + flat[:, None] * DIM + d[None, :], mask=part, other=0.0)  # [BM, D]
             off = tl.where(part, acc / tl.where(row_sum > 0, row_sum, 1.0)[:, None] - dense, float("inf"))
             to = Sums + ((bh.to(tl.int64) * groups * tiles + g * tiles + tile) * thetas + t) * 3
             tl.store(to, tl.sum(tl.sum(tl.where(part, off * off, 0.0), 1), 0))
@@ -128,9 +133,9 @@ def bin_columns(margin: Tensor, thetas: Tensor) -> tuple[Tensor, Tensor]:
         thetas: (T,) ascending, nats; -inf and +inf legal.
 
     Returns:
-        columns (row_sum,) int32 and bin_offsets (B * H * groups * T + 1,) int64: row (b, h, g) selects at thetas[t] the
+        columns (total,) int32 and bin_offsets (B * H * groups * T + 1,) int64: row (b, h, g) selects at thetas[t] the
         columns from bin_offsets[r * T] to bin_offsets[r * T + t + 1], r = (b * H + h) * groups + g. Columns that no
-        theta selects are left out. Working memory is about 24 bytes per margin; the row_sum is read from the GPU once.
+        theta selects are left out. Working memory is about 24 bytes per margin; the total is read from the GPU once.
     """
     keys = margin.shape[-1]
     rows = margin.reshape(-1, keys)
@@ -150,7 +155,7 @@ def sweep_op(
     q: Tensor, k: Tensor, v: Tensor | None, out_anchor: Tensor, lse_anchor: Tensor, out_dense: Tensor, columns: Tensor,
     bins: Tensor, thetas: int, sizes: Sequence[int], scale: float, cap: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Launcher of `sweep_kernel`: LSE (B, H, T, n) and sums (B, H, T, 3) float64; see `sweep`."""
+    """Launch `sweep_kernel`: LSE (B, H, T, n) and sums (B, H, T, 3) float64; see `sweep`."""
     geo = Geometry.unflat(sizes, scale, cap)
     c = launch("anchor_precise", q.device, q.element_size(), geo.dim_pad)
     bm = min(c["BM"], max(16, triton.next_power_of_2(geo.group)))
@@ -193,7 +198,7 @@ def sweep(
     thetas: int,
     **place: Unpack[Placement],
 ) -> Sweep:
-    """LSE over the kept keys of every query at every theta, and each theta's output error sums, in one walk over the
+    """LSE over the kept keys of every query at every theta, and each theta's output error sums, in one pass over the
     stripes.
 
     Args:

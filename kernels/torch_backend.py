@@ -67,7 +67,7 @@ def anchor_at(q: Tensor, k: Tensor, v: Tensor, geo: Geometry) -> AnchorState:
     dtype = _working_dtype(q)
     out = torch.empty(q.shape[:3] + v.shape[3:], dtype=dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=dtype, device=q.device)
-    row_max = torch.empty_like(lse)
+    anchors = torch.empty_like(lse)
     for b in range(geo.batch):
         for kv in range(geo.kv_heads):
             heads = slice(kv * geo.repeats, (kv + 1) * geo.repeats)
@@ -78,16 +78,15 @@ def anchor_at(q: Tensor, k: Tensor, v: Tensor, geo: Geometry) -> AnchorState:
                 near = values[local] if init.start == init.stop else torch.cat([values[init], values[local]])
                 for low, high in _chunks(first, last, geo.repeats * len(near), q.device):
                     rows = q[b, heads, low:high].to(dtype) * geo.scale  # (R, rows, d)
-                    s, _ = anchor_scores(rows, keys.T, geo, g, low)
-                    peak = s.amax(-1, keepdim=True)
-                    p = s.sub_(peak).exp_()
-                    total = p.sum(-1, keepdim=True)
+                    s, _ = anchor_scores(rows, keys.T, geo, g, low)  # (R, rows, A)
+                    row_max = s.amax(-1, keepdim=True)
+                    p = s.sub_(row_max).exp_()
+                    row_sum = p.sum(-1, keepdim=True)
                     o = (p.flatten(0, 1) @ near[: s.shape[-1]]).view(geo.repeats, high - low, -1)
-                    out[b, heads, low:high] = o / total
-                    lse[b, heads, low:high] = (peak + total.log())[..., 0]
-                    row_max[b, heads, low:high] = peak[..., 0]
-    q_bar = block_means(q.to(dtype), geo.block, -2)
-    return AnchorState(out, lse, q_bar, block_means(row_max, geo.block, -1))
+                    out[b, heads, low:high] = o / row_sum
+                    lse[b, heads, low:high] = (row_max + row_sum.log())[..., 0]
+                    anchors[b, heads, low:high] = row_max[..., 0]
+    return AnchorState(out, lse, block_means(q, geo.block, -2, dtype), block_means(anchors, geo.block, -1))
 
 
 def anchor_scores(q: Tensor, keys: Tensor, geo: Geometry, group: int, first: int) -> tuple[Tensor, Tensor]:
@@ -98,10 +97,10 @@ def anchor_scores(q: Tensor, keys: Tensor, geo: Geometry, group: int, first: int
         keys: (d, N) keys of their kv head.
 
     Returns:
-        Scores (..., rows, R) and positions (R,): the first keys of the region, then those up to the last query itself.
+        Scores (..., rows, A) and positions (A,): the first keys of the region, then those up to the last query itself.
     """
     rows = q.shape[-2]
-    flat = q.flatten(0, -2)
+    flat = q.flatten(0, -2)  # (R * rows, d): one product for all heads
     init, local = geo.anchor_keys(group, first + rows)
     s = flat @ keys[:, local]
     at = torch.arange(local.start, local.stop, device=q.device)
@@ -117,9 +116,9 @@ def anchor_scores(q: Tensor, keys: Tensor, geo: Geometry, group: int, first: int
     return s, at
 
 
-def block_means(x: Tensor, block: int, dim: int) -> Tensor:
-    """Means of runs of `block` entries along a dimension; the last run may be short."""
-    return torch.stack([part.mean(dim) for part in x.split(block, dim)], dim)
+def block_means(x: Tensor, block: int, dim: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Means of runs of `block` entries along a dimension, in `dtype` if given; the last run may be short."""
+    return torch.stack([part.to(dtype or x.dtype).mean(dim) for part in x.split(block, dim)], dim)
 
 
 def margins(q_bar: Tensor, a_bar: Tensor, keys: Tensor, geo: Geometry, group: int, columns: tuple[int, int]) -> Tensor:
@@ -250,13 +249,13 @@ def sparse_at(
                         i = torch.arange(low, high, device=q.device)[:, None] + geo.offset
                         s.masked_fill_(i - columns >= window, -math.inf)
                     before = state.lse[b, h, low:high, None]
-                    peak = torch.maximum(s.amax(-1, keepdim=True), before)
-                    weight = (before - peak).exp_()  # of everything in the anchor region
-                    p = s.sub_(peak).exp_()
-                    total = p.sum(-1, keepdim=True) + weight
-                    o = (p @ stripe_v + weight * state.out[b, h, low:high].to(dtype)) / total
+                    row_max = torch.maximum(s.amax(-1, keepdim=True), before)
+                    weight = (before - row_max).exp_()  # of everything in the anchor region
+                    p = s.sub_(row_max).exp_()
+                    row_sum = p.sum(-1, keepdim=True) + weight
+                    o = (p @ stripe_v + weight * state.out[b, h, low:high].to(dtype)) / row_sum
                     out[b, h, low:high] = o.to(q.dtype)
-                    lse[b, h, low:high] = (peak + total.log())[:, 0]
+                    lse[b, h, low:high] = (row_max + row_sum.log())[:, 0]
     return out, lse
 
 

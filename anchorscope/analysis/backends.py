@@ -41,7 +41,7 @@ class Backend:
 
     @property
     def hardware(self) -> str:
-        """The device as people call it."""
+        """Product name of the device."""
         return hardware_name(self.device)
 
 

@@ -200,14 +200,14 @@ def _add_chunk(
 
     anchor_sum = near.sum(1)
     parts = [far[:, x:y].sum(1) for _, x, y in stripes.slices]
-    total = anchor_sum + sum(parts)
-    inverse = total.reciprocal()
+    row_sum = anchor_sum + sum(parts)
+    inverse = row_sum.reciprocal()
     kept = anchor_sum.new_empty(len(sums.levels), len(near))
-    running, done = anchor_sum, 0
+    kept_sum, done = anchor_sum, 0
     for (t, _, _), part in zip(stripes.slices, parts, strict=True):
-        kept[done:t] = running * inverse
-        done, running = t, running + part
-    kept[done:] = running * inverse
+        kept[done:t] = kept_sum * inverse
+        done, kept_sum = t, kept_sum + part
+    kept[done:] = kept_sum * inverse
     sums.add_rows(first, kept)
     if head.values is not None:
         outputs = _outputs(near, far, head.values[at], stripes, [anchor_sum, *parts])

@@ -49,7 +49,7 @@ def count_pairs(n: int, params: AnchorParams, stripes: Stripes, window: int | No
     Args:
         n: tokens.
         params: block, step and anchor region.
-        stripes: of all heads; `counts` has shape (B, H, groups).
+        stripes: the selection of all heads; `counts` has shape (B, H, groups).
         window: sliding window, or None.
     """
     geo = params.at(n, window)

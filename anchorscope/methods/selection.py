@@ -1,10 +1,9 @@
 """What a method keeps, compactly: a union of parts, none of them N x N.
 
-A part says which keys j some queries i keep; whether a query *sees* the key (causality, sliding window) is the scoring
-engine's business, so parts may name keys that are hidden. Two kinds of parts:
+A part says which keys j some queries i keep. Whether a query *sees* the key (causality, sliding window) is decided by
+the engine that scores the selection, so parts may name keys that are hidden. There are two kinds of parts:
 
-- shared parts (`Columns`, `Blocks`, `Sinks`, `BlockDiagonals`): all queries between two `edges` keep the same
-keys;
+- shared parts (`Columns`, `Blocks`, `Sinks`, `BlockDiagonals`): all queries between two `edges` keep the same keys;
 - row parts (`Window`, `Diagonals`, `Buckets`, `Threshold`): every query has its own.
 
 Key ranges are half open; `low` and `high` bound the keys asked for.
@@ -193,7 +192,7 @@ class Selection:
         identify: arithmetic beyond the sparse attention itself, in d-dimensional dot products (2 * d FLOPs each).
             `density + identify_cost` is then the share of dense arithmetic. Only dot products count; sums, sorts and
             exponentials do not, as they do not for dense attention either.
-        twice: columns, all of them kept, whose weight enters the softmax twice (a defect of `anchor- released`).
+        twice: columns, all of them kept, whose weight enters the softmax twice (a defect of `anchor-released`).
     """
 
     parts: tuple[Part, ...]
