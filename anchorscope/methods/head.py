@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from anchorscope.kernels.torch_backend import capped
 from anchorscope.params import visible_pairs
 from anchorscope.ranges import working_dtype
 
@@ -80,7 +81,7 @@ class Head:
 
     def cap(self, scores: Tensor) -> Tensor:
         """Scores under the soft-cap (changed in place)."""
-        return scores if self.softcap is None else scores.div_(self.softcap).tanh_().mul_(self.softcap)
+        return capped(scores, self.softcap)
 
     def low(self, row: int) -> int:
         """First key that query `row` sees."""

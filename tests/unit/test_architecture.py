@@ -174,6 +174,7 @@ def test_lazy_names_resolve():
         ("anchorscope.selection", "parse_thetas", "anchorscope.parse.parse_thetas"),
         ("anchorscope.heads", "Stripes", "anchorscope.heads.stripes.HeadStripes"),
         ("anchorscope.heads.stripes", "Stripes", "anchorscope.heads.stripes.HeadStripes"),
+        ("anchorscope.analysis.engine", "HeadResult", "anchorscope.profiles.Measured"),
         ("anchorscope.calibration.curves", "Head", "anchorscope.calibration.curves.HeadIndex"),
     ],
 )
