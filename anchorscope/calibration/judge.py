@@ -11,8 +11,9 @@ from anchorscope.calibration.choose import By, Choice, Problem, reach, spend
 from anchorscope.calibration.costs import by_density
 from anchorscope.calibration.curves import HeadCurves, HeadIndex, PromptCurve, Statistic, common_grid
 from anchorscope.calibration.outcome import Outcome, against_one_theta, gain, lengths, promise, relative_time
+from anchorscope.calibration.prompts import labels
 from anchorscope.calibration.request import CalibrationPlan
-from anchorscope.calibration.sources import Measured, Sources, labels
+from anchorscope.calibration.sources import Measured, Sources
 from anchorscope.calibration.tables import head_rows, layer_rows
 from anchorscope.params import AnchorParams
 from anchorscope.runs.environment import versions

@@ -16,7 +16,8 @@ from anchorscope.analysis.request import AnalysisPlan, AnalyzeRequest
 from anchorscope.calibration.choose import BY
 from anchorscope.calibration.costs import Costs, costs_json
 from anchorscope.calibration.curves import STATISTICS
-from anchorscope.calibration.sources import AnalysisUnit, Sources, group_name, hold_out, read_sources
+from anchorscope.calibration.prompts import hold_out
+from anchorscope.calibration.sources import AnalysisUnit, Sources, group_name, read_sources
 from anchorscope.errors import InputError
 from anchorscope.params import AnchorParams
 from anchorscope.parse import describe_indices, parse_thetas

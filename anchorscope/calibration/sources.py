@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,31 +13,13 @@ from anchorscope.analysis.run import STATE as ANALYSIS_STATE
 from anchorscope.analysis.run import iter_profiles, load_report
 from anchorscope.anchors import IDENTITY, SHAPE
 from anchorscope.calibration.curves import HeadIndex, PromptCurve, Statistic
+from anchorscope.calibration.prompts import Prompt
 from anchorscope.dumps import MANIFEST, Dump, open_dump
 from anchorscope.errors import DumpError, InputError
 from anchorscope.params import AnchorParams
 from anchorscope.parse import describe_indices, parse_indices
 
 DEFAULT_GROUPS = (AnchorParams(64, 8), AnchorParams(128, 4), AnchorParams(128, 16))
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One prompt of one dump.
-
-    Attributes:
-        dump: identity of the dump.
-        name: its name there.
-        tokens: its length.
-        sha256: hash of its token ids, if the source says so.
-        token_ids: the ids, if the source holds them.
-    """
-
-    dump: str
-    name: str
-    tokens: int
-    sha256: str | None = None
-    token_ids: tuple[int, ...] | None = field(default=None, repr=False, compare=False)
 
 
 Measured = dict[tuple[Prompt, AnchorParams, HeadIndex], PromptCurve]
@@ -165,19 +146,7 @@ def read_sources(
             prompt given twice.
         DumpError: a folder that is neither, or damaged.
     """
-    if not paths:
-        raise InputError("name at least one dump or finished analysis")
-    dumps, analyses = [], []
-    for path in map(Path, paths):
-        if (path / MANIFEST).exists():
-            dumps.append((path, open_dump(path)))
-        elif (path / ANALYSIS_STATE).exists():
-            analyses.append(path)
-        else:
-            raise DumpError(
-                f"{path} is neither a dump nor a finished analysis: give folders of `anchorscope capture` or"
-                " `anchorscope analyze`"
-            )
+    dumps, analyses = _open(paths)
     facts: list[tuple[Path, Any]] = [(path, dump.model) for path, dump in dumps]
     prompts = {(d.identity, p.name): _prompt(d, p.name) for _, d in dumps for p in d.prompts}
     if len(prompts) < sum(len(d.prompts) for _, d in dumps):
@@ -211,6 +180,25 @@ def read_sources(
     )
 
 
+def _open(paths: Sequence[Path | str]) -> tuple[list[tuple[Path, Dump]], list[Path]]:
+    """Dumps, opened, and the folders of analyses."""
+    if not paths:
+        raise InputError("name at least one dump or finished analysis")
+    dumps: list[tuple[Path, Dump]] = []
+    analyses: list[Path] = []
+    for path in map(Path, paths):
+        if (path / MANIFEST).exists():
+            dumps.append((path, open_dump(path)))
+        elif (path / ANALYSIS_STATE).exists():
+            analyses.append(path)
+        else:
+            raise DumpError(
+                f"{path} is neither a dump nor a finished analysis: give folders of `anchorscope capture` or"
+                " `anchorscope analyze`"
+            )
+    return dumps, analyses
+
+
 def read_curves(
     folder: Path, prompts: Mapping[tuple[str, str], Prompt], statistic: Statistic
 ) -> Iterator[tuple[tuple[Prompt, AnchorParams, HeadIndex], PromptCurve, int | None]]:
@@ -225,68 +213,6 @@ def read_curves(
         if prompt is None or prompt.tokens != p.tokens:
             raise DumpError(f"{folder} holds a profile of another prompt ({p.prompt}): run analyze again")
         yield (prompt, p.params, (p.layer, p.head)), PromptCurve.of(p, statistic, grids), p.window
-
-
-def labels(prompts: Sequence[Prompt]) -> list[str]:
-    """A name for each prompt: its own, with its length or a number where several share it."""
-    found: list[str] = []
-    for p in prompts:
-        same = [q for q in prompts if q.name == p.name]
-        name = p.name
-        if len(same) > 1:
-            name += f" ({p.tokens:,})"
-        twins = [q for q in same if q.tokens == p.tokens]
-        if len(twins) > 1:
-            name += f" #{twins.index(p) + 1}"
-        found.append(name)
-    return found
-
-
-def same_text(prompts: Sequence[Prompt]) -> list[str]:
-    """A key per prompt, equal where two prompts are one text at several lengths: same name, or one begins the other."""
-    keys = [p.name for p in prompts]
-    for i, p in enumerate(prompts):
-        for j, q in enumerate(prompts):
-            if keys[i] == keys[j] or p.token_ids is None or q.token_ids is None or p.tokens > q.tokens:
-                continue
-            if q.token_ids[: p.tokens] == p.token_ids:
-                low, high = sorted((keys[i], keys[j]))
-                keys = [low if k == high else k for k in keys]
-    return keys
-
-
-def hold_out(prompts: Sequence[Prompt], holdout: float | Sequence[str], seed: int) -> list[bool]:
-    """Which prompts are held out: a share of the texts, drawn by a hash of their names, or those named.
-
-    A text is never split: all its lengths are on one side.
-
-    Raises:
-        InputError: a share outside [0, 1), an unknown name, fewer than two texts, nothing left to fit.
-    """
-    keys = same_text(prompts)
-    texts = sorted(set(keys), key=lambda k: hashlib.sha256(f"{seed}:{k}".encode()).digest())
-    if isinstance(holdout, (int, float)):
-        if not 0 <= holdout < 1:
-            raise InputError(f"--holdout {holdout!r} must be a share from 0 to below 1, or names of prompts")
-        if holdout == 0:
-            return [False] * len(prompts)
-        if len(texts) < 2:
-            what = "is only one prompt" if len(prompts) == 1 else "are only lengths of one text"
-            raise InputError(
-                f"there {what}, so none can be held out to check the promise: give other prompts too, or --holdout 0"
-            )
-        held = set(texts[: min(max(round(holdout * len(texts)), 1), len(texts) - 1)])
-    else:
-        names = {p.name: k for p, k in zip(prompts, keys, strict=True)}
-        if unknown := [name for name in holdout if name not in names]:
-            raise InputError(f"--holdout: there is no prompt {unknown[0]!r}; there are {', '.join(names)}")
-        held = {names[name] for name in holdout}
-        if len(held) == len(texts):
-            raise InputError("--holdout names every prompt: leave at least one to fit")
-    return [k in held for k in keys]
-
-
-# ----------------------------------------------------------------------------------------------------------------
 
 
 def _prompt(dump: Dump, name: str) -> Prompt:

@@ -14,7 +14,8 @@ from anchorscope.calibration.choose import Problem, Setting, reach
 from anchorscope.calibration.costs import Costs, by_density
 from anchorscope.calibration.curves import HeadCurves, PromptCurve, common_grid
 from anchorscope.calibration.outcome import Outcome, against_one_theta, gain, lengths, promise, relative_time
-from anchorscope.calibration.sources import Prompt, hold_out, labels, parse_groups, same_text
+from anchorscope.calibration.prompts import Prompt, hold_out, labels, same_text
+from anchorscope.calibration.sources import parse_groups
 from anchorscope.errors import InputError
 from anchorscope.params import AnchorParams
 
