@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from anchorscope.dtypes import dtype_name
-from anchorscope.dumps.writer import DumpWriter, LayerWriter, layer_bytes
+from anchorscope.dumps.layer import LayerWriter, layer_bytes
+from anchorscope.dumps.writer import DumpWriter
 from anchorscope.errors import InputError
 from anchorscope.models.calls import AttentionCall
 from anchorscope.models.check import check_call, check_output, visible_window

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 from anchorscope.capture.recorder import LayersDone, Recorder
 from anchorscope.capture.request import CapturePlan, CaptureRequest
 from anchorscope.devices import is_out_of_memory
+from anchorscope.dumps.folder import check_disk, check_output
 from anchorscope.dumps.format import read_manifest
 from anchorscope.dumps.reader import Dump
-from anchorscope.dumps.writer import DumpWriter, check_disk, check_output
+from anchorscope.dumps.writer import DumpWriter
 from anchorscope.errors import AnchorScopeError, InputError, Interrupted, RunFailure, type_and_line
 from anchorscope.files import human_bytes
 from anchorscope.models.calls import AttentionCall

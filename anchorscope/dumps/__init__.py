@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from anchorscope.dumps.arrays import write_dump
 from anchorscope.dumps.format import FORMAT, MANIFEST, VERSION, Entry, Prompt
+from anchorscope.dumps.layer import LayerSpec, LayerWriter
 from anchorscope.dumps.reader import Dump, EntryCheck, LayerTensors, Verification, open_dump, verify
-from anchorscope.dumps.writer import DumpWriter, LayerWriter, write_dump
+from anchorscope.dumps.writer import DumpWriter
 
 __all__ = [
     "FORMAT",
@@ -14,6 +16,7 @@ __all__ = [
     "DumpWriter",
     "Entry",
     "EntryCheck",
+    "LayerSpec",
     "LayerTensors",
     "LayerWriter",
     "Prompt",

@@ -239,59 +239,76 @@ def parse_entry(item: object, index: int, folder: Path, prompts: dict[str, Promp
     if not is_int(layer):
         raise damaged(f"{where}: layer must be a whole number, not {layer!r}")
     where = f"{where} (prompt {prompt}, layer {layer})"
+    _check_attention(item, where)
+    path = _entry_file(item, where, folder)
+    shapes, dtype = read_header(path)
+    _check_against_file(item, path, shapes, dtype)
+    heads, tokens, head_dim = shapes["q"]
+    if (expected := prompts[prompt].tokens) and expected != tokens:
+        raise damaged(f"{path} holds {tokens} tokens where the prompt has {expected}")
+    return Entry(
+        prompt=prompt,
+        layer=layer,
+        file=path.name,
+        scale=float(item["scale"]),
+        window=item.get("window"),
+        softcap=None if item.get("softcap") is None else float(item["softcap"]),
+        query_heads=_head_indices(item, "query_heads", heads, path, where),
+        kv_heads=_head_indices(item, "kv_heads", shapes["k"][0], path, where),
+        tokens=tokens,
+        head_dim=head_dim,
+        dtype=dtype,
+        has_values="v" in shapes,
+        bytes=path.stat().st_size,
+        sha256=item.get("sha256"),
+    )
+
+
+def _check_attention(item: dict[str, Any], where: str) -> None:
+    """Scale, window and soft-cap of an entry, and the form of its checksum."""
     if not is_positive(item.get("scale")):
         raise damaged(f"{where}: scale must be a positive finite number, not {item.get('scale')!r}")
-    window, softcap, sha256, size = (item.get(key) for key in ("window", "softcap", "sha256", "bytes"))
+    window, softcap, sha256 = (item.get(key) for key in ("window", "softcap", "sha256"))
     if window is not None and not is_int(window, 1):
         raise damaged(f"{where}: window must be null or a whole number of at least 1, not {window!r}")
     if softcap is not None and not is_positive(softcap):
         raise damaged(f"{where}: softcap must be null or a positive finite number, not {softcap!r}")
     if sha256 is not None and not (isinstance(sha256, str) and len(sha256) == 64):
         raise damaged(f"{where}: sha256 must be null or 64 hexadecimal digits")
+
+
+def _entry_file(item: dict[str, Any], where: str, folder: Path) -> Path:
+    """The tensor file of an entry, which is there at the size stated."""
     path = plain_file(folder, item.get("file"))
     if path is None:
         raise damaged(
             f"{where}: file must be the plain name of a .safetensors file inside the dump's folder"
             f" (no path, no link), not {item.get('file')!r}"
         )
-    actual = path.stat().st_size
+    actual, size = path.stat().st_size, item.get("bytes")
     if size is not None and size != actual:
         raise damaged(f"{path} is {actual} bytes long where the manifest says {size}: truncated or damaged")
-    shapes, dtype = read_header(path)
-    heads, tokens, head_dim = shapes["q"]
-    kv = shapes["k"][0]
+    return path
+
+
+def _check_against_file(item: dict[str, Any], path: Path, shapes: dict[str, tuple[int, int, int]], dtype: str) -> None:
+    """What an entry says of its tensors, if it does, is what the file holds."""
     if (shape := item.get("shape")) is not None and shape != {"q": list(shapes["q"]), "k": list(shapes["k"])}:
         raise damaged(f"{path}: tensor shapes {shapes} differ from the manifest's {shape}")
     if (declared := item.get("dtype")) is not None and declared != dtype:
         raise damaged(f"{path} holds {dtype} where the manifest says {declared!r}")
     if (values := item.get("values")) is not None and values is not ("v" in shapes):
         raise damaged(f"{path}: the manifest says values: {values!r}, the file disagrees")
-    if (expected := prompts[prompt].tokens) and expected != tokens:
-        raise damaged(f"{path} holds {tokens} tokens where the prompt has {expected}")
-    rows: list[tuple[int, ...]] = []
-    for key, count in (("query_heads", heads), ("kv_heads", kv)):
-        indices = item.get(key, list(range(count)))
-        if not isinstance(indices, list) or not all(is_int(i) for i in indices) or len(indices) != count:
-            raise damaged(f"{where}: {key} must list the {count} original head indices of {path.name}")
-        if indices != sorted(set(indices)):
-            raise damaged(f"{where}: {key} must be ascending without repetition, not {indices}")
-        rows.append(tuple(indices))
-    return Entry(
-        prompt=prompt,
-        layer=layer,
-        file=path.name,
-        scale=float(item["scale"]),
-        window=window,
-        softcap=None if softcap is None else float(softcap),
-        query_heads=rows[0],
-        kv_heads=rows[1],
-        tokens=tokens,
-        head_dim=head_dim,
-        dtype=dtype,
-        has_values="v" in shapes,
-        bytes=actual,
-        sha256=sha256,
-    )
+
+
+def _head_indices(item: dict[str, Any], key: str, count: int, path: Path, where: str) -> tuple[int, ...]:
+    """Original indices of the heads of a file: as listed, else 0, 1, 2, ..."""
+    indices = item.get(key, list(range(count)))
+    if not isinstance(indices, list) or not all(is_int(i) for i in indices) or len(indices) != count:
+        raise damaged(f"{where}: {key} must list the {count} original head indices of {path.name}")
+    if indices != sorted(set(indices)):
+        raise damaged(f"{where}: {key} must be ascending without repetition, not {indices}")
+    return tuple(indices)
 
 
 def read_header(path: Path) -> tuple[dict[str, tuple[int, int, int]], str]:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from anchorscope.dumps import Dump, DumpWriter, open_dump, verify, write_dump
+from anchorscope.dumps import Dump, DumpWriter, LayerSpec, open_dump, verify, write_dump
 from anchorscope.dumps.format import canonical_sha256
 from anchorscope.errors import DumpError, InputError, RunFailure
 
@@ -414,6 +414,22 @@ def test_chunks_in_any_grouping_give_the_same_file(tmp_path: Path) -> None:
         parts = writer.finish()
     assert parts.entries[0].sha256 == whole.entries[0].sha256
     assert verify(parts).state == "verified"
+
+
+def test_a_layer_is_begun_by_a_spec_or_by_its_fields(tmp_path: Path) -> None:
+    spec = LayerSpec(range(6), range(2), tokens=40, head_dim=8, dtype="bf16", scale=0.25, window=9)
+    with DumpWriter(tmp_path / "d", header("a")) as writer:
+        for layer, fields in ((0, {}), (1, {"window": None})):  # fields beside a spec take its place
+            out = writer.layer("a", layer, spec, **fields)
+            for name, x in entry().items():
+                if name in ("q", "k", "v"):
+                    out.put(name, 0, x)
+            out.close()
+        with pytest.raises(TypeError, match="soft_cap"):
+            writer.layer("a", 2, spec, soft_cap=30.0)
+        with pytest.raises(InputError, match="window must be None or a whole number of at least 1, not 0"):
+            writer.layer("a", 2, spec, window=0)
+        assert [e.window for e in writer.finish().entries] == [9, None]
 
 
 def test_an_incomplete_layer_is_not_listed(tmp_path: Path) -> None:

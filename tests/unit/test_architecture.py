@@ -169,6 +169,7 @@ def test_lazy_names_resolve():
     ("module", "name", "home"),
     [
         ("anchorscope.report", "draw_all", "anchorscope.plots.draw.draw_all"),
+        ("anchorscope.dumps.writer", "write_dump", "anchorscope.dumps.arrays.write_dump"),
         ("anchorscope.report.tokens", "token_texts", "anchorscope.tokens.token_texts"),
         ("anchorscope.kernels.profile", "dense_lse", "anchorscope.kernels.dense_lse.dense_lse"),
         ("anchorscope.selection", "parse_thetas", "anchorscope.parse.parse_thetas"),
