@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from anchorscope.models import AttentionCall, PromptInput, intercept, prefill
 
 transformers = pytest.importorskip("transformers")
 
-from families import N, collect, prompt, recompute, tiny  # noqa: E402
+from families import N, collect, prompt, quiet, recompute, tiny  # noqa: E402
 
 CORE = ("llama", "qwen2", "qwen3", "gemma2", "gemma3_text")  # plain, windows, norms, caps
 WINDOWS = {"qwen2": [None, None, 24], "gemma2": [24, None, 24], "gemma3_text": [24, 24, None]}
@@ -28,17 +27,7 @@ WINDOWS = {"qwen2": [None, None, 24], "gemma2": [24, None, 24], "gemma3_text": [
 CASES = [(f, a) for f in CORE for a in ("sdpa", "eager") if (f, a) != ("gemma2", "sdpa")]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tensors this small only lose time to threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def quiet(_: str) -> None:
-    pass
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize(("family", "attention"), CASES)

@@ -176,6 +176,15 @@ def prompt(count: int = N, name: str = "p", seed: int = 0) -> PromptInput:
     return PromptInput(name, token_ids=tuple(torch.randint(3, 97, (count,), generator=generator).tolist()))
 
 
+def ids(count: int) -> tuple[int, ...]:
+    """The token ids of `prompt(count)`."""
+    return prompt(count).token_ids or ()
+
+
+def quiet(_: str) -> None:
+    """A `notify` that says nothing."""
+
+
 def collect(model: Any, ids: tuple[int, ...]) -> dict[int, AttentionCall]:
     """Every layer's call of one forward, tensors copied."""
     calls: dict[int, AttentionCall] = {}

@@ -10,6 +10,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from anchorscope.models.load import load_model
+
 SIZE: dict[str, Any] = {
     "vocab_size": 97,
     "hidden_size": 64,
@@ -42,6 +44,11 @@ def saved(folder: Path, kind: str = "llama", **changes: Any) -> Path:
     """The folder of such a model, saved as transformers does."""
     random_model(kind, **changes).save_pretrained(folder)
     return folder
+
+
+def load(source: Path | str, told: list[str] | None = None) -> Any:
+    """The `LoadedModel` of a folder or a GGUF file; remarks go to `told`."""
+    return load_model(str(source), device="cpu", notify=[].append if told is None else told.append)
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Path:

@@ -16,21 +16,13 @@ from anchorscope.models.prefill import Prefill, forwards
 
 pytest.importorskip("transformers")
 
-from families import collect, prompt, relative, tiny
+from families import collect, ids, prompt, quiet, relative, tiny
 from family_runs import CORE
 
 HYBRIDS = ("bamba", "falcon_h1", "granitemoehybrid", "jamba", "lfm2", "minimax", "nemotron_h", "qwen3_next")
 SLOW = ("bamba", "falcon_h1", "granitemoehybrid", "nemotron_h")  # their recurrence in plain torch takes its time
 # pieces of one token, shorter than the kernels of short convolutions, last ones of one or two, longer than all windows
 SIZES = ((1,) * 5, (2,) * 4, (3, 3, 1), (11, 11, 2), (30, 30, 30), (7, 60, 1, 3))
-
-
-def ids(count: int) -> tuple[int, ...]:
-    return prompt(count).token_ids or ()
-
-
-def quiet(_: str) -> None:
-    pass
 
 
 def attention_of(model: Any, sizes: tuple[int, ...]) -> dict[tuple[int, str], torch.Tensor]:

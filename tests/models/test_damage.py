@@ -9,15 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import saved
+from tiny_models import load, saved
 
 from anchorscope.cli.app import main
 from anchorscope.errors import InputError, RunFailure
-from anchorscope.models.load import load_model
-
-
-def load(source: Path | str) -> Any:
-    return load_model(str(source), device="cpu", notify=[].append)
 
 
 def settings(**changes: Any) -> Any:

@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 import torch
 from tiny_gguf import write_gguf
-from tiny_models import random_model
+from tiny_models import load, random_model
 
 from anchorscope.errors import InputError
 from anchorscope.models import intercept
-from anchorscope.models.load import load_model
 
 IDS = torch.randint(3, 97, (1, 120), generator=torch.Generator().manual_seed(1))
 BASE = 10_000.0
@@ -47,10 +46,6 @@ GEMMA3_ROPE = {
     "sliding_attention": {"rope_type": "default", "rope_theta": BASE},
 }
 THREE = ["sliding_attention", "sliding_attention", "full_attention"]
-
-
-def load(path: Path, told: list[str] | None = None) -> Any:
-    return load_model(str(path), device="cpu", notify=[].append if told is None else told.append)
 
 
 def keys_and_logits(model: Any) -> tuple[dict[int, torch.Tensor], torch.Tensor]:

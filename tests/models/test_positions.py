@@ -17,7 +17,7 @@ from anchorscope.models.positions import Positions, model_positions, reset_rotat
 
 pytest.importorskip("transformers")
 
-from families import collect, prompt, relative, tiny
+from families import collect, ids, prompt, quiet, relative, tiny
 
 ORIGINAL = 48
 THETA = {"rope_theta": 10000.0}
@@ -60,10 +60,6 @@ STEADY: dict[str, dict[str, Any]] = {
         "original_max_position_embeddings": ORIGINAL,
     },
 }
-
-
-def quiet(_: str) -> None:
-    pass
 
 
 def changing(name: str) -> Any:
@@ -197,10 +193,6 @@ def test_scaled_models_run_beyond_their_original_length(tmp_path: Path, kind: st
     assert any(f"has {most + 8} tokens and the model is made for {most}" in x for x in said)
     calls = collect(tiny("qwen3", max_position_embeddings=ORIGINAL, rope_parameters=dict(parameters)), ids(most + 8))
     assert all(relative(dump.load(e).k, calls[e.layer].k[0]) < 1e-6 for e in dump.entries)
-
-
-def ids(count: int) -> tuple[int, ...]:
-    return prompt(count).token_ids or ()
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt"])

@@ -21,11 +21,7 @@ from anchorscope.proof import PromptProof
 
 transformers = pytest.importorskip("transformers")
 
-from families import prompt, tiny  # noqa: E402
-
-
-def quiet(_: str) -> None:
-    pass
+from families import prompt, quiet, tiny  # noqa: E402
 
 
 def expected(model: Any, ids: tuple[int, ...], scored: int = 256) -> tuple[float, float]:

@@ -10,19 +10,15 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tiny_models import random_model, rewrite, saved
+from tiny_models import load, random_model, rewrite, saved
 
 from anchorscope.capture import capture_model
 from anchorscope.errors import InputError
 from anchorscope.evaluation import evaluate
 from anchorscope.models import PromptInput
-from anchorscope.models.load import load_model, ready_model
+from anchorscope.models.load import ready_model
 
 Q = "model.layers.1.self_attn.q_proj.weight"
-
-
-def load(folder: Path, told: list[str] | None = None) -> Any:
-    return load_model(str(folder), device="cpu", notify=[].append if told is None else told.append)
 
 
 def without(*parts: str) -> Any:

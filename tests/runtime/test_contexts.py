@@ -22,23 +22,12 @@ from sparse_models import everywhere
 from anchorscope import attention_clock, sparse_attention
 from anchorscope.errors import InputError
 from anchorscope.models import intercept
-from anchorscope.models.hook import _named, _open
 
 OPENERS: dict[str, Callable[[Any], Any]] = {
     "sparse": lambda model: sparse_attention(model, everywhere(model, 0.5)),
     "clock": attention_clock,
     "intercept": lambda model: intercept(model, lambda call: None),
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    assert not _open
-    assert not _named
 
 
 @pytest.fixture

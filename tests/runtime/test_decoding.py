@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -22,14 +21,6 @@ from anchorscope.models.kvcache import cache_option, result_cache
 
 FAMILIES = ["cohere2", "exaone4", "gemma2", "gpt2", "granite", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3"]
 NEW = 24
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def ids(count: int = 80, period: int = 23) -> torch.Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -18,14 +17,6 @@ from anchorscope import sparse_attention
 from anchorscope.errors import InputError
 
 THETA = {"granite": 0.05}  # its small scale leaves no score further than that from its anchor
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def logits(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +39,6 @@ OTHERS = {
     "voxtral_realtime": ("VoxtralRealtimeAttention", 2),
 }
 BOTH_SIDES = ("gemma3", "paligemma")  # an image in the text sees itself from both sides
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def made(name: str) -> tuple[Any, dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -21,14 +21,6 @@ from anchorscope.models.kvcache import cache_option
 
 MIXED = (0.5, 2.0, None, None, None, None)  # one kv head sparse, one dense throughout
 WINDOWED = ["cohere2", "gemma2", "gemma3_text", "mistral", "qwen2"]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def logits(model: Any, x: torch.Tensor, **options: Any) -> torch.Tensor:

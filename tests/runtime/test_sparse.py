@@ -26,14 +26,6 @@ from anchorscope.params import AnchorParams
 MIXED = (0.5, 2.0, None, None, None, None)  # 6 query heads on 2 kv heads: one of both kinds, one dense throughout
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def model() -> Any:
     return tiny()
