@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from allocations import peak_allocated
 from torch import Tensor
 
 from anchorscope.kernels import reference, torch_backend
@@ -187,3 +188,9 @@ def test_bad_shapes() -> None:
     stripes = torch_backend.identify(state, k, theta=1.0, queries=61, **PLACE)
     with pytest.raises(ValueError, match="stripes are for"):
         torch_backend.sparse(q[:, :, :40], k, v, AnchorState(*state), stripes, **PLACE)
+
+
+def test_never_holds_n_by_n() -> None:
+    q, k, v = qkv(4096, 2, 1, 32)
+    peak = peak_allocated(lambda: torch_backend.anchor_attention(q, k, v, theta=math.inf, block=64, step=4))
+    assert peak < 4096 * 4096 * 4 / 4
