@@ -1,6 +1,4 @@
-"""This package reaches a transformers model: it loads one, runs it over a prompt, and watches or replaces its
-attention.
-"""
+"""This package loads a transformers model, runs it over a prompt, and watches or replaces its attention."""
 
 from __future__ import annotations
 

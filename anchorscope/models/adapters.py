@@ -136,9 +136,7 @@ def _from_peft(module: Any) -> bool:
 
 
 def _inside(model: PreTrainedModel) -> Iterator[tuple[str, Any, str, nn.Parameter]]:
-    """Yield every parameter: its name without wrappers, the adapted layer that holds it as an adapter (or None), its
-    name inside that layer, and the parameter itself.
-    """
+    """Yield each parameter's name without wrappers, the layer that it adapts (or None), its name there, and itself."""
     wrappers = {name: m for name, m in model.named_modules() if _from_peft(m) and _wraps(m) is not None}
     for name, parameter in model.named_parameters():
         parts = name.split(".")

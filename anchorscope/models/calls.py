@@ -49,9 +49,7 @@ class AttentionInputs:
 
     @property
     def window(self) -> int | None:
-        """Return the sliding window that the options name, or None. SDPA and eager attention ignore it: they obey the
-        mask.
-        """
+        """Return the sliding window among the options, or None. SDPA and eager attention obey the mask instead."""
         window = self.options.get("sliding_window")
         return int(window) if window else None
 
@@ -63,9 +61,7 @@ class AttentionInputs:
 
     @property
     def bidirectional(self) -> bool:
-        """Return whether the call declares itself bidirectional: it has no mask, and its module or options are not
-        causal.
-        """
+        """Return whether the call has no mask although its module or options are not causal."""
         if self.q.shape[-2] == 1 or self.mask_tensor is not None:
             return False
         option = self.options.get("is_causal")

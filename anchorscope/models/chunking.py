@@ -1,5 +1,4 @@
-"""These checks decide whether a prompt prefilled in chunks, with a KV cache between them, is the same as the whole
-prompt.
+"""These checks decide whether a prompt prefilled in chunks is the same as the prompt prefilled whole.
 
 Three things can differ. Rotary embeddings may depend on the length (see `positions`). Recurrent layers and short
 convolutions may drop their state between chunks. And a cache may return other keys and values than the layers put into
@@ -99,9 +98,7 @@ def explained(model: PreTrainedModel, advice: str) -> Iterator[None]:
 
 
 def _trials(prefills: Sequence[Prefill], recurrent: bool, window: int | None) -> list[tuple[int, ...]]:
-    """Return the chunk sizes to try: short ones, longer ones for recurrent layers, and ones that cross the widest
-    window.
-    """
+    """Return the chunk sizes to try: short ones, long ones for recurrent layers, ones that cross the widest window."""
     trials = {p.small(SHORT, PIECES * SHORT) for p in prefills}
     if recurrent:
         trials |= {p.small(LONG, 2 * LONG) for p in prefills if p.chunk > SHORT}

@@ -12,7 +12,7 @@ from anchorscope.dtypes import dtype_name
 from anchorscope.models.adapters import adapters_at_work, parameters_of, signs_of, unwrapped
 from anchorscope.models.config import text_config
 from anchorscope.models.placement import stored_values
-from anchorscope.models.positions import max_positions
+from anchorscope.models.positions import model_positions
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -57,7 +57,7 @@ def model_facts(model: PreTrainedModel, name: str | None = None, revision: str |
         "query_heads": heads if isinstance(heads, int) else None,
         "kv_heads": kv_heads if isinstance(kv_heads, int) else None,
         "head_dim": head_dim if isinstance(head_dim, int) else None,
-        "positions": max_positions(model),
+        "positions": model_positions(model).trained,
         "fingerprint": digest.hexdigest(),
     }
 

@@ -218,9 +218,7 @@ def _windows(file: Gguf) -> dict[str, Any]:
 
 
 def _scale(file: Gguf, heads: int, hidden: int, head_dim: int) -> dict[str, Any]:
-    """Return the setting that scales the scores. llama.cpp derives it from the size of the model, since no metadata
-    states it.
-    """
+    """Return the setting that scales the scores; llama.cpp derives it from the size of the model."""
     if file.architecture not in LARGEST:
         return {}
     largest = file.need("block_count") == LARGEST[file.architecture]

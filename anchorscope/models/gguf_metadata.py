@@ -41,8 +41,7 @@ def open_gguf(path: Path) -> GGUFReader:
 
 
 def contents(reader: GGUFReader, key: str, *otherwise: Any) -> Any:
-    """Return a metadata value as plain Python (a number, a text or a list), or `otherwise`, if given, where the key is
-    absent.
+    """Return a metadata value as plain Python, or `otherwise`, if given, where the key is absent.
 
     Raises:
         KeyError: the key is absent, and there is nothing to give instead.

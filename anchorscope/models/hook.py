@@ -266,9 +266,7 @@ class _AsBefore:
 
     @classmethod
     def of(cls, module: nn.Module, implementation: str) -> Any:
-        """Return the module itself where no delegate looks the name up, or where the next delegate was registered here
-        too.
-        """
+        """Return the module itself where no delegate looks the name up, or where the delegate was registered here."""
         plain = implementation in ("eager", "sdpa", *_beneath) or getattr(module, "config", None) is None
         return module if plain else cls(module, implementation)
 
@@ -278,13 +276,6 @@ def _named_config(config: Any, implementation: str) -> Any:
     config = copy.copy(config)
     config._attn_implementation_internal = implementation
     return config
-
-
-def _unregister(name: str) -> None:
-    """Undo `register`."""
-    for interface in _interfaces():
-        interface._global_mapping.pop(name, None)
-    _beneath.pop(name, None)
 
 
 def _interfaces() -> tuple[Any, Any]:

@@ -1,5 +1,4 @@
-"""These functions pass a KV cache into a model's forward and take it from the result, by the name that the installed
-transformers uses.
+"""These functions hand a KV cache to a model, and take it back, by the name that the installed transformers uses.
 
 The name was `past_key_values` until transformers changed it to `cache`; models that bring their own code keep the old
 name.
@@ -25,8 +24,7 @@ def cache_option(module: nn.Module, cache: Any) -> dict[str, Any]:
 
 
 def continuation(module: nn.Module, cache: Any, held: int, ids: torch.Tensor) -> dict[str, Any]:
-    """Return the keyword arguments of a forward over `ids` that follow a cache: the cache, and the positions of the
-    ids.
+    """Return the keyword arguments that continue a cache: the cache, and the positions of the next ids.
 
     Some hybrids would count positions by the cache of their first layer, which is recurrent and counts nothing. Without
     a cache, the model counts positions itself.

@@ -94,9 +94,7 @@ class MemoryCurve:
     tail: int = 0
 
     def bytes(self, tokens: int) -> int:
-        """Return the peak bytes beyond the weights, KV cache included, at a length up to the one the curve was made
-        for.
-        """
+        """Return the peak bytes beyond the weights, KV cache included, for up to the curve's `tokens`."""
         x = tokens * self.unit
         value = np.zeros(self.points.shape[1])
         for i in range(len(self.lengths)):  # the polynomial through each operation's points, in Lagrange's form

@@ -1,6 +1,4 @@
-"""These functions find where a model takes its input and keeps its weights, which accelerate may keep outside the
-modules.
-"""
+"""These functions find a model's device, and its weights where accelerate keeps them outside the modules."""
 
 from __future__ import annotations
 
@@ -14,9 +12,7 @@ if TYPE_CHECKING:
 
 
 def model_device(model: PreTrainedModel) -> torch.device:
-    """Return the device where a model takes its input, even where accelerate keeps the weights elsewhere until they
-    run.
-    """
+    """Return the device where a model takes its input, even if accelerate keeps the weights elsewhere."""
     if model.device.type != "meta":
         return model.device
     inputs = model.get_input_embeddings()

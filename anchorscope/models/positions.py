@@ -79,11 +79,6 @@ def model_positions(model: PreTrainedModel) -> Positions:
     return Positions(None, _trained(config, stated))
 
 
-def max_positions(model: PreTrainedModel) -> int | None:
-    """Return the length of the longest prompt the model is made for, or None if it names no limit."""
-    return model_positions(model).trained
-
-
 def _trained(config: PretrainedConfig, stated: int) -> int:
     """Return the stated length, or the original length times the scaling factor if that is more."""
     parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
@@ -271,9 +266,7 @@ def _copy(value: Any) -> Any:
 
 
 def _dynamic(model: PreTrainedModel) -> Iterator[tuple[Any, str]]:
-    """Yield the rotary modules that remember a length, each with the prefix of its names for a kind of layer ("" if
-    there is one kind).
-    """
+    """Yield the rotary modules that remember a length, each with the prefix of its names for a kind of layer."""
     for module in model.modules():
         if hasattr(module, "original_max_seq_len") and hasattr(module, "max_seq_len_cached"):
             for name, _ in list(module.named_buffers(recurse=False)):

@@ -45,8 +45,7 @@ class Prefill:
         return tuple(b - a for a, b in pairwise((0, *self.stops)))
 
     def small(self, piece: int, most: int) -> tuple[int, ...]:
-        """Return fewer and smaller chunks of the same kind: none is longer than `piece`, and they hold at most `most`
-        tokens.
+        """Return fewer and smaller chunks: none is longer than `piece`, and they hold at most `most` tokens.
 
         Sizes that do not exceed `piece` stay as they are, the last chunk's included.
         """
@@ -89,8 +88,8 @@ def last_forward(model: PreTrainedModel, token_ids: Sequence[int], sizes: Sequen
 
 
 def prefill(model: PreTrainedModel, token_ids: Sequence[int], *, chunk: int | None = None) -> torch.Tensor | None:
-    """Run the model over the ids. Return the logits of the last position (1, 1, vocabulary), or None where the model
-    has no option for one row.
+    """Run the model over the ids; return the last position's logits (1, 1, vocabulary), or None if it cannot make one
+    row.
 
     Models that accept `logits_to_keep` compute one row of logits; for others the body runs without its head, so an N x
     vocabulary tensor never exists. With `chunk`, a KV cache links chunks of that many tokens.
@@ -105,7 +104,5 @@ def keeps_few_rows(model: PreTrainedModel) -> bool:
 
 
 def prefill_module(model: PreTrainedModel) -> nn.Module:
-    """Return the module whose forward prefills without N x vocabulary logits: the model itself if it can compute one
-    row of them, else its body without the head.
-    """
+    """Return the module whose forward makes one row of logits at most: the model, or its body without the head."""
     return model if keeps_few_rows(model) else model.base_model

@@ -1,6 +1,4 @@
-"""These functions prove a loaded model: its weights are there, and it predicts the text it is given (see
-anchorscope/proof.py).
-"""
+"""These functions prove that a loaded model has its weights and predicts text (see anchorscope/proof.py)."""
 
 from __future__ import annotations
 
@@ -49,8 +47,7 @@ def prove_model(model: PreTrainedModel, loading: Mapping[str, Any] | None = None
 
 
 def _from_no_checkpoint(model: PreTrainedModel) -> list[str]:
-    """Return the weights that `from_pretrained` made at random. It marks those that it read; a model made otherwise has
-    no marks.
+    """Return the weights that `from_pretrained` made at random: those without the mark of the others.
 
     Weights that accelerate keeps elsewhere have no marks either: they are put on the meta device afterwards.
     """

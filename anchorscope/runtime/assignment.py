@@ -1,6 +1,4 @@
-"""An assignment says which heads run how: by an `AnchorConfig`, its file, or one theta for all. It is checked against
-the model before the run.
-"""
+"""An assignment says which heads run how, and checks that the model can do so before it runs."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""`SparseRun` answers the attention calls of a model: some heads run sparse, everything else runs through the model's
-own attention.
-"""
+"""`SparseRun` answers a model's attention calls: some heads run sparse, the rest is left to the model."""
 
 from __future__ import annotations
 
@@ -125,9 +123,7 @@ class SparseRun:
         return [self._tallies[layer].use(layer) for layer in sorted(self._tallies)]
 
     def left_out(self) -> list[str]:
-        """Return the classes of attention that ran unchanged and count in no layer: other towers', cross- or
-        bidirectional attention.
-        """
+        """Return the classes whose attention no layer counts: other towers', cross- and bidirectional attention."""
         return sorted(self._left_out)
 
     def reset(self) -> None:
@@ -191,9 +187,7 @@ class SparseRun:
     def _counted(
         self, call: AttentionInputs, positions: CallPositions | None, window: int | None
     ) -> tuple[int, int] | None:
-        """Count the queries of a dense call and the pairs that one head computes. Return None if it is not causal at
-        all.
-        """
+        """Count the queries of a dense call and the pairs of one head; return None for attention that is not causal."""
         if call.bidirectional:
             return None
         try:

@@ -1,5 +1,4 @@
-"""This module reads the positions of a call's queries off its mask: the position of the first query, and each prompt's
-own keys.
+"""This module reads the positions of a call off its mask: that of the first query, and each prompt's own keys.
 
 Prompts of a batch may be padded on either side, and a static cache may hand over keys that do not exist yet. A mask
 that hides (or adds) anything else is refused: the kernels could not reproduce it.
@@ -82,9 +81,7 @@ class PositionCache:
 
 
 def window_of(call: AttentionInputs) -> int | None:
-    """Return the sliding window of the call, or None if it has none or the absence of a mask shows that it has no
-    effect.
-    """
+    """Return the sliding window of the call, or None without one or where the missing mask shows it has no effect."""
     window = call.window
     if window and call.mask is None and "flash" not in call.implementation and window < call.k.shape[2]:
         return None

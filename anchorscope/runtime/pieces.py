@@ -68,9 +68,7 @@ def split_tail(pieces: list[Piece], n: int, tail: int) -> tuple[list[Piece], lis
 
 
 def runs_sparse(piece: Piece, params: AnchorParams) -> bool:
-    """Return whether a piece has keys to choose from, and is more than a short piece (at most `block` queries) that
-    follows a cache.
-    """
+    """Return whether a piece has keys to choose from and is no short one (at most `block` queries) behind a cache."""
     behind_cache = piece.offset > 0 and piece.size <= params.block
     return not behind_cache and params.at(piece.size, offset=piece.offset).most_stripes > 0
 

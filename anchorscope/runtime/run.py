@@ -149,8 +149,7 @@ def register_attention(
 
 
 def _loaded(model: Any) -> PreTrainedModel:
-    """Return the model itself, behind torch.compile and adapters. Contexts around this one do not see the trial of an
-    adapter.
+    """Return the model without wrappers. Contexts around this one do not see the trial of an adapter.
 
     Raises:
         InputError: as `pretrained`.

@@ -12,7 +12,7 @@ from anchorscope.anchors import AnchorConfig, LayerAnchors
 from anchorscope.kernels import reference
 from anchorscope.models import AttentionCall, intercept, prefill
 from anchorscope.models.calls import AttentionInputs, Own
-from anchorscope.models.hook import divert
+from anchorscope.models.hook import _beneath, _interfaces, divert
 from anchorscope.params import AnchorParams
 
 SMALL = AnchorParams(8, 2, 4, 4)  # groups of 16 queries: five in the 80 tokens of the tiny models' prompt
@@ -67,6 +67,13 @@ def brute_force(model: Any, config: AnchorConfig) -> Iterator[None]:
 
     with divert(model, attend):
         yield
+
+
+def unregister(name: str) -> None:
+    """Take an attention implementation back that `register_attention` gave."""
+    for interface in _interfaces():
+        interface._global_mapping.pop(name, None)
+    _beneath.pop(name, None)
 
 
 def divergence(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:

@@ -14,14 +14,13 @@ pytest.importorskip("transformers")
 
 from families import recompute, relative
 from multimodal import MODELS
-from sparse_models import SMALL, everywhere
+from sparse_models import SMALL, everywhere, unregister
 
 from anchorscope import attention_clock, register_attention, sparse_attention
 from anchorscope.anchors import AnchorConfig
 from anchorscope.capture import capture_model
 from anchorscope.errors import InputError
 from anchorscope.models import AttentionCall, PromptInput, intercept
-from anchorscope.models.hook import _unregister
 
 # attention that is left out, and the language model's layers that are counted
 OTHERS = {
@@ -169,7 +168,7 @@ def test_registered(name: str) -> None:
         model.set_attn_implementation("anchorscope")
         assert float((logits(model, inputs) - own).abs().max()) < 1e-5 * max(1.0, float(own.abs().max()))
     finally:
-        _unregister("anchorscope")
+        unregister("anchorscope")
     assert [x.kind for x in run.layers()][-1] == "sparse"
     assert [x.queries for x in run.layers()] == [inputs["input_ids"].shape[1]] * 2
 

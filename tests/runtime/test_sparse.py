@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 
 import transformers
 from families import prompt, tiny
-from sparse_models import SMALL, brute_force, divergence, everywhere
+from sparse_models import SMALL, brute_force, divergence, everywhere, unregister
 
 from anchorscope import attention_clock, register_attention, sparse_attention
 from anchorscope.anchors import AnchorConfig, LayerAnchors
@@ -288,10 +288,8 @@ def test_compiled(inside: bool) -> None:
 
 @pytest.fixture
 def _unregistered() -> Iterator[None]:
-    from anchorscope.models.hook import _unregister
-
     yield
-    _unregister("anchorscope")
+    unregister("anchorscope")
 
 
 @pytest.mark.usefixtures("_unregistered")
