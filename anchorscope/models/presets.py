@@ -98,8 +98,8 @@ def preset_file(name: str, notify: Callable[[str], None]) -> Path:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise RunFailure(
-                f"the disk is full: {target.parent} could not be written; free some space, or set ANCHORSCOPE_CACHE to a"
-                " folder on another disk"
+                f"the disk is full: {target.parent} could not be written; free some space, or set ANCHORSCOPE_CACHE to"
+                " a folder on another disk"
             ) from None
         raise InputError(
             f"the cache folder {target.parent} cannot be used ({error.strerror or error}):"
