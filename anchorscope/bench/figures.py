@@ -21,6 +21,7 @@ from anchorscope.plots.style import (
     label,
     legend,
     new_figure,
+    panel_title,
     plain_log,
     tidy,
 )
@@ -113,7 +114,7 @@ def _time_lines(data: dict[str, Any], sources: dict[str, list[dict[str, Any]]]) 
     for axes, (source, rows) in zip(grid.flat, sources.items(), strict=False):
         _panel(axes, rows)
         if len(sources) > 1:
-            axes.set_title(source, fontsize=SMALL, loc="left", color=INK)
+            panel_title(axes, source, size=SMALL)
     for axes in grid[:, 0]:
         label(axes, "N (tokens)", "time (ms, median)")
     handles = {

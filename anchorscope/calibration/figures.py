@@ -10,14 +10,13 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize, to_rgba
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 
 from anchorscope.calibration.tables import aim
-from anchorscope.plots.maps import LayerHead, bare, ink_on, paint, write_cells
+from anchorscope.plots.maps import LayerHead, bare, color_bar, color_cells, paint, some_ticks, write_cells
 from anchorscope.plots.save import save_all
 from anchorscope.plots.style import (
     BLUE,
@@ -33,7 +32,9 @@ from anchorscope.plots.style import (
     TEXT,
     label,
     legend,
+    legend_below,
     new_figure,
+    panel_title,
     tidy,
 )
 from anchorscope.shown import share_text, theta_text
@@ -85,36 +86,27 @@ def theta_map(report: Report) -> Figure:
     )
     axes = figure.subplots()
     colors = matplotlib.colormaps["viridis"]
-    image = colors(norm(np.clip(np.where(np.isnan(grid), low, grid), low, high)))
-    image[np.isnan(grid)] = to_rgba(PAPER)
-    image[np.isneginf(grid)] = to_rgba(ALONE)
-    image[dense] = to_rgba(DENSE)
+    image = color_cells(grid, colors, norm, special=((np.isneginf(grid), ALONE), (dense, DENSE)))
     paint(axes, image)
     if len(heads) <= NUMBERS[0] and len(layers) <= NUMBERS[1]:
         texts = {at: "dense" if dense[at] else _nats(float(value)) for at, value in np.ndenumerate(grid)}
         write_cells(axes, image, texts)
-    for axis, numbers in ((axes.yaxis, layers), (axes.xaxis, heads)):
-        stride = math.ceil(len(numbers) / 24)
-        axis.set_ticks(range(0, len(numbers), stride), [str(x) for x in numbers[::stride]])
+    place.numbers(axes, most=(24, 24))
     groups = {row["layer"]: f"{row['block']}x{row['step']}" for row in report["layers"]}
     right = axes.secondary_yaxis("right")
-    stride = math.ceil(len(layers) / 24)
-    right.set_ticks(range(0, len(layers), stride), [groups[i] for i in layers[::stride]])
+    some_ticks(right, [groups[i] for i in layers], math.ceil(len(layers) / 24))
     right.set_ylabel("groups (block x step)", size=TEXT, color=INK)
     for side in (axes, right):
         bare(side)
     label(axes, "query head", "layer")
-    bar = figure.colorbar(ScalarMappable(norm, colors), ax=axes, fraction=0.035, pad=0.02)
-    bar.set_label("theta (nats)", size=TEXT, color=INK)
-    bar.ax.tick_params(labelsize=SMALL, length=3)
-    bar.outline.set_visible(False)
+    color_bar(axes, norm, colors, text="theta (nats)", fraction=0.035, pad=0.02)
     handles = [Patch(facecolor=DENSE, label="runs dense")] if dense.any() else []
     if np.isneginf(grid).any():
         handles.append(Patch(facecolor=ALONE, edgecolor=MUTED, label="-inf: the anchor region alone suffices"))
     if (np.isnan(grid) & ~dense).any():
         handles.append(Patch(facecolor=PAPER, edgecolor=MUTED, label="not measured"))
     if handles:
-        legend(figure, handles=handles, loc="outside lower left", ncols=3, borderaxespad=0.4)
+        legend_below(figure, columns=3, handles=handles)
     return figure
 
 
@@ -195,7 +187,7 @@ def recall_density(report: Report) -> Figure:
         label(
             axes, "density, mean over heads (log)", f"{report['settings']['statistic']} recall (log of what is missed)"
         )
-        axes.set_title(title, size=TEXT, color=INK, loc="left")
+        panel_title(axes, title)
         tidy(axes)
     handles, names = panels[0].get_legend_handles_labels()
     legend(figure, handles=handles, labels=names, loc="outside lower center", ncols=4)
@@ -222,17 +214,20 @@ def length_matrix(report: Report) -> Figure:
             grid[fits.index(c["fit_tokens"]), at.index(c["tokens"])] = c[key]
         low, high = float(np.nanmin(grid)), float(np.nanmax(grid))
         norm = Normalize(low, max(high, low + 0.02))
-        image = axes.imshow(grid, cmap=cmap, norm=norm, aspect="auto")
+        image = color_cells(grid, matplotlib.colormaps[cmap], norm, missing="white")
+        paint(axes, image)
+        texts: dict[tuple[int, int], str] = {}
         for c in cells:
             row, column = fits.index(c["fit_tokens"]), at.index(c["tokens"])
             text = (f"{c[key]:.0%}" if key == "heads_missed_share" else share_text(c[key])) + (
                 "" if c["held_out"] else "*"
             )
-            axes.text(column, row, text, size=SMALL, ha="center", va="center", color=ink_on(image.cmap(norm(c[key]))))
-        axes.set_xticks(range(len(at)), [f"{n:,}" for n in at])
-        axes.set_yticks(range(len(fits)), [f"{n:,}" for n in fits])
+            texts[row, column] = text
+        write_cells(axes, image, texts, size=SMALL)
+        some_ticks(axes.xaxis, [f"{n:,}" for n in at], 1)
+        some_ticks(axes.yaxis, [f"{n:,}" for n in fits], 1)
         bare(axes)
-        axes.set_title(title, size=TEXT, color=INK, loc="left")
+        panel_title(axes, title)
         label(axes, "evaluated at (tokens)", "fitted at (tokens)")
     return figure
 

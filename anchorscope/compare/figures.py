@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import BoundaryNorm, ListedColormap, LogNorm
+from matplotlib.colors import LogNorm, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter
 
 from anchorscope.compare.tables import Point, by_head, head_needs, per_head_need, shared_curve, winners
+from anchorscope.plots.maps import LayerHead, paint, write_cells
 from anchorscope.plots.save import save_all
 from anchorscope.plots.style import (
     FAINT,
@@ -25,8 +26,11 @@ from anchorscope.plots.style import (
     SMALL,
     TEXT,
     label,
+    legend,
+    legend_below,
     legend_name,
     new_figure,
+    panel_title,
     plain_log,
     share,
     tidy,
@@ -155,7 +159,7 @@ def head_curves(points: Sequence[Point], style: Mapping[str, Look], *, target: f
         for name, look in style.items():
             _line(axes, shared_curve(mine, name), name, look, small=True)
         _curve_axes(axes, densities, target)
-        axes.set_title(f"mean of {len(heads)} heads" if head is None else f"head {head}", size=TEXT, color=INK)
+        panel_title(axes, f"mean of {len(heads)} heads" if head is None else f"head {head}", loc="center")
         axes.label_outer()
     for axes in panels[len(shown) + 1 :]:
         axes.set_visible(False)
@@ -212,36 +216,29 @@ def winner_map(points: Sequence[Point], style: Mapping[str, Look], *, target: fl
     names = [n for n in style if not style[n].oracle]
     best = winners(points, names, target)
     prompts = list(dict.fromkeys(p.prompt for p in points))
-    layers, heads = sorted({p.layer for p in points}), sorted({p.head for p in points})
+    place = LayerHead((p.layer, p.head) for p in points)
     winning = [n for n in names if n in best.values()]
     across = min(3, len(prompts))
     down = math.ceil(len(prompts) / across)
     figure = new_figure(
-        max(across * max(0.34 * len(heads) + 1.0, 2.6), 7.6),
-        down * max(0.26 * len(layers) + 1.1, 2.0) + 1.1 + 0.2 * math.ceil(len(winning) / 4),
+        max(across * max(0.34 * len(place.heads) + 1.0, 2.6), 7.6),
+        down * max(0.26 * len(place.layers) + 1.1, 2.0) + 1.1 + 0.2 * math.ceil(len(winning) / 4),
         f"Least density for recall {target:g}: which method, for which head",
         "oracles excluded, identification not counted; in brackets, how many heads each method wins",
     )
     panels = figure.subplots(down, across, squeeze=False).ravel()
     letters = {n: chr(ord("A") + i) for i, n in enumerate(winning)}
-    colors = [style[n].color for n in winning] or [PAPER]
-    cmap, norm = ListedColormap(colors), BoundaryNorm(np.arange(len(colors) + 1) - 0.5, len(colors))
     for axes, prompt in zip(panels, prompts, strict=False):
-        grid = np.full((len(layers), len(heads)), np.nan)
-        for (p, layer, head), name in best.items():
-            if p == prompt and name is not None:
-                grid[layers.index(layer), heads.index(head)] = winning.index(name)
-        axes.set_facecolor(PAPER)
-        axes.imshow(np.ma.masked_invalid(grid), cmap=cmap, norm=norm, aspect="auto", interpolation="nearest")
-        if grid.size <= 400:
-            for (row, column), value in np.ndenumerate(grid):
-                if not math.isnan(value):
-                    text = letters[winning[int(value)]]
-                    axes.text(column, row, text, ha="center", va="center", size=SMALL, color="white", weight="bold")
-        axes.set_title(short_name(prompt, 28), size=TEXT, color=INK, parse_math=False)
-        ystep, xstep = math.ceil(len(layers) / 16), math.ceil(len(heads) / 16)
-        axes.set_yticks(range(0, len(layers), ystep), [str(x) for x in layers[::ystep]])
-        axes.set_xticks(range(0, len(heads), xstep), [str(x) for x in heads[::xstep]])
+        won = {place.cell(layer, head): name for (p, layer, head), name in best.items() if p == prompt and name}
+        image = np.full((*place.shape, 4), to_rgba(PAPER))
+        for cell, name in won.items():
+            image[cell] = to_rgba(style[name].color)
+        paint(axes, image)
+        if image.size <= 4 * 400:
+            texts = {cell: letters[name] for cell, name in won.items()}
+            write_cells(axes, image, texts, size=SMALL, color="white", weight="bold")
+        panel_title(axes, short_name(prompt, 28), loc="center", parse_math=False)
+        place.numbers(axes, most=(16, 16))
         tidy(axes, grid=False)
         label(axes, "query head", "layer")
     for axes in panels[len(prompts) :]:
@@ -251,9 +248,7 @@ def winner_map(points: Sequence[Point], style: Mapping[str, Look], *, target: fl
     if None in best.values():
         missed = sum(x is None for x in best.values())
         handles.append(Patch(facecolor=PAPER, edgecolor=MUTED, label=f"none reaches it ({missed})"))
-    figure.legend(
-        handles=handles, loc="outside lower left", fontsize=SMALL, edgecolor=FAINT, ncols=4, borderaxespad=0.4
-    )
+    legend_below(figure, columns=4, handles=handles, framealpha=0.8)
     return figure
 
 
@@ -312,7 +307,7 @@ def stripes_against_blocks(
     plain_log(axes.yaxis)
     tidy(axes)
     label(axes, "density needed by the best stripe method", "density needed by the best block method")
-    axes.legend(loc="lower right", fontsize=SMALL, edgecolor=FAINT)
+    legend(axes, loc="lower right", framealpha=0.8)
     return figure
 
 
@@ -382,4 +377,4 @@ def _legend(figure: Figure, style: Mapping[str, Look]) -> None:
         Line2D([], [], color=look.color, linestyle=look.dash, marker=look.marker or None, markersize=4.5, label=shown)
         for shown, look in ((legend_name(name, 99), look) for name, look in style.items())
     ]
-    figure.legend(handles=handles, loc="outside right upper", fontsize=SMALL, edgecolor=FAINT, handlelength=2.8)
+    legend(figure, handles=handles, loc="outside right upper", handlelength=2.8, framealpha=0.8)

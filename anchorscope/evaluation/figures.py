@@ -10,12 +10,11 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from anchorscope.plots.maps import bare, paint, write_cells
+from anchorscope.plots.maps import bare, color_bar, color_cells, paint, write_numbers
 from anchorscope.plots.save import save_all
 from anchorscope.plots.style import (
     BLUE,
@@ -26,11 +25,11 @@ from anchorscope.plots.style import (
     RED,
     SKY,
     SMALL,
-    TEXT,
     label,
     legend,
     legend_name,
     new_figure,
+    panel_title,
     tidy,
     token_ticks,
 )
@@ -71,7 +70,7 @@ def needle_grid(depths: Sequence[Result], metric: str = "score") -> Figure:
     axes = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True).ravel()
     for ax, (title, values) in zip(axes, panels.items(), strict=False):
         _map(ax, values, norm, colors)
-        ax.set_title(short_name(title, 28), size=TEXT, color=INK, loc="left")
+        panel_title(ax, short_name(title, 28))
         ax.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths])
         ax.set_yticks(range(len(places)), [f"{d:.0%}" for d in places])
     for ax in axes[len(panels) :]:
@@ -81,10 +80,7 @@ def needle_grid(depths: Sequence[Result], metric: str = "score") -> Figure:
         label(ax, "length (tokens)", "")
     for ax in axes[::across]:
         label(ax, ax.get_xlabel(), "depth of the needle")
-    bar = figure.colorbar(ScalarMappable(norm, colors), ax=list(axes), fraction=0.04, pad=0.02, aspect=24)
-    bar.set_label(name, size=SMALL, color=INK)
-    bar.ax.tick_params(labelsize=SMALL, length=3)
-    bar.outline.set_visible(False)
+    color_bar(list(axes), norm, colors, text=name, size=SMALL, fraction=0.04, pad=0.02, aspect=24)
     return figure
 
 
@@ -224,7 +220,7 @@ def task_scores(results: Sequence[Result], metric: str = "score") -> Figure:
                 label=legend_name(arm, 20),
             )
         tidy(ax)
-        ax.set_title(task, size=TEXT, color=INK, loc="left")
+        panel_title(ax, task)
         ax.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths])
         ax.set_xlim(-0.5, len(lengths) - 0.5)
         if metric == "score":
@@ -277,8 +273,8 @@ def _grid(results: Sequence[Result], lengths: Sequence[int], places: Sequence[fl
 
 
 def _map(axes: Axes, values: np.ndarray, norm: Normalize, colors: Colormap) -> None:
-    image = colors(norm(values))
+    image = color_cells(values, colors, norm, missing="white")
     paint(axes, image)
     bare(axes)
     if values.shape[1] <= 12:
-        write_cells(axes, image, {at: f"{value:.2f}" for at, value in np.ndenumerate(values)}, size=SMALL)
+        write_numbers(axes, image, values, lambda value: f"{value:.2f}", size=SMALL)

@@ -10,7 +10,6 @@ from typing import NamedTuple
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, Normalize, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -18,19 +17,18 @@ from matplotlib.patches import Patch
 from anchorscope.errors import InputError
 from anchorscope.heads.diagnostics import CLASSES
 from anchorscope.heads.tables import HeadRow
-from anchorscope.plots.maps import LayerHead, paint, write_cells
+from anchorscope.plots.maps import LayerHead, color_bar, color_cells, paint, write_cells, write_numbers
 from anchorscope.plots.save import save_all
 from anchorscope.plots.style import (
     BLUE,
-    FAINT,
     GREEN,
-    INK,
     MUTED,
     ORANGE,
     PAPER,
     SMALL,
-    TEXT,
+    legend_below,
     new_figure,
+    panel_title,
     share,
 )
 from anchorscope.shown import short_name
@@ -94,19 +92,15 @@ def class_map(rows: Sequence[HeadRow]) -> Figure:
             image[grid.cell(r.layer, r.head)] = to_rgba(CLASS_COLORS[r.kind])
     paint(axes, image)
     if len(grid.heads) <= 2 * NUMBERS[0] and len(grid.layers) <= NUMBERS[1]:
-        for r in rows:
-            if r.kind:
-                row, column = grid.cell(r.layer, r.head)
-                axes.text(
-                    column, row, r.kind[0].upper(), size=SMALL, ha="center", va="center", color="white", weight="bold"
-                )
+        letters = {grid.cell(r.layer, r.head): r.kind[0].upper() for r in rows if r.kind}
+        write_cells(axes, image, letters, size=SMALL, color="white", weight="bold")
     grid.ticks(axes)
     grid.kv_lines(axes)
-    legend = {"streaming": "0.95 and more", "mixed": "between", "retrieval": "below 0.80"}
-    handles = [Patch(facecolor=CLASS_COLORS[k], label=f"{k} ({count[k]}): {legend[k]}") for k in CLASSES]
+    means = {"streaming": "0.95 and more", "mixed": "between", "retrieval": "below 0.80"}
+    handles = [Patch(facecolor=CLASS_COLORS[k], label=f"{k} ({count[k]}): {means[k]}") for k in CLASSES]
     if (image == to_rgba(PAPER)).all(-1).any():
         handles.append(Patch(facecolor=PAPER, edgecolor=MUTED, label="not measured"))
-    _legend(figure, handles)
+    legend_below(figure, columns=4, handles=handles, framealpha=0.8)
     return figure
 
 
@@ -137,7 +131,8 @@ def metric_maps(rows: Sequence[HeadRow], panels: Sequence[Panel], title: str, su
         grid.ticks(axes)
         grid.kv_lines(axes)
     if grey:
-        _legend(figure, [Patch(facecolor=PAPER, edgecolor=MUTED, label="not measured, or does not apply")])
+        handles = [Patch(facecolor=PAPER, edgecolor=MUTED, label="not measured, or does not apply")]
+        legend_below(figure, columns=4, handles=handles, framealpha=0.8)
     return figure
 
 
@@ -197,23 +192,17 @@ def _map(axes: Axes, values: np.ndarray, panel: Panel) -> None:
         low = max(float(known.min()) if known.size else 1.0, 1e-9)
         norm = LogNorm(low, max(top, low * 1.01))
     colors = matplotlib.colormaps[panel.cmap]
-    image = colors(norm(np.where(np.isnan(values), 1.0, values)))
-    image[np.isnan(values)] = to_rgba(PAPER)
+    image = color_cells(values, colors, norm)
     paint(axes, image)
-    axes.set_title(panel.title, size=TEXT, color=INK, loc="left", pad=6)
+    panel_title(axes, panel.title, pad=6)
     if values.shape[1] <= NUMBERS[0] and values.shape[0] <= NUMBERS[1]:
-        known = {at: float(value) for at, value in np.ndenumerate(values) if not math.isnan(value)}
-        write_cells(axes, image, {at: _digits(value, panel.scale) for at, value in known.items()})
-    bar = axes.figure.colorbar(
-        ScalarMappable(norm, colors), ax=axes, orientation="horizontal", fraction=0.06, pad=0.03, aspect=34
-    )
-    bar.ax.tick_params(labelsize=SMALL, length=3)
+        write_numbers(axes, image, values, lambda value: _digits(value, panel.scale))
+    bar = color_bar(axes, norm, colors, orientation="horizontal", fraction=0.06, pad=0.03, aspect=34)
     if panel.scale == "log":
         # Powers of ten alone may all lie outside a narrow range.
         marks = np.geomspace(*_norm_range(norm), 4)
         bar.set_ticks(list(marks), labels=[_amount(m) for m in marks])
         bar.minorticks_off()
-    bar.outline.set_visible(False)
 
 
 def _digits(value: float, scale: str) -> str:
@@ -228,9 +217,3 @@ def _amount(value: float) -> str:
 def _norm_range(norm: Normalize) -> tuple[float, float]:
     """Low and high end of a scale."""
     return float(norm.vmin or 0.0), float(norm.vmax or 1.0)
-
-
-def _legend(figure: Figure, handles: Sequence[Patch]) -> None:
-    figure.legend(
-        handles=list(handles), loc="outside lower left", fontsize=SMALL, edgecolor=FAINT, ncols=4, borderaxespad=0.4
-    )

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize, to_rgba
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
@@ -21,21 +21,21 @@ from matplotlib.ticker import LogLocator
 from matplotlib.transforms import Bbox
 
 from anchorscope.errors import InputError
-from anchorscope.plots.maps import LayerHead, paint, write_cells
+from anchorscope.plots.maps import LayerHead, color_bar, color_cells, paint, write_numbers
 from anchorscope.plots.style import (
     BLUE,
     GREEN,
-    INK,
     MUTED,
     ORANGE,
     PAPER,
     RED,
     SKY,
     SMALL,
-    TEXT,
     label,
     legend,
+    legend_below,
     new_figure,
+    panel_title,
     plain_log,
     setting,
     share,
@@ -46,12 +46,17 @@ from anchorscope.plots.style import (
 from anchorscope.profiles import HeadProfile
 from anchorscope.shown import exact_theta, short_name
 
+_ALONE, _DENSE = "#cfe8f7", "#4d4d4d"  # cells of the theta grid whose theta is -inf or +inf
+_MEAN: dict[str, Any] = {"color": BLUE, "linewidth": 2.6}
+_ORACLE: dict[str, Any] = {"color": ORANGE, "linewidth": 2.0, "linestyle": (0, (5, 2))}
+_TARGET: dict[str, Any] = {"color": MUTED, "linewidth": 0.9, "linestyle": ":"}
+
 
 def layer_head_grid(profiles: Sequence[HeadProfile], *, target_recall: float = 0.95) -> Figure:
     """Recall and sparsity at the first theta, and the theta each head needs, as three layer x head grids.
 
     Args:
-        profiles: heads of one prompt, in any order; heads that are missing are left grey.
+        profiles: heads of one prompt, in any order; heads that are missing are left gray.
         target_recall: heads below it are framed, and the third grid shows the theta that reaches it.
 
     Raises:
@@ -93,16 +98,15 @@ def layer_head_grid(profiles: Sequence[HeadProfile], *, target_recall: float = 0
     for row, column in np.argwhere(short):
         frame = Rectangle((column - 0.44, row - 0.42), 0.88, 0.84, fill=False, edgecolor=RED, linewidth=thin)
         panels[0].add_patch(frame)
-    handles = [Patch(fill=False, edgecolor=RED, linewidth=1.6, label=f"recall below {target_recall:g}")]
-    if np.isneginf(theta).any():
-        handles.append(Patch(facecolor=_ALONE, edgecolor=MUTED, label="anchor region alone reaches it (-inf)"))
-    if np.isposinf(theta).any():
-        handles.append(Patch(facecolor=_DENSE, edgecolor=MUTED, label="only dense attention reaches it (inf)"))
-    if np.isnan(recall).any():
-        handles.append(Patch(facecolor=PAPER, edgecolor=MUTED, label="not analysed"))
-    if grid.breaks:
-        handles.append(Patch(facecolor="white", edgecolor=MUTED, label="white line: next kv head"))
-    legend(figure, handles=handles, loc="outside lower left", ncols=len(handles), borderaxespad=0.4)
+    patches: tuple[tuple[bool, dict[str, Any], str], ...] = (
+        (True, {"fill": False, "edgecolor": RED, "linewidth": 1.6}, f"recall below {target_recall:g}"),
+        (bool(np.isneginf(theta).any()), {"facecolor": _ALONE}, "anchor region alone reaches it (-inf)"),
+        (bool(np.isposinf(theta).any()), {"facecolor": _DENSE}, "only dense attention reaches it (inf)"),
+        (bool(np.isnan(recall).any()), {"facecolor": PAPER}, "not analyzed"),
+        (bool(grid.breaks), {"facecolor": "white"}, "white line: next kv head"),
+    )
+    handles = [Patch(**{"edgecolor": MUTED, **look}, label=text) for there, look, text in patches if there]
+    legend_below(figure, columns=len(handles), handles=handles)
     return figure
 
 
@@ -135,27 +139,14 @@ def recall_density(profiles: Sequence[HeadProfile], *, target_recall: float = 0.
         axes.plot(*p.curve(), color=SKY, linewidth=0.9, alpha=0.75, zorder=2)
     marks = np.array([[p.density[0], p.recall[0]] for p in profiles])
     axes.scatter(marks[:, 0], marks[:, 1], s=13, color=SKY, edgecolor="white", linewidth=0.4, zorder=3)
-    axes.plot(oracle_density, oracle_recall, color=ORANGE, linewidth=2.0, linestyle=(0, (5, 2)), zorder=4)
-    axes.plot(density, recall, color=BLUE, linewidth=2.6, zorder=5)
+    axes.plot(oracle_density, oracle_recall, **_ORACLE, zorder=4)
+    axes.plot(density, recall, **_MEAN, zorder=5)
     axes.scatter(at[0], at[1], s=44, facecolor="white", edgecolor=BLUE, linewidth=1.8, zorder=6)
     axes.scatter(at[0, :1], at[1, :1], s=52, color=BLUE, zorder=7)
-    axes.axhline(target_recall, color=MUTED, linewidth=0.9, linestyle=":", zorder=1)
-
+    axes.axhline(target_recall, **_TARGET, zorder=1)
     least = min(float(density.min()), *(float(p.density.min()) for p in profiles))
-    logarithmic = least < 0.25
-    axes.set_xlim((least * 0.8, 1.02) if logarithmic else (max(0.0, least - 0.06), 1.005))
-    if logarithmic:
-        axes.set_xscale("log")
-        plain_log(axes.xaxis, LogLocator(10, subs=(1.0, 2.0, 5.0)))
-    floor = min(float(p.curve_recall[0]) for p in profiles)
-    floor = max(0.0, math.floor((floor - 0.01) * 20) / 20)
-    axes.set_ylim(min(floor, 0.9), 1.0 + 0.02 * (1.0 - min(floor, 0.9)))
-    tidy(axes)
-    label(
-        axes,
-        "density: kept / visible (query, key) pairs" + (", log scale" if logarithmic else ""),
-        "recall: attention mass kept",
-    )
+    _recall_density_axes(axes, least, min(float(p.curve_recall[0]) for p in profiles))
+
     notes: list[Bbox] = []
     for t in _thetas_shown(first.thetas, 6):
         _note(axes, at[:, t], f"theta {exact_theta(float(first.thetas[t]))}", (-7, 6), BLUE, notes, bold=t == 0)
@@ -164,39 +155,32 @@ def recall_density(profiles: Sequence[HeadProfile], *, target_recall: float = 0.
         numbers = sum(
             _note(axes, mark, str(p.head), (9, -10), MUTED, notes) for p, mark in zip(profiles, marks, strict=True)
         )
-    numbered = ", with its number" if numbers else ""
-    theta_0 = exact_theta(float(first.thetas[0]))
+    of_heads = f"a head; dot at theta {exact_theta(float(first.thetas[0]))}{', with its number' if numbers else ''}"
     handles = [
-        Line2D(
-            [],
-            [],
-            color=SKY,
-            linewidth=1.2,
-            marker="o",
-            markersize=4,
-            label=f"a head; dot at theta {theta_0}{numbered}",
-        ),
-        Line2D(
-            [],
-            [],
-            color=BLUE,
-            linewidth=2.6,
-            marker="o",
-            markersize=6,
-            label="mean of heads, one theta for all",
-        ),
-        Line2D(
-            [],
-            [],
-            color=ORANGE,
-            linewidth=2.0,
-            linestyle=(0, (5, 2)),
-            label="stripe oracle at the same mean density",
-        ),
-        Line2D([], [], color=MUTED, linewidth=0.9, linestyle=":", label=f"target recall {target_recall:g}"),
+        Line2D([], [], color=SKY, linewidth=1.2, marker="o", markersize=4, label=of_heads),
+        Line2D([], [], **_MEAN, marker="o", markersize=6, label="mean of heads, one theta for all"),
+        Line2D([], [], **_ORACLE, label="stripe oracle at the same mean density"),
+        Line2D([], [], **_TARGET, label=f"target recall {target_recall:g}"),
     ]
     legend(axes, handles=handles, loc="lower right")
     return figure
+
+
+def _recall_density_axes(axes: Axes, least: float, lowest: float) -> None:
+    """Axes from the `least` density (logarithmic where that is small) and the `lowest` recall to 1."""
+    logarithmic = least < 0.25
+    axes.set_xlim((least * 0.8, 1.02) if logarithmic else (max(0.0, least - 0.06), 1.005))
+    if logarithmic:
+        axes.set_xscale("log")
+        plain_log(axes.xaxis, LogLocator(10, subs=(1.0, 2.0, 5.0)))
+    floor = min(max(0.0, math.floor((lowest - 0.01) * 20) / 20), 0.9)
+    axes.set_ylim(floor, 1.0 + 0.02 * (1.0 - floor))
+    tidy(axes)
+    label(
+        axes,
+        "density: kept / visible (query, key) pairs" + (", log scale" if logarithmic else ""),
+        "recall: attention mass kept",
+    )
 
 
 def recall_by_position(profiles: Sequence[HeadProfile]) -> Figure:
@@ -240,7 +224,7 @@ def recall_by_position(profiles: Sequence[HeadProfile]) -> Figure:
     token_ticks(axes, x=True, count=8)
     tidy(axes)
     label(axes, "query position (tokens)", "recall: attention mass kept")
-    legend(figure, handles=handles, loc="outside lower left", ncols=3, borderaxespad=0.4)
+    legend_below(figure, columns=3, handles=handles)
     return figure
 
 
@@ -271,9 +255,6 @@ def pooled_oracle(profiles: Sequence[HeadProfile]) -> tuple[np.ndarray, np.ndarr
     start = np.array([[p.oracle_pairs[0] / p.visible_pairs, p.oracle_recall[0]] for p in profiles]).mean(0)
     grown = np.stack([cost, gain])[:, steepest].cumsum(1) / len(profiles)
     return np.append(start[0], start[0] + grown[0]), np.append(start[1], start[1] + grown[1])
-
-
-_ALONE, _DENSE = "#cfe8f7", "#4d4d4d"  # cells of the theta grid whose theta is -inf or +inf
 
 
 def _same(profiles: Sequence[HeadProfile]) -> HeadProfile:
@@ -308,20 +289,13 @@ def _grid(
     """
     colors = matplotlib.colormaps[cmap]
     norm = Normalize(*span)
-    image = colors(norm(np.where(np.isfinite(values), values, span[0])))
-    image[np.isnan(values)] = to_rgba(PAPER)
-    image[np.isneginf(values)] = to_rgba(_ALONE)
-    image[np.isposinf(values)] = to_rgba(_DENSE)
+    special = ((np.isneginf(values), _ALONE), (np.isposinf(values), _DENSE))
+    image = color_cells(values, colors, norm, special=special)
     paint(axes, image)
-    axes.set_title(title, size=TEXT, color=INK, loc="left", pad=6)
+    panel_title(axes, title, pad=6)
     if values.shape[1] <= 10 and values.shape[0] <= 32:
-        known = {at: float(value) for at, value in np.ndenumerate(values) if not np.isnan(value)}
-        write_cells(axes, image, {at: _digits(value, up=up) for at, value in known.items()})
-    bar = axes.figure.colorbar(
-        ScalarMappable(norm, colors), ax=axes, orientation="horizontal", fraction=0.05, pad=0.02, aspect=34
-    )
-    bar.ax.tick_params(labelsize=SMALL, length=3)
-    bar.outline.set_visible(False)
+        write_numbers(axes, image, values, lambda value: _digits(value, up=up))
+    color_bar(axes, norm, colors, orientation="horizontal", fraction=0.05, pad=0.02, aspect=34)
 
 
 def _digits(value: float, *, up: bool) -> str:

@@ -27,10 +27,10 @@ from anchorscope.plots.style import (
     RED,
     SKY,
     SMALL,
-    TEXT,
     label,
     legend,
     new_figure,
+    panel_title,
     setting,
     share,
     shown_positions,
@@ -41,6 +41,7 @@ from anchorscope.profiles import HeadProfile
 from anchorscope.shown import exact_theta, short_name
 
 MASS_FLOOR = 1e-5  # low end of the heat map's colors, the same in all figures so that heads compare
+MASS = matplotlib.colormaps["magma"]
 SHOWN_ROWS, SHOWN_COLUMNS = 64, 480  # cells drawn: more would be narrower than a pixel and could vanish
 
 
@@ -58,7 +59,6 @@ def stripe_heatmap(profile: HeadProfile) -> Figure:
     if p.heat_mass.size == 0:
         raise InputError(f"layer {p.layer}, head {p.head} was loaded without its heat map: load it with heat=True")
     cells = _shown_cells(p)
-    n = p.tokens
     recall, density = float(p.recall[0]), float(p.density[0])
     theta = exact_theta(float(p.thetas[0]))
     title = f"{short_name(p.prompt)}, layer {p.layer}, head {p.head} (kv head {p.kv_head})"
@@ -70,6 +70,25 @@ def stripe_heatmap(profile: HeadProfile) -> Figure:
         f"{stripes})  |  missed mass {share(max(0.0, 1 - recall))}"
     )
     figure = new_figure(13.4, 7.9, title, subtitle, constrained=False)
+    panels, norm = _panels(figure), LogNorm(MASS_FLOOR, 1.0)
+    _draw_maps(panels, p, cells, norm)
+    _draw_strips(panels, cells)
+    _draw_side(panels.side, p)
+    _draw_scales(figure, norm)
+    legend(figure, handles=_handles(p.window), loc="lower right", bbox_to_anchor=(0.99, 0.012), ncols=2, frameon=False)
+    return figure
+
+
+class _Panels(NamedTuple):
+    """Axes of the figure: both maps, the strip at the right, and the strips below the maps."""
+
+    mass: Axes
+    missed: Axes
+    side: Axes
+    below: tuple[Axes, Axes]
+
+
+def _panels(figure: Figure) -> _Panels:
     grid = figure.add_gridspec(
         2,
         3,
@@ -82,57 +101,63 @@ def stripe_heatmap(profile: HeadProfile) -> Figure:
         wspace=0.085,
         hspace=0.1,
     )
-    mass_axes = figure.add_subplot(grid[0, 0])
-    miss_axes = figure.add_subplot(grid[0, 1], sharex=mass_axes, sharey=mass_axes)
-    side_axes = figure.add_subplot(grid[0, 2], sharey=mass_axes)
-    below = [figure.add_subplot(grid[1, c], sharex=mass_axes) for c in (0, 1)]
-
-    colors = matplotlib.colormaps["magma"]
-    norm = LogNorm(MASS_FLOOR, 1.0)
-    _cells(mass_axes, cells, cells.mass, colors, norm)
-    _cells(miss_axes, cells, cells.missed, MISSED, norm)
-    _regions(mass_axes, p, outline="white", fill=None)
-    _regions(miss_axes, p, outline=BLUE, fill=SKY)
-    _track(mass_axes, cells, SKY, faintest=0.55)
-    _track(miss_axes, cells, BLUE, faintest=0.25)
-    for axes, text in ((mass_axes, "attention mass"), (miss_axes, "missed mass")):
-        axes.set_title(text, size=TEXT, color=INK, loc="left", pad=4)
-        _invisible(axes, n, p.window)
-        axes.set_xlim(0, n)
-        axes.set_ylim(n, 0)
-        axes.tick_params(labelsize=SMALL, length=3, labelbottom=False)
-    token_ticks(mass_axes, x=True, y=True)
-    miss_axes.tick_params(labelleft=False)
-    label(mass_axes, y="query position (tokens), groups top to bottom")
-
-    total, missed = cells.by_key(cells.mass), cells.by_key(cells.missed)
-    per = "key" if cells.width == 1 else f"{cells.width:,} keys"
-    _strip(below[0], cells, total, INK, f"attention mass per {per}, all queries (log scale)", log=True)
-    _strip(
-        below[1],
-        cells,
-        missed,
-        RED,
-        f"missed mass per {per}, all queries",
-        log=False,
+    mass = figure.add_subplot(grid[0, 0])
+    missed = figure.add_subplot(grid[0, 1], sharex=mass, sharey=mass)
+    side = figure.add_subplot(grid[0, 2], sharey=mass)
+    return _Panels(
+        mass, missed, side, (figure.add_subplot(grid[1, 0], sharex=mass), figure.add_subplot(grid[1, 1], sharex=mass))
     )
-    below[1].yaxis.tick_right()
-    for axes in below:
+
+
+def _draw_maps(panels: _Panels, p: HeadProfile, cells: _Cells, norm: LogNorm) -> None:
+    """Attention mass at the left, what is missed of it in the middle."""
+    _cells(panels.mass, cells, cells.mass, MASS, norm)
+    _cells(panels.missed, cells, cells.missed, MISSED, norm)
+    _regions(panels.mass, p, outline="white", fill=None)
+    _regions(panels.missed, p, outline=BLUE, fill=SKY)
+    _track(panels.mass, cells, SKY, faintest=0.55)
+    _track(panels.missed, cells, BLUE, faintest=0.25)
+    for axes, text in ((panels.mass, "attention mass"), (panels.missed, "missed mass")):
+        panel_title(axes, text, pad=4)
+        _invisible(axes, p.tokens, p.window)
+        axes.set_xlim(0, p.tokens)
+        axes.set_ylim(p.tokens, 0)
+        axes.tick_params(labelsize=SMALL, length=3, labelbottom=False)
+    token_ticks(panels.mass, x=True, y=True)
+    panels.missed.tick_params(labelleft=False)
+    label(panels.mass, y="query position (tokens), groups top to bottom")
+
+
+def _draw_strips(panels: _Panels, cells: _Cells) -> None:
+    """Below each map, its sum over the queries."""
+    per = "key" if cells.width == 1 else f"{cells.width:,} keys"
+    mass, missed = cells.by_key(cells.mass), cells.by_key(cells.missed)
+    left, right = panels.below
+    _strip(left, cells, mass, INK, f"attention mass per {per}, all queries (log scale)", log=True)
+    _strip(right, cells, missed, RED, f"missed mass per {per}, all queries", log=False)
+    right.yaxis.tick_right()
+    for axes in panels.below:
         label(axes, x="key position (tokens)")
 
-    edges, by_position = shown_positions(p.position_edges, p.position_recall[0])
-    side_axes.stairs(by_position, edges, orientation="horizontal", baseline=1.0, fill=True, color=RED, alpha=0.35)
-    side_axes.stairs(by_position, edges, orientation="horizontal", baseline=None, color=RED, linewidth=1.4)
-    side_axes.axvline(recall, color=INK, linewidth=1.0, linestyle=":")
-    floor = min(0.9, max(0.0, math.floor((float(by_position.min()) - 0.02) * 10) / 10))
-    side_axes.set_xlim(floor, 1.0)
-    side_axes.set_title("recall by query", size=TEXT, color=INK, loc="left", pad=4)
-    tidy(side_axes)
-    side_axes.tick_params(labelleft=False)
-    side_axes.xaxis.set_major_locator(MaxNLocator(3))
-    label(side_axes, "recall\n(dotted: mean)")
 
-    for left, cmap, text in ((0.066, colors, "attention mass"), (0.3, MISSED, "missed mass")):
+def _draw_side(axes: Axes, p: HeadProfile) -> None:
+    """Recall by query position, beside the rows of the maps."""
+    edges, by_position = shown_positions(p.position_edges, p.position_recall[0])
+    axes.stairs(by_position, edges, orientation="horizontal", baseline=1.0, fill=True, color=RED, alpha=0.35)
+    axes.stairs(by_position, edges, orientation="horizontal", baseline=None, color=RED, linewidth=1.4)
+    axes.axvline(float(p.recall[0]), color=INK, linewidth=1.0, linestyle=":")
+    floor = min(0.9, max(0.0, math.floor((float(by_position.min()) - 0.02) * 10) / 10))
+    axes.set_xlim(floor, 1.0)
+    panel_title(axes, "recall by query", pad=4)
+    tidy(axes)
+    axes.tick_params(labelleft=False)
+    axes.xaxis.set_major_locator(MaxNLocator(3))
+    label(axes, "recall\n(dotted: mean)")
+
+
+def _draw_scales(figure: Figure, norm: LogNorm) -> None:
+    """The color bars of both maps, at the bottom."""
+    for left, cmap, text in ((0.066, MASS, "attention mass"), (0.3, MISSED, "missed mass")):
         bar = figure.colorbar(
             ScalarMappable(norm, cmap),
             cax=figure.add_axes((left, 0.072, 0.2, 0.018)),
@@ -141,29 +166,21 @@ def stripe_heatmap(profile: HeadProfile) -> Figure:
         )
         bar.ax.tick_params(labelsize=SMALL, length=3)
         bar.set_label(f"{text} of a cell, mean per query", size=SMALL, color=INK)
+
+
+def _handles(window: int | None) -> list[Patch | Line2D]:
+    """What the colors mean."""
+    stripes = "stripes of the group (bar along its lower edge; stronger: more)"
     handles: list[Patch | Line2D] = [
         Patch(facecolor=to_rgba(SKY, 0.35), edgecolor=BLUE, label="anchor region: always kept (outlined)"),
-        Patch(
-            facecolor=BLUE,
-            edgecolor="none",
-            label="stripes of the group (bar along its lower edge; stronger: more)",
-        ),
+        Patch(facecolor=BLUE, edgecolor="none", label=stripes),
         Patch(facecolor=RED, edgecolor="none", label="attention mass missed"),
         Patch(facecolor=PAPER, edgecolor=FAINT, hatch="///", label="not visible to the query"),
     ]
-    if p.window is not None:
-        handles.append(
-            Line2D(
-                [],
-                [],
-                color=MUTED,
-                linestyle="--",
-                linewidth=1.0,
-                label=f"edge of the window of {p.window:,}",
-            )
-        )
-    legend(figure, handles=handles, loc="lower right", bbox_to_anchor=(0.99, 0.012), ncols=2, frameon=False)
-    return figure
+    if window is not None:
+        edge = f"edge of the window of {window:,}"
+        handles.append(Line2D([], [], color=MUTED, linestyle="--", linewidth=1.0, label=edge))
+    return handles
 
 
 class _Cells(NamedTuple):
@@ -292,4 +309,4 @@ def _strip(axes: Axes, cells: _Cells, values: np.ndarray, color: str, text: str,
     axes.stairs(values, cells.columns, fill=True, color=color, baseline=MASS_FLOOR / 10 if log else 0)
     tidy(axes, grid=False)
     axes.tick_params(labelsize=SMALL, length=3)
-    axes.set_title(text, size=SMALL, color=INK, loc="left", pad=3)
+    panel_title(axes, text, size=SMALL, pad=3)

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axes._secondary_axes import SecondaryAxis
+from matplotlib.axis import Axis
+from matplotlib.cm import ScalarMappable
+from matplotlib.colorbar import Colorbar
+from matplotlib.colors import Colormap, Normalize, to_rgba
 
-from anchorscope.plots.style import INK, SMALL, label
+from anchorscope.plots.style import INK, PAPER, SMALL, TEXT, label
 
 FIGURES = 7.5  # points of the number in a cell
 
@@ -55,12 +60,15 @@ class LayerHead:
 
     def ticks(self, axes: Axes, *, most: tuple[int, int] = (16, 16), color: str = INK) -> None:
         """Layer and head numbers, at most about `most` of each, and axis labels."""
-        for axis, numbers, limit in ((axes.yaxis, self.layers, most[0]), (axes.xaxis, self.heads, most[1])):
-            stride = math.ceil(len(numbers) / limit)
-            stride = stride if stride <= 2 else 4 * math.ceil(stride / 4)
-            axis.set_ticks(range(0, len(numbers), stride), [str(x) for x in numbers[::stride]])
+        self.numbers(axes, most=most, fours=True)
         bare(axes, color)
         label(axes, "query head", "layer")
+
+    def numbers(self, axes: Axes, *, most: tuple[int, int], fours: bool = False) -> None:
+        """Layer and head numbers alone, at most about `most` of each; `fours`: each second, fourth, eighth, ..."""
+        for axis, numbers, limit in ((axes.yaxis, self.layers, most[0]), (axes.xaxis, self.heads, most[1])):
+            stride = math.ceil(len(numbers) / limit)
+            some_ticks(axis, numbers, 4 * math.ceil(stride / 4) if fours and stride > 2 else stride)
 
     def kv_lines(self, axes: Axes, *, wide: float = 2.0, narrow: float = 1.0) -> None:
         """White lines between the query heads of different kv heads, `wide` points where heads are few."""
@@ -80,12 +88,68 @@ def ink_on(background: Sequence[float] | np.ndarray) -> str:
     return "white" if float(np.dot(np.asarray(background)[:3], (0.299, 0.587, 0.114))) < 0.55 else INK
 
 
+def some_ticks(axis: Axis | SecondaryAxis, labels: Sequence[object], stride: int) -> None:
+    """Every so many labels along an axis of cells."""
+    axis.set_ticks(range(0, len(labels), stride), [str(x) for x in labels[::stride]])
+
+
+def color_cells(
+    values: np.ndarray,
+    colors: Colormap,
+    norm: Normalize,
+    *,
+    special: Iterable[tuple[np.ndarray, object]] = (),
+    missing: Any = PAPER,
+) -> np.ndarray:
+    """Cells (rows, columns, 4) of values (rows, columns).
+
+    Args:
+        values: NaN where nothing is known.
+        colors: of the values.
+        norm: their scale.
+        special: masks (rows, columns), and the color of the cells they choose, one after the other.
+        missing: color where nothing is known.
+    """
+    low, high = (0.0 if end is None else float(end) for end in (norm.vmin, norm.vmax))
+    known = np.clip(np.where(np.isnan(values), low, values), low, high)
+    image = np.asarray(colors(norm(known)))
+    image[np.isnan(values)] = to_rgba(missing)
+    for mask, color in special:
+        image[mask] = to_rgba(color)  # type: ignore[arg-type]
+    return image
+
+
+def color_bar(
+    axes: Any, norm: Normalize, colors: Colormap, *, text: str = "", size: float = TEXT, **place: Any
+) -> Colorbar:
+    """A color bar without box beside or below axes (one or several), `place` as matplotlib's `colorbar` takes it."""
+    figure = (axes if isinstance(axes, Axes) else axes[0]).figure
+    bar = figure.colorbar(ScalarMappable(norm, colors), ax=axes, **place)
+    if text:
+        bar.set_label(text, size=size, color=INK)
+    bar.ax.tick_params(labelsize=SMALL, length=3)
+    bar.outline.set_visible(False)
+    return bar
+
+
 def paint(axes: Axes, image: np.ndarray) -> None:
     """Draw cells (rows, columns, 4) as they are, without blending neighbors."""
     axes.imshow(image, aspect="auto", interpolation="nearest")
 
 
-def write_cells(axes: Axes, image: np.ndarray, texts: Mapping[tuple[int, int], str], *, size: float = FIGURES) -> None:
-    """Write a text into each of the cells named by (row, column), in ink that is readable there."""
+def write_cells(
+    axes: Axes, image: np.ndarray, texts: Mapping[tuple[int, int], str], *, size: float = FIGURES, **look: Any
+) -> None:
+    """Write a text into each of the cells named by (row, column), in ink that is readable there, or as `look` says."""
     for (row, column), text in texts.items():
-        axes.text(column, row, text, size=size, ha="center", va="center", color=ink_on(image[row, column]))
+        axes.text(
+            column, row, text, **{"color": ink_on(image[row, column]), **look}, size=size, ha="center", va="center"
+        )
+
+
+def write_numbers(
+    axes: Axes, image: np.ndarray, values: np.ndarray, text: Callable[[float], str], *, size: float = FIGURES
+) -> None:
+    """Write the number of each cell, as `text` shows it; none where it is NaN."""
+    known = {at: text(float(value)) for at, value in np.ndenumerate(values) if not math.isnan(value)}
+    write_cells(axes, image, known, size=size)

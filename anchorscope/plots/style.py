@@ -71,11 +71,21 @@ def label(axes: Axes, x: str = "", y: str = "") -> None:
     axes.set_ylabel(y, size=TEXT, color=INK)
 
 
+def panel_title(axes: Axes, text: str, **options: Any) -> None:
+    """A title above one of several panels, flush left."""
+    axes.set_title(text, **{"size": TEXT, "color": INK, "loc": "left", **options})
+
+
 def legend(owner: Axes | Figure, **options: Any) -> None:
     """A legend at the common size, on paper that keeps the lines behind it readable; none where nothing has a name."""
     if "handles" not in options and isinstance(owner, Axes) and not owner.get_legend_handles_labels()[0]:
         return
     owner.legend(**{"fontsize": SMALL, "frameon": True, "framealpha": 0.9, "edgecolor": FAINT, **options})
+
+
+def legend_below(figure: Figure, *, columns: int, **options: Any) -> None:
+    """A legend at the lower left of a figure, under everything, in at most so many columns."""
+    legend(figure, **{"loc": "outside lower left", "ncols": columns, "borderaxespad": 0.4, **options})
 
 
 def token_ticks(axes: Axes, *, x: bool = False, y: bool = False, count: int = 6) -> None:

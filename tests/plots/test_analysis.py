@@ -99,12 +99,12 @@ def test_grid_frames_exactly_the_heads_that_fall_short() -> None:
     assert 0 < len(frames) < len(profiles)
 
 
-def test_grid_leaves_heads_that_are_not_there_grey() -> None:
+def test_grid_leaves_heads_that_are_not_there_gray() -> None:
     figure = layer_head_grid([make_profile(tokens=256, block=16, step=2, layer=x, head=x) for x in range(2)])
     image = figure.axes[0].images[0].get_array()
     assert np.allclose(image[0, 1], image[1, 0])
     assert not np.allclose(image[0, 0], image[0, 1])
-    assert "not analysed" in texts(figure)
+    assert "not analyzed" in texts(figure)
 
 
 def test_mean_curve_moves_all_heads_with_one_theta() -> None:
