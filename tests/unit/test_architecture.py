@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -223,3 +224,11 @@ def test_modules_that_moved_are_imported_every_way():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True).stdout
     assert out.startswith("anchorscope.capture.hook.divert moved to anchorscope.models.hook")
+
+
+def test_places_that_the_documentation_names_exist():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    table = text[text.index("## Where do I change") : text.index("## The rooms in words")]
+    named = re.findall(r"`((?:anchorscope|kernels|tests|docs)/[\w./]*)`", table)
+    assert len(named) > 20
+    assert not [name for name in named if not (ROOT / name).exists()]
