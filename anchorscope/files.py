@@ -381,9 +381,9 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def human_bytes(count: float) -> str:
     """Bytes in a readable unit, decimal as disks are sold: 1536 is "1.5 kB"."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+    for unit, digits in (("B", 0), ("kB", 1), ("MB", 1), ("GB", 1)):
+        if round(count, digits) < 1000:  # as shown: 999,999 is "1.0 MB", not "1000.0 kB"
+            return f"{count:.{digits}f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
 

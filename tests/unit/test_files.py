@@ -204,6 +204,7 @@ def test_names_stay_inside(tmp_path):
 
 def test_words():
     assert [human_bytes(x) for x in (999, 1536, 2e9, 5e13)] == ["999 B", "1.5 kB", "2.0 GB", "50.0 TB"]
+    assert [human_bytes(x) for x in (999.4, 999.6, 999_949, 999_999)] == ["999 B", "1.0 kB", "999.9 kB", "1.0 MB"]
     assert visible("a\x1b[31m\n\u202e\x9b\x07é 中") == "a\\x1b[31m\\n\\u202e\\x9b\\x07é 中"
     assert visible("\ud800") == "\\ud800"
     assert len(visible("x" * 1000, 100)) < 110
