@@ -94,7 +94,7 @@ class HeadLine:
 
     @classmethod
     def of(cls, profile: HeadProfile, target: float) -> HeadLine:
-        """Summarise a profile; `target` is the recall asked for."""
+        """Summarize a profile; `target` is the recall asked for."""
         p = profile
         return cls(
             p.prompt,

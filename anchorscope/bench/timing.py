@@ -43,7 +43,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def first_call(run: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
-    """Wall-clock milliseconds of one synchronised call, and its result."""
+    """Wall-clock milliseconds of one synchronized call, and its result."""
     synchronize(device)
     start = time.perf_counter()
     result = run()

@@ -67,7 +67,7 @@ def draw_all(report: Report, folder: Path) -> list[Path]:
 
 
 def theta_map(report: Report) -> Figure:
-    """Theta per layer and head, with each layer's kind of group on the right; dense heads grey."""
+    """Theta per layer and head, with each layer's kind of group on the right; dense heads gray."""
     rows = report["heads"]
     place = LayerHead((r["layer"], r["head"]) for r in rows)
     layers, heads = place.layers, place.heads

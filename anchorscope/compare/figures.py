@@ -135,7 +135,7 @@ def head_curves(points: Sequence[Point], style: Mapping[str, Look], *, target: f
     """Recall against density of every head of one layer and prompt, after a panel with the layer's mean.
 
     Args:
-        points: of one prompt and one layer.
+        points: the points of one prompt and one layer.
         style: a look per method.
         target: recall marked by a line.
     """
@@ -182,7 +182,7 @@ def density_needed(points: Sequence[Point], style: Mapping[str, Look], *, target
         max(0.28 * len(layers) + 3.4 if wide else 0.62 * len(layers) + 4.2, 7.4),
         0.3 * len(names) + 2.0,
         f"Density needed for recall {target:g}: method x layer",
-        f"mean over {_count(points)}, each head at its own, interpolated between settings; grey: not reached",
+        f"mean over {_count(points)}, each head at its own, interpolated between settings; gray: not reached",
     )
     axes = figure.subplots()
     known = values[np.isfinite(values)]

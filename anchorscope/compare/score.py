@@ -29,7 +29,7 @@ from anchorscope.runs.progress import Cancelled
 
 LAST_ROWS = AnchorParams().block  # `recall_last` averages over the last block, of the default size for all methods
 BATCH_BYTES = 1 << 28  # selections held at a time; beyond it, a head's scores are computed once more
-_TINY = 1e-30  # kept shares of a row below this are renormalised around their own maximum
+_TINY = 1e-30  # kept shares of a row below this are renormalized around their own maximum
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ class _Books:
             scores = chunk.scores[rows, :width][lost].masked_fill(~keep, -math.inf)
             if double is not None:
                 scores = scores + math.log(2) * double
-            out[lost] = _renormalised(scores, self.extended[chunk.low : last, :-1])
+            out[lost] = _renormalized(scores, self.extended[chunk.low : last, :-1])
         self.error[index] += (out - dense[rows, :-1]).double().square().sum()
 
     def _add_mask(self, index: int, selection: Selection, chunk: Chunk, weights: Tensor, dense: Tensor) -> None:
@@ -202,7 +202,7 @@ class _Books:
             scores = chunk.scores[lost].masked_fill(~keep[lost], -math.inf)
             if double is not None:
                 scores = scores + math.log(2) * double[lost]
-            out[lost] = _renormalised(scores, self.extended[low:last, :-1])
+            out[lost] = _renormalized(scores, self.extended[low:last, :-1])
         self.error[index] += (out - dense[:, :-1]).double().square().sum()
 
     def _pairs(self, keys: Tensor, first: int, last: int) -> Tensor:
@@ -241,7 +241,7 @@ def _gathers(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def _renormalised(scores: Tensor, values: Tensor) -> Tensor:
+def _renormalized(scores: Tensor, values: Tensor) -> Tensor:
     """Outputs of queries whose kept share underflows: softmax around their own maximum; zero where nothing is kept."""
     return torch.softmax(scores, 1).nan_to_num(0.0) @ values
 

@@ -61,7 +61,7 @@ def methods_rows(points: Iterable[Point]) -> list[tuple[str, ...]]:
 
 
 def density_at_recall(curve: Sequence[tuple[float, float, float]], target: float) -> Need:
-    """Least density at which a curve reaches a recall, by linear interpolation between neighbouring points.
+    """Least density at which a curve reaches a recall, by linear interpolation between neighboring points.
 
     Args:
         curve: (density, recall, identify_cost) of each measured point, in any order.

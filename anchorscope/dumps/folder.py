@@ -58,7 +58,7 @@ def check_disk(path: Path, needed: int) -> None:
     """Refuse to start when the disk below `path` has less than `needed` bytes (and 1 MiB) free.
 
     Raises:
-        RunFailure: with both numbers.
+        RunFailure: the disk has less; the message names both numbers.
     """
     base = path.absolute()
     while not base.exists():

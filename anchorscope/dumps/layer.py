@@ -1,7 +1,7 @@
 """The tensor file of one layer of one prompt: what it must hold, and writing it piece by piece.
 
 Tensors are streamed head by head, so writing needs no second copy of a layer: that is why the (small) safetensors
-header is written here instead of by `safetensors.torch.save_file`, which serialises in memory.
+header is written here instead of by `safetensors.torch.save_file`, which serializes in memory.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class LayerSpec:
         """Refuse values out of range.
 
         Raises:
-            InputError: with `where` and the value.
+            InputError: the message names `where` and the value.
         """
         if not is_positive(self.scale):
             raise InputError(f"{where}: scale must be a positive finite number, not {self.scale!r}")

@@ -38,7 +38,7 @@ class LayerTensors:
         v: (Hkv, N, d), or None if the dump holds no values.
         query_heads: original index of each row of `q`.
         kv_heads: original index of each row of `k` and `v`.
-        kv_rows: for each row of `q`, the row of `k` and `v` it reads.
+        kv_rows: the row of `k` and `v` that each row of `q` reads.
     """
 
     q: Tensor
@@ -65,7 +65,7 @@ class Dump:
     Attributes:
         path: the folder.
         manifest: `manifest.json` as parsed.
-        prompts: its prompts.
+        prompts: the prompts, in the manifest's order.
         entries: one per (prompt, layer), in the manifest's order.
         identity: SHA-256 of the canonical manifest (it covers the tensors through their checksums).
     """

@@ -125,7 +125,7 @@ class DumpWriter:
         """Start the file of one layer of one prompt.
 
         Args:
-            prompt: its name in the header.
+            prompt: the name that the header gives it.
             layer: index.
             spec: what the file holds; or give the fields of `LayerSpec` by name.
 

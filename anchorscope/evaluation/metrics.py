@@ -94,7 +94,7 @@ def summarize_tokens(dense_nll: np.ndarray, scores: TokenScores) -> dict[str, fl
 
 
 def token_intervals(dense_nll: np.ndarray, scores: TokenScores, seed: int) -> dict[str, list[float]]:
-    """95% intervals of the means by a paired block bootstrap: neighbouring tokens are not independent.
+    """95% intervals of the means by a paired block bootstrap: neighboring tokens are not independent.
 
     Contiguous blocks of tokens are drawn with replacement, the same ones for both arms; percentiles of 2,000 draws.
     Blocks are T ** (1/2) tokens long (90 at 8,192 tokens), so that blocks and their number grow together.

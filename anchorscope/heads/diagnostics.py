@@ -1,4 +1,4 @@
-"""Where a head's attention goes: sinks, neighbours, columns, diagonals, blocks; one pass over the exact weights.
+"""Where a head's attention goes: sinks, neighbors, columns, diagonals, blocks; one pass over the exact weights.
 
 All metrics are means over the queries of a head or sums over its weights P, so a run of queries at a time suffices:
 its column sums, diagonal sums and block sums are added up and nothing of size N x N is held. Definitions, ranges and

@@ -60,7 +60,7 @@ SHAPES = (
     Panel("block_mass", "mass on the heaviest 1/64 of 64x64 blocks", "cividis", "share"),
 )
 PERSISTENCE = (
-    Panel("overlap_groups", "with the neighbouring group", "cividis", "share"),
+    Panel("overlap_groups", "with the neighboring group", "cividis", "share"),
     Panel("overlap_heads", "with query heads of the same kv head", "cividis", "share"),
     Panel("overlap_layer", "with the previous captured layer", "cividis", "share"),
 )
@@ -70,7 +70,7 @@ def class_map(rows: Sequence[HeadRow]) -> Figure:
     """Which heads stream, which retrieve, which are mixed: one layer x head map.
 
     Args:
-        rows: heads of one prompt; heads that are missing are left grey.
+        rows: heads of one prompt; heads that are missing are left gray.
 
     Raises:
         InputError: no rows, or rows of several prompts.
@@ -108,7 +108,7 @@ def metric_maps(rows: Sequence[HeadRow], panels: Sequence[Panel], title: str, su
     """Layer x head maps of several metrics.
 
     Args:
-        rows: heads of one prompt; heads that are missing, or to which a metric does not apply, are left grey.
+        rows: heads of one prompt; heads that are missing, or to which a metric does not apply, are left gray.
         panels: what to draw, three in a row.
         title, subtitle: above the maps; the prompt's name is added to the title.
 
@@ -123,14 +123,14 @@ def metric_maps(rows: Sequence[HeadRow], panels: Sequence[Panel], title: str, su
     width = min(max(0.46 * len(grid.heads), 3.4), 4.8)
     each = max(grid.row_height(0.15, 5.2) * len(grid.layers), 1.1) + 1.15
     figure = new_figure(across * width + 1.4, down * each + 1.25, f"{title}: {short_name(rows[0].prompt)}", subtitle)
-    grey = False
+    gray = False
     for axes, panel in zip(figure.subplots(down, across, squeeze=False).ravel(), panels, strict=False):
         values = grid.fill((r.layer, r.head, getattr(r, panel.metric)) for r in rows)
-        grey |= bool(np.isnan(values).any())
+        gray |= bool(np.isnan(values).any())
         _map(axes, values, panel)
         grid.ticks(axes)
         grid.kv_lines(axes)
-    if grey:
+    if gray:
         handles = [Patch(facecolor=PAPER, edgecolor=MUTED, label="not measured, or does not apply")]
         legend_below(figure, columns=4, handles=handles, framealpha=0.8)
     return figure

@@ -198,6 +198,6 @@ def _warnings(layers: Sequence[LayerUnit], params: AnchorParams) -> list[str]:
     if params.groups(shortest) < 3:
         found.append(
             f"{shortest:,} tokens make {params.groups(shortest)} groups of {params.group:,}, too few to compare"
-            " neighbours; lower --block or --step"
+            " neighbors; lower --block or --step"
         )
     return found

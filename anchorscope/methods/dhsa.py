@@ -16,7 +16,7 @@ from anchorscope.methods.selection import Blocks, Selection
 
 @dataclass(frozen=True)
 class Dhsa(Method):
-    """Every query chunk keeps the k visible key chunks whose length-normalised vectors score highest.
+    """Every query chunk keeps the k visible key chunks whose length-normalized vectors score highest.
 
     A chunk's vector is the mean of its rows times the square root of its length, for queries and keys alike.
 

@@ -119,7 +119,7 @@ class _Level:
 
 
 def gray_place(bits: Tensor) -> Tensor:
-    """Place of bit patterns (N, r), most significant first, in the Gray code: neighbours differ in one bit."""
+    """Place of bit patterns (N, r), most significant first, in the Gray code: neighbors differ in one bit."""
     place = torch.zeros(len(bits), dtype=torch.int64, device=bits.device)
     parity = place.clone()
     for bit in bits.long().T:

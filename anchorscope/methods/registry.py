@@ -161,10 +161,10 @@ def line_up(
         else:
             method = known[name]()
             lineup.append(Contender(name, method, _sweep(method)))
-    labelled = {x.label for x in added}
+    labeled = {x.label for x in added}
     # A label of the user's replaces a default one of the same name.
-    lineup = [x for x in lineup if x.label not in labelled] + added
-    if len(labelled) < len(added):
+    lineup = [x for x in lineup if x.label not in labeled] + added
+    if len(labeled) < len(added):
         raise InputError("--as gives the same label twice; every contender needs its own")
     return tuple(lineup)
 

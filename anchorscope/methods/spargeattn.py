@@ -24,7 +24,7 @@ class SpargeAttn(Method):
     kept. The diagonal is not forced.
 
     Simplified: keys are not smoothed (mean-subtracted) first, and the second, in-kernel filter on the running maximum
-    and the quantised arithmetic are left out.
+    and the quantized arithmetic are left out.
     """
 
     name: ClassVar = "spargeattn"

@@ -105,7 +105,7 @@ def color_cells(
 
     Args:
         values: NaN where nothing is known.
-        colors: of the values.
+        colors: the color map of the values.
         norm: their scale.
         special: masks (rows, columns), and the color of the cells they choose, one after the other.
         missing: color where nothing is known.

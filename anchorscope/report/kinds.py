@@ -8,7 +8,7 @@ from pathlib import Path
 
 from anchorscope.errors import DumpError, InputError
 from anchorscope.report import diagnostics, methods
-from anchorscope.report.read import Kind, Run, Table, labelled, open_run, read_result
+from anchorscope.report.read import Kind, Run, Table, labeled, open_run, read_result
 
 KINDS: tuple[Kind, ...] = (methods.KIND, diagnostics.KIND)
 
@@ -19,7 +19,7 @@ class Sources:
 
     Attributes:
         runs: the analyses.
-        tables: by the name of their kind, what was measured beside them.
+        tables: what was measured beside them, by the name of its kind.
         remarks: what is missing or unfinished.
     """
 
@@ -77,4 +77,4 @@ def open_sources(folders: Sequence[Path | str]) -> Sources:
                 f"{table.path} was measured on a dump that none of the analyses used; name it with an analysis of"
                 " the same dump"
             )
-    return Sources(labelled(runs), everything, tuple(remark for run in runs for remark in run.remarks))
+    return Sources(labeled(runs), everything, tuple(remark for run in runs for remark in run.remarks))

@@ -32,10 +32,10 @@ class Run:
     """A finished analysis as found on disk.
 
     Attributes:
-        path: its folder.
+        path: the folder.
         label: how the page calls it.
-        report: its report.json.
-        profiles: its profile files, in the order of heads.csv.
+        report: the content of report.json.
+        profiles: the profile files, in the order of heads.csv.
         remarks: what of it is missing or unfinished.
     """
 
@@ -115,7 +115,7 @@ class Kind:
         needed: columns of the table beside prompt, layer and head.
         about: the shape of its report as far as it is read (see `anchorscope.shapes`).
         within: the folder of an analysis that holds one of these too, if any.
-        pack: its part of the page for one run and prompt, from the tables of that run's dump; None: there is none.
+        pack: makes what the page holds of it for one prompt, from the tables of one dump; None where there is none.
     """
 
     name: str
@@ -221,7 +221,7 @@ def _table(folder: Path, kind: Kind) -> Table:
     return Table(path, identity if isinstance(identity, str) else None, about, columns, lines[1:])
 
 
-def labelled(runs: Sequence[Run]) -> tuple[Run, ...]:
+def labeled(runs: Sequence[Run]) -> tuple[Run, ...]:
     """Runs with different labels: the folder's name, with the parent's in front where two are equal."""
     names = [r.label for r in runs]
     out: list[Run] = []

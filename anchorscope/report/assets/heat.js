@@ -78,13 +78,13 @@ async function showCell(r, c) {
 function zoom(factor) {
   if (!heat) return;
   const box = byId("heat"), xs = box.layout.xaxis.range, ys = box.layout.yaxis.range;
-  const around = (range, centre, most) => {
+  const around = (range, center, most) => {
     const half = Math.min((Math.abs(range[1] - range[0]) * factor) / 2, most / 2);
-    const middle = Math.min(Math.max(centre, half), most - half);
+    const middle = Math.min(Math.max(center, half), most - half);
     return [middle - half, middle + half];
   };
-  const centre = heat.cursor ? [(heat.columns[heat.cursor[1]] + heat.columns[heat.cursor[1] + 1]) / 2, (heat.rows[heat.cursor[0]] + heat.rows[heat.cursor[0] + 1]) / 2]
+  const center = heat.cursor ? [(heat.columns[heat.cursor[1]] + heat.columns[heat.cursor[1] + 1]) / 2, (heat.rows[heat.cursor[0]] + heat.rows[heat.cursor[0] + 1]) / 2]
     : [(xs[0] + xs[1]) / 2, (ys[0] + ys[1]) / 2];
-  const x = around(xs, centre[0], heat.columns.at(-1)), y = around(ys, centre[1], heat.rows.at(-1));
+  const x = around(xs, center[0], heat.columns.at(-1)), y = around(ys, center[1], heat.rows.at(-1));
   Plotly.relayout(box, factor === Infinity ? { "xaxis.range": [0, heat.columns.at(-1)], "yaxis.range": [heat.rows.at(-1), 0] } : { "xaxis.range": x, "yaxis.range": [y[1], y[0]] });
 }
