@@ -193,6 +193,20 @@ class AnchorConfig:
         return cls(tuple(_layer(item, i) for i, item in enumerate(layers)), model, record)
 
 
+def different_in(model: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
+    """In what two descriptions of a model differ, in words; None if they may be of the same model.
+
+    Without fingerprints on both sides, the name is all there is to go by.
+    """
+    keys: tuple[str, ...] = (*SHAPE, *IDENTITY)
+    if not (model.get("fingerprint") and other.get("fingerprint")):
+        keys = (*keys, "name")
+    for key in keys:
+        if model.get(key) is not None and other.get(key) is not None and model[key] != other[key]:
+            return key.replace("_", " ")
+    return None
+
+
 def _called(facts: Mapping[str, Any]) -> str:
     name = str(facts.get("name") or facts.get("class") or "an unnamed model")
     return "".join(c for c in name if c.isprintable())[:120]

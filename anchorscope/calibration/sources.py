@@ -11,7 +11,7 @@ from typing import Any
 from anchorscope.analysis.request import AnalysisPlan
 from anchorscope.analysis.run import STATE as ANALYSIS_STATE
 from anchorscope.analysis.run import iter_profiles, load_report
-from anchorscope.anchors import IDENTITY, SHAPE
+from anchorscope.anchors import different_in
 from anchorscope.calibration.curves import HeadIndex, PromptCurve, Statistic
 from anchorscope.calibration.prompts import Prompt
 from anchorscope.dumps import MANIFEST, Dump, open_dump
@@ -257,15 +257,11 @@ def _one_model(facts: Sequence[tuple[Path, Any]]) -> Mapping[str, Any] | None:
             raise InputError(f"{silent} does not say which model it is of, the others do: calibrate them apart")
         if other is None or model is None:
             continue
-        keys: tuple[str, ...] = (*SHAPE, *IDENTITY)
-        if not (model.get("fingerprint") and other.get("fingerprint")):
-            keys = (*keys, "name")  # without fingerprints, the name is all there is to go by
-        for key in keys:
-            if model.get(key) is not None and other.get(key) is not None and model[key] != other[key]:
-                raise InputError(
-                    f"{first} and {path} are of different models (their {key.replace('_', ' ')} differs:"
-                    f" {str(model[key])[:24]} and {str(other[key])[:24]}): calibrate them apart"
-                )
+        if (key := different_in(model, other)) is not None:
+            values = " and ".join(str(m[key.replace(" ", "_")])[:24] for m in (model, other))
+            raise InputError(
+                f"{first} and {path} are of different models (their {key} differs: {values}): calibrate them apart"
+            )
     return model
 
 

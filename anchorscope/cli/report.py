@@ -22,11 +22,13 @@ def report(
     outs: Annotated[
         list[Path],
         typer.Argument(
-            help="Folders written by `analyze`; those of `compare` and `heads` add to them.", metavar="OUT..."
+            help="Folders written by `analyze`, `calibrate`; those of `compare` and `heads` add to analyses.",
+            metavar="OUT...",
         ),
     ],
     html: Annotated[
-        Path | None, typer.Option("--html", help="The file to write. (default: report.html in the first analysis)")
+        Path | None,
+        typer.Option("--html", help="The file to write. (default: report.html in the first analysis, or first folder)"),
     ] = None,
     dump: Annotated[
         list[Path] | None, typer.Option(help="Dump the analyses came from, for its tokens; may be repeated.")
@@ -34,7 +36,7 @@ def report(
     tokenizer: opt.Tokenizer = None,
     open_page: Annotated[bool, typer.Option("--open", help="Show the page in the browser.")] = False,
 ) -> None:
-    """Make one self-contained HTML page from finished analyses: every head, every theta, side by side.
+    """Make one self-contained HTML page of finished runs: every head, every theta, and what they cost, side by side.
 
     The page works without a network and holds no link to the folders it came from.
     """
@@ -46,7 +48,7 @@ def report(
     if tokenizer is not None and not dump:
         raise InputError("--tokenizer needs the token ids: add --dump, the dump that was analyzed")
     tokens = _tokens(sources, dump or [], tokenizer)
-    target = sources.runs[0].path / "report.html" if html is None else html
+    target = sources.home / "report.html" if html is None else html
     if target.is_dir():
         raise InputError(f"--html {target} is a folder; name a file")
 
@@ -58,13 +60,21 @@ def report(
         write_report(
             sources, target, tokens=tokens, progress=lambda done, total: bar.update(task, completed=done, total=total)
         )
-    note(f"{sum(len(r.profiles) for r in sources.runs)} heads, {human_bytes(target.stat().st_size)}")
+    note(f"{_extent(sources)}, {human_bytes(target.stat().st_size)}")
     print(target)
     if open_page:
         import webbrowser
 
         if not webbrowser.open(target.resolve().as_uri()):
             note(f"no browser could be started; open {target} yourself")
+
+
+def _extent(sources: Sources) -> str:
+    """What the page holds, in words."""
+    heads = sum(len(r.profiles) for r in sources.runs)
+    found = [f"{heads} head{'' if heads == 1 else 's'}"] if sources.runs else []
+    found += [f"{len(x)} {name}{'' if len(x) == 1 else 's'}" for name, x in sources.results.items() if x]
+    return ", ".join(found)
 
 
 def _tokens(sources: Sources, dumps: Sequence[Path], tokenizer: Path | None) -> dict[tuple[str, str], list[str]]:

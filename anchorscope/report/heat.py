@@ -59,6 +59,8 @@ def pack_heat(profile: HeadProfile, shape: tuple[int, int], margins: tuple[float
 
 def heat_shape(paths: Sequence[Path], margins: tuple[float, float], budget: int) -> tuple[int, int]:
     """The finest size whose maps fit into `budget` bytes, judged on a sample of heads."""
+    if not paths:
+        return HEAT_SIZES[0]
     sample = [HeadProfile.load(paths[i]) for i in np.unique(np.linspace(0, len(paths) - 1, 24).astype(int))]
     for shape in HEAT_SIZES:
         each = np.mean([len(json.dumps(pack_heat(p, shape, margins))) for p in sample])

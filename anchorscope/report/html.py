@@ -1,4 +1,4 @@
-"""One self-contained HTML page from finished analyses: every head's curve, heat map and numbers, no network.
+"""One self-contained HTML page from finished runs: every head's curve, heat map and numbers, no network.
 
 The page is a template (assets/), plotly.js and one JSON document. Everything numeric travels as deflated binary, so
 that a model of 1,024 heads stays under 15 MB:
@@ -6,7 +6,8 @@ that a model of 1,024 heads stays under 15 MB:
 - curves of all heads of a prompt (`curves.py`): float32 on one theta grid, thinned where nothing happens, which holds
   every theta asked for with its exact values;
 - heat maps (`heat.py`): attention mass and smallest margin, as coarse as `PAGE_BYTES` demands;
-- what folders of other commands add (`kinds.py`): one file per kind of folder.
+- what folders of other commands add (`kinds.py`): one file per kind of folder; those with a section of their own say it
+  in `blocks.py`'s cards, tables and grids.
 
 The page interpolates on the theta grid; it computes nothing else that the CSV files hold. Text that comes from prompts
 reaches the page as JSON with "<" escaped and is shown as text, never as markup. numpy only, neither torch nor the dump.
@@ -29,7 +30,7 @@ from anchorscope.files import write_atomic
 from anchorscope.profiles import HeadProfile
 from anchorscope.report.curves import pack_curves, theta_grid
 from anchorscope.report.heat import MARGIN_STEPS, MASS_FLOOR, MASS_STEPS, heat_shape, pack_heat
-from anchorscope.report.kinds import KINDS, Sources, open_sources
+from anchorscope.report.kinds import KINDS, SECTIONS, Sources, open_sources
 from anchorscope.report.pack import json_number, pack_bytes
 from anchorscope.report.read import Run, Table
 
@@ -38,7 +39,8 @@ PLOTLY_BYTES = 5_000_000
 LEAST_HEAT = 1_500_000  # what they get however large the rest is
 MAX_ASKED = 24  # thetas whose other columns of heads.csv are kept; recall and density are kept for all
 
-SCRIPTS = ("core", "data", "state", "grid", "overview", "charts", "head", "heat", "events", "start")  # of assets/
+# of assets/
+SCRIPTS = ("core", "data", "state", "grid", "overview", "charts", "head", "heat", "events", "blocks", "start")
 COLOR_MAPS = ("viridis", "cividis", "magma", "PuOr")  # any color vision can read them
 
 Progress = Callable[[int, int], None]
@@ -99,14 +101,15 @@ def plotly_source() -> str:
 
 
 def build_data(sources: Sources, *, tokens: Tokens | None = None, progress: Progress | None = None) -> dict[str, Any]:
-    """The JSON document of the page: `runs`, one `set` per run and prompt, `words` (token texts), color maps.
+    """The JSON document of the page: `runs`, one `set` per run and prompt, `sections` of other folders, `words` (token
+    texts), color maps.
 
     Raises:
         DumpError: a profile is missing or damaged.
     """
     tick = _ticks(sum(len(r.profiles) for r in sources.runs), progress)
     measured = [_read(run, tick) for run in sources.runs]
-    margins = (min(m.low for m in measured), max(m.high for m in measured))
+    margins = (min((m.low for m in measured), default=0.0), max((m.high for m in measured), default=1.0))
     words: dict[str, str] = {}
     sets: list[dict[str, Any]] = []
     files: list[list[Path]] = []
@@ -118,8 +121,10 @@ def build_data(sources: Sources, *, tokens: Tokens | None = None, progress: Prog
             sets.append({"run": index, **_pack_set(one, prompt, sources, key if key in words else None)})
             files.append([path for path, p in zip(one.run.profiles, one.profiles, strict=True) if p.prompt == prompt])
     runs = [_pack_run(one) for one in measured]
-    rest = len(json.dumps([runs, sets, words]))
-    shape = heat_shape([p for mine in files for p in mine], margins, max(LEAST_HEAT, PAGE_BYTES - PLOTLY_BYTES - rest))
+    sections = [x for section in SECTIONS for x in section.pack(sources.results.get(section.name, ()))]
+    rest = len(json.dumps([runs, sets, words, sections]))
+    paths_of_all = [p for mine in files for p in mine]
+    shape = heat_shape(paths_of_all, margins, max(LEAST_HEAT, PAGE_BYTES - PLOTLY_BYTES - rest))
     for one_set, paths in zip(sets, files, strict=True):
         one_set["heat"] = []
         for path in paths:
@@ -129,12 +134,21 @@ def build_data(sources: Sources, *, tokens: Tokens | None = None, progress: Prog
         "format": "anchorscope-page",
         "anchorscope": __version__,
         "runs": runs,
+        "model": _model(sources),
         "sets": sets,
+        "sections": sections,
         "words": words,
         "mass": {"steps": MASS_STEPS, "floor": MASS_FLOOR},
         "margin": {"steps": MARGIN_STEPS, "low": margins[0], "high": margins[1]},
         "maps": {name: _colors(name) for name in COLOR_MAPS},
     }
+
+
+def _model(sources: Sources) -> str | None:
+    """The name of the model that all is about, if any folder tells it."""
+    models = [run.report["dump"].get("model") for run in sources.runs]
+    models += [result.model for results in sources.results.values() for result in results]
+    return next((str(m["name"]) for m in models if m and m.get("name")), None)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -221,15 +221,12 @@ def _table(folder: Path, kind: Kind) -> Table:
     return Table(path, identity if isinstance(identity, str) else None, about, columns, lines[1:])
 
 
-def labeled(runs: Sequence[Run]) -> tuple[Run, ...]:
-    """Runs with different labels: the folder's name, with the parent's in front where two are equal."""
-    names = [r.label for r in runs]
-    out: list[Run] = []
-    for i, run in enumerate(runs):
-        label = run.label
+def labels(folders: Sequence[Path]) -> list[str]:
+    """What to call folders: their names, with the parent's in front where two are equal; all different."""
+    names = [folder.resolve().name for folder in folders]
+    out: list[str] = []
+    for i, (folder, label) in enumerate(zip(folders, names, strict=True)):
         if names.count(label) > 1:
-            label = f"{run.path.resolve().parent.name}/{label}"
-        if label in {r.label for r in out}:
-            label = f"{label} ({i + 1})"
-        out.append(replace(run, label=label))
-    return tuple(out)
+            label = f"{folder.resolve().parent.name}/{label}"
+        out.append(f"{label} ({i + 1})" if label in out else label)
+    return out

@@ -220,7 +220,19 @@ def _read_heads(base: Path, file: Path) -> None:
     _again(base, "heads", "heads.json", _heads)
 
 
+def _read_page(base: Path, *folders: str) -> None:
+    """A page of folders, as strict JSON."""
+    with contextlib.suppress(AnchorScopeError):
+        json.dumps(build_data(open_sources([base / folder for folder in folders])), allow_nan=False)
+
+
+def _make_page(*folders: str) -> Callable[[Path, Path], list[str]]:
+    """The command that makes a page of folders."""
+    return lambda base, _: ["report", *(str(base / f) for f in folders), "--html", str(base / "page.html")]
+
+
 def _read_calibration(base: Path, file: Path) -> None:
+    _read_page(base, "calibration")
     with contextlib.suppress(AnchorScopeError):
         _read_anchors(base, base / "calibration" / "anchors.json")
     _again(base, "calibration", "calibration.json", _calibrate)
@@ -254,21 +266,21 @@ TARGETS = (
         "analysis",
         "analysis/**/*",
         _read_analysis,
-        lambda base, _: ["report", str(base / "analysis"), "--html", str(base / "page.html")],
+        _make_page("analysis"),
     ),
     Target(
         "comparison",
         "comparison/**/*",
         _read_comparison,
-        lambda base, _: ["report", str(base / "analysis"), str(base / "comparison"), "--html", str(base / "page.html")],
+        _make_page("analysis", "comparison"),
     ),
     Target(
         "heads",
         "heads/**/*",
         _read_heads,
-        lambda base, _: ["report", str(base / "analysis"), str(base / "heads"), "--html", str(base / "page.html")],
+        _make_page("analysis", "heads"),
     ),
-    Target("calibration", "calibration/*", _read_calibration),
+    Target("calibration", "calibration/*", _read_calibration, _make_page("calibration")),
     Target("evaluation", "evaluation/**/*", _read_evaluation),
     Target("tokenizer", "tokenizer.json", lambda _, file: token_texts([0, 1, 9], load_pieces(file))),
     Target("unigram", "unigram.json", lambda _, file: token_texts([0, 1, 9], load_pieces(file))),

@@ -54,6 +54,8 @@ def write_run(folder: Path, profiles: Sequence[HeadProfile], *, target: float = 
         "step": first.step,
         "target_recall": target,
         "prompts": prompts,
+        "layers": sorted({p.layer for p in profiles}),
+        "heads": "all",
     }
     lines = [HeadLine.of(p, target) for p in profiles]
     report = {
@@ -61,6 +63,7 @@ def write_run(folder: Path, profiles: Sequence[HeadProfile], *, target: float = 
         "version": 1,
         "started": "2026-01-01T00:00:00+00:00",
         "dump": {"identity": first.dump_identity, "model": {"name": model, "layers": 2}},
+        "prompts": [{"name": p, "tokens": first.tokens} for p in prompts],
         "settings": settings,
         "versions": {"anchorscope": "0"},
         "hardware": "CPU",
@@ -68,6 +71,7 @@ def write_run(folder: Path, profiles: Sequence[HeadProfile], *, target: float = 
         "overall": summarise(lines, thetas),
     }
     state = {"format": "anchorscope-analysis", "version": 1, "profiles": names, "settings": settings}
+    state |= {"started": report["started"]}
     (folder / "analysis.json").write_text(json.dumps(state))
     (folder / "report.json").write_text(json.dumps(report))
     (folder / "heads.csv").write_text(csv_text(HEADS_COLUMNS, [r for p in profiles for r in heads_rows(p)]))

@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import base64
 import csv
-import os
-import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,45 +14,11 @@ import pytest
 from anchorscope.profiles import HeadProfile
 from anchorscope.report.html import write_report
 
+from .browser import Page
 from .runs import IDENTITY, heads_csv, make_profiles, renamed, write_diagnostics, write_methods, write_run
 
 pytestmark = pytest.mark.browser
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)> & <b>bold</b>"
-FLAGS = [
-    "--headless=new",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--disable-dev-shm-usage",
-    "--hide-scrollbars",
-    "--proxy-server=127.0.0.1:9",  # whatever asks for the network fails, and is seen in the log
-]
-
-
-def find(*names: str) -> str:
-    found = next((path for name in names if (path := shutil.which(name))), None)
-    if found is None:
-        pytest.skip(f"no {names[0]} on this machine: apt-get install chromium chromium-driver")
-    return found
-
-
-@pytest.fixture(scope="module")
-def driver(tmp_path_factory):
-    selenium = pytest.importorskip("selenium.webdriver", reason="selenium is not installed: pip install selenium")
-    browser, service = find("chromium", "chromium-browser", "google-chrome"), find("chromedriver")
-    options = selenium.ChromeOptions()
-    options.binary_location = browser
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = selenium.Chrome(options=options, service=selenium.ChromeService(service))
-    driver.set_script_timeout(30)
-    yield driver
-    driver.quit()
 
 
 @pytest.fixture(scope="module")
@@ -75,82 +38,17 @@ def page(tmp_path_factory, run, profiles):
     pytest.importorskip("plotly", reason="plotly is not installed: pip install 'anchorscope[report]'")
     folder = tmp_path_factory.mktemp("page")
     later = make_profiles(prompts=("prose",), layers=3, heads=6, tokens=4096, seed=3, thetas=(6.0, 9.0))
-    second = write_run(folder / "other", later)
+    second = write_run(folder / "other", later, model=HOSTILE)
     extras = [write_methods(folder / "methods", profiles), write_diagnostics(folder / "heads", profiles)]
     words = {(IDENTITY, p): [f"<i>{i}</i> " for i in range(4096)] for p in ("prose", HOSTILE)}
     return write_report([run, second, *extras], folder / "page.html", tokens=words)
 
 
-class Page:
-    """The loaded page; every use ends with a look at the console."""
-
-    def __init__(self, driver, path: Path):
-        self.driver = driver
-        driver.get(path.as_uri())
-        self.wait("document.documentElement.dataset.ready === '1' && document.querySelector('#heat .main-svg')")
-
-    def js(self, code: str, *arguments):
-        return self.driver.execute_script(code, *arguments)
-
-    def wait(self, condition: str, *arguments):
-        done = "const done = arguments[arguments.length - 1], from = Date.now(), args = [...arguments];"
-        done += f"const look = () => ({condition}) ? done(true) : Date.now() - from > 15000 ? done(false)"
-        assert self.driver.execute_async_script(f"{done} : setTimeout(look, 20); look();", *arguments), condition
-
-    def settle(self):
-        """Until what was asked for is drawn: two frames, and the tasks behind them."""
-        self.driver.execute_async_script(
-            "const done = arguments[0];"
-            "requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(() => setTimeout(done, 60), 60)));"
-        )
-
-    def click(self, selector: str):
-        self.js("document.querySelector(arguments[0]).scrollIntoView({block: 'center'})", selector)
-        self.driver.find_element("css selector", selector).click()
-        self.settle()
-
-    def choose(self, selector: str, value: str):
-        self.js(
-            "const e = document.querySelector(arguments[0]); e.value = arguments[1];"
-            "for (const kind of ['input', 'change']) e.dispatchEvent(new Event(kind, {bubbles: true}));",
-            selector,
-            value,
-        )
-        self.settle()
-
-    def press(self, selector: str, *keys: str):
-        self.driver.find_element("css selector", selector).send_keys(*keys)
-        self.settle()
-
-    def text(self, selector: str) -> str:
-        return self.js("return document.querySelector(arguments[0]).textContent", selector)
-
-    def cell(self, layer: int, head: int) -> float:
-        """The number that a grid cell announces."""
-        label = self.js(f"return document.querySelector('[data-key=\"{layer}:{head}\"]').getAttribute('aria-label')")
-        return float(label.rsplit(" ", 1)[1])
-
-    def numbers(self, theta: str) -> dict[str, str]:
-        """A row of the table of a head's numbers."""
-        return self.js(
-            "const row = document.querySelector(`#numbers tr[data-theta='${arguments[0]}']`);"
-            "return Object.fromEntries([...row.children].map((c) => [c.dataset.column, c.textContent]));",
-            theta,
-        )
-
-
 @pytest.fixture
 def shown(driver, page):
-    driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
-    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "", "features": []})
-    driver.get_log("browser")
     shown = Page(driver, page)
     yield shown
-    assert driver.get_log("browser") == []
-    assert shown.js("return document.getElementById('failure').hidden")
-    assert (
-        shown.js("return performance.getEntriesByType('resource').filter((r) => !/^(data|blob):/.test(r.name))") == []
-    )
+    shown.check()
 
 
 def test_grid_equals_the_csv_at_every_theta_asked(shown, run):
@@ -349,26 +247,13 @@ def test_rivals_best_method_and_diagnostics(shown, page):
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize(("width", "height"), [(1280, 800), (390, 844)])
 def test_fits_the_screen_in_both_themes(shown, width, height, dark):
-    emulate = shown.driver.execute_cdp_cmd
-    emulate(
-        "Emulation.setDeviceMetricsOverride",
-        {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500},
-    )
-    features = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
-    emulate("Emulation.setEmulatedMedia", {"features": features})
-    shown.wait(f"document.documentElement.dataset.theme === '{'dark' if dark else 'light'}'")
-    shown.settle()
+    shown.size(width, height, dark=dark)
     assert shown.js("return document.documentElement.scrollWidth") <= width
     paper = shown.js("return getComputedStyle(document.body).backgroundColor")
     assert (sum(int(x) for x in paper.strip("rgb()").split(",")) < 200) == dark
     ink = shown.js("return document.getElementById('curve').layout.font.color")
     assert ink == ("#e8eaee" if dark else "#1c1f24")
-    if folder := os.environ.get("ANCHORSCOPE_SCREENSHOTS"):
-        tall = shown.js("return document.documentElement.scrollHeight")
-        whole = {"x": 0, "y": 0, "width": width, "height": tall, "scale": 1}
-        shot = emulate("Page.captureScreenshot", {"captureBeyondViewport": True, "clip": whole})
-        name = f"report-{width}x{height}-{'dark' if dark else 'light'}.png"
-        (Path(folder) / name).write_bytes(base64.b64decode(shot["data"]))
+    shown.shoot(f"report-{width}x{height}-{'dark' if dark else 'light'}.png", width)
 
 
 def test_theme_button_goes_round(shown):

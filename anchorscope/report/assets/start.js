@@ -4,7 +4,8 @@ const system = matchMedia("(prefers-color-scheme: dark)");
 let wish = "system";
 function dress(theme) {
   document.documentElement.dataset.theme = theme === "system" ? (system.matches ? "dark" : "light") : theme;
-  if (current().index) refresh();
+  if (current()?.index) refresh();
+  drawCharts();
 }
 byId("theme").addEventListener("click", () => {
   wish = { system: "light", light: "dark", dark: "system" }[wish];
@@ -14,6 +15,8 @@ byId("theme").addEventListener("click", () => {
 system.addEventListener("change", () => dress(wish));
 // Paper is white, and the charts carry their colors in themselves.
 function redraw() {
+  drawCharts();
+  if (!current()) return;
   paintGrid();
   drawPooled();
   drawCurve(current().index.get(state.key));
@@ -44,6 +47,12 @@ async function start() {
   dress("system");
   if (typeof DecompressionStream === "undefined")
     throw new Error("this browser is too old: the data needs DecompressionStream, in all browsers since 2023");
+  paintSections();
+  if (!data.sets.length) { // nothing was analyzed: sections alone
+    byId("analyses").remove();
+    document.documentElement.dataset.ready = "1";
+    return;
+  }
   byId("set").append(...data.sets.map((s, i) => make("option", { value: String(i) }, nameOf(s))));
   byId("other").append(make("option", { value: "-1" }, "nothing"), ...data.sets.map((s, i) => make("option", { value: String(i) }, nameOf(s))));
   byId("quantity").append(...Object.entries(QUANTITIES).map(([id, q]) => make("option", { value: id }, q.name)));

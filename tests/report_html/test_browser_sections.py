@@ -1,0 +1,109 @@
+"""Sections of other folders in a real browser: alone and beside an analysis, in both themes, on paper."""
+
+from __future__ import annotations
+
+import csv
+
+import pytest
+
+from anchorscope.report.html import write_report
+
+from .browser import Page
+from .results import calibrated
+
+pytestmark = pytest.mark.browser
+NO_ANALYSIS = "!document.getElementById('analyses') && document.querySelector('.chart .main-svg')"
+
+
+@pytest.fixture(scope="module")
+def calibration(tmp_path_factory):
+    return calibrated(tmp_path_factory.mktemp("calibration"))
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory, run, calibration):
+    pytest.importorskip("plotly", reason="plotly is not installed: pip install 'anchorscope[report]'")
+    folder = tmp_path_factory.mktemp("page")
+    return {
+        "alone": write_report([calibration], folder / "alone.html"),
+        "all": write_report([run, calibration], folder / "all.html"),
+    }
+
+
+@pytest.fixture
+def alone(driver, pages):
+    shown = Page(driver, pages["alone"], ready=NO_ANALYSIS)
+    yield shown
+    shown.check()
+
+
+@pytest.fixture
+def whole(driver, pages):
+    shown = Page(driver, pages["all"])
+    yield shown
+    shown.check()
+
+
+def cells(page, section: str) -> dict[tuple[str, str], tuple[str, str]]:
+    """Text and title of every cell of the grid shown, by row and column."""
+    rows = page.js(
+        "const table = document.querySelector(`#${arguments[0]} table.cells`);"
+        "const names = [...table.querySelectorAll('thead th')].slice(1).map((x) => x.textContent);"
+        "return [...table.querySelectorAll('tbody tr')].flatMap((row) => [...row.querySelectorAll('td')].map("
+        "(td, i) => [row.querySelector('th').textContent, names[i], td.textContent, td.title]));",
+        section,
+    )
+    return {(row, column): (text, title) for row, column, text, title in rows}
+
+
+def test_the_grid_shows_what_is_chosen(alone, calibration):
+    with open(calibration / "calibration.csv", newline="") as file:
+        rows = {(r["layer"], r["head"]): r for r in csv.DictReader(file)}
+    choices = alone.js(
+        "return [...document.querySelectorAll('#calibration-0 select option')].map((o) => o.textContent)"
+    )
+    for name, column in (("recall, held out", "held_out_recall"), ("density, fitted", "fitted_density")):
+        alone.choose("#calibration-0 select", str(choices.index(name)))
+        shown = cells(alone, "calibration-0")
+        assert set(shown) == set(rows)
+        for place, (text, _) in shown.items():
+            assert float(text) == pytest.approx(float(rows[place][column]), abs=6e-4)
+    alone.choose("#calibration-0 select", str(choices.index("theta, nats")))
+    for place, (_, title) in cells(alone, "calibration-0").items():
+        assert f"theta {rows[place]['theta']} nats" in title
+
+
+def test_the_grid_uses_the_width(alone):
+    alone.size(1280, 800, dark=False)
+    shown = alone.js("return document.querySelector('#calibration-0 table.cells').getBoundingClientRect().width")
+    assert shown > 0.97 * alone.js("return document.getElementById('calibration-0').clientWidth")
+
+
+def test_sections_stand_below_the_analysis_and_in_the_contents(whole):
+    links = whole.js("return [...document.querySelectorAll('#contents a')].map((a) => a.getAttribute('href'))")
+    assert links == ["#analyses", "#calibration-0"]
+    assert whole.js("return links = arguments[0].every((l) => document.querySelector(l))", links)
+    assert "Calibration" in whole.text("#calibration-0 h2")
+    assert whole.js("return document.querySelectorAll('#grid [data-key]').length") == 6
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 700, 390])
+@pytest.mark.parametrize("which", ["alone", "all"])
+def test_fits_the_screen_in_both_themes(request, driver, which, width, dark):
+    page = request.getfixturevalue("alone" if which == "alone" else "whole")
+    page.size(width, 844, dark=dark)
+    assert page.js("return document.documentElement.scrollWidth") <= width
+    ink = page.js("return document.querySelector('#after .chart').layout.font.color")
+    assert ink == ("#e8eaee" if dark else "#1c1f24")
+    page.shoot(f"sections-{which}-{width}-{'dark' if dark else 'light'}.png", width)
+
+
+def test_prints_on_white_paper(alone):
+    alone.size(1280, 800, dark=True)
+    alone.js("dispatchEvent(new Event('beforeprint'))")
+    assert alone.js("return document.documentElement.dataset.theme") == "light"
+    assert alone.js("return document.querySelector('#after .chart').layout.font.color") == "#1c1f24"
+    assert alone.js("return document.querySelector('#after .main-svg').getBoundingClientRect().width") <= 700
+    alone.js("dispatchEvent(new Event('afterprint'))")
+    assert alone.js("return document.documentElement.dataset.theme") == "dark"
