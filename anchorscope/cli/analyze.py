@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from anchorscope.cli import options as opt
-from anchorscope.cli.common import announce, chosen, progress_bar, stdout_console, warn, warn_of_model
+from anchorscope.cli.common import announce, chosen, progress_bar, refuse_both, stdout_console, warn, warn_of_model
 from anchorscope.cli.tables import boxed_table, print_places
 from anchorscope.errors import InputError
 from anchorscope.shown import exact_theta, share_text, theta_text
@@ -56,8 +56,7 @@ def analyze(
     """
     from anchorscope.parse import parse_thetas
 
-    if overwrite and resume:
-        raise InputError("--overwrite and --resume contradict each other: give one of them")
+    refuse_both(overwrite, resume)
     thetas = parse_thetas(theta)
     pairs = _heatmaps(heatmap)
 

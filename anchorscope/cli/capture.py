@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from anchorscope.cli import options as opt
-from anchorscope.cli.common import note, stderr_console
+from anchorscope.cli.common import live_bar, note, quiet_loading, refuse_both
 from anchorscope.errors import InputError
 from anchorscope.files import MAX_PROMPT_BYTES, human_bytes, read_stdin, visible
 
@@ -81,8 +79,7 @@ def capture(
 
     Example: anchorscope capture --model smollm2 --prompt book.txt --tokens 8192 --out dump
     """
-    if overwrite and resume:
-        raise InputError("--overwrite and --resume contradict each other: give one of them")
+    refuse_both(overwrite, resume)
     wanted_layers, wanted_heads = _indices(layers, "--layers"), _indices(kv_heads, "--kv-heads")
     for option, value in (("--dtype", dtype), ("--model-dtype", model_dtype)):
         if value not in (None, "bf16", "fp16", "fp32"):
@@ -92,10 +89,7 @@ def capture(
     if [*(prompt or ()), *(token_ids or ())].count(STDIN) > 1:
         raise InputError("standard input can be read once only: give - to one option")
 
-    if not sys.stderr.isatty() or model == "smollm2" or model.lower().endswith(".gguf"):
-        # conversion bars of a GGUF are noise, those of a long download are not; tqdm reads this when imported
-        os.environ.setdefault("TQDM_DISABLE", "1")
-
+    quiet_loading(model)
     from anchorscope.models.load import quiet_transformers, require_transformers
     from anchorscope.models.prompts import PromptInput, decode, parse_token_ids, prompt_from_file, token_ids_from_file
 
@@ -173,19 +167,15 @@ def _indices(text: str, option: str) -> tuple[int, ...] | None:
 @contextmanager
 def _progress() -> Iterator[Callable[[CaptureProgress], None]]:
     """Layers done on stderr, with the time left; silent when stderr is no terminal."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
-    console = stderr_console()
-    bar = Progress(
+    bar = live_bar(
         TextColumn("capture "),
         BarColumn(bar_width=28),
         MofNCompleteColumn(),
         TextColumn("layers"),
         TimeRemainingColumn(),
         TextColumn("{task.description}", markup=False),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
     )
     with bar:
         task = bar.add_task("", total=None, visible=False)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from anchorscope.errors import InputError
 from anchorscope.files import visible
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress
     from rich.text import Text
 
     from anchorscope.dumps import Dump
@@ -67,7 +70,6 @@ def warn_of_model(source: Dump, prompts: Sequence[str] | None = None) -> None:
         source: the dump.
         prompts: names of the prompts in use; None means all.
     """
-    from anchorscope.files import visible
     from anchorscope.proof import dump_warnings
 
     for sentence in dump_warnings(source.manifest.get("proof"), source.prompts, prompts):
@@ -91,21 +93,37 @@ def chosen(source: Dump, layers: str, heads: str, prompts: str) -> dict[str, Any
     }
 
 
+def refuse_both(overwrite: bool, resume: bool) -> None:
+    """Refuse --overwrite together with --resume."""
+    if overwrite and resume:
+        raise InputError("--overwrite and --resume contradict each other: give one of them")
+
+
+def quiet_loading(model: str) -> None:
+    """Keep the bars of a model's loading off stderr, but those of a long download; before transformers is imported."""
+    if not sys.stderr.isatty() or model == "smollm2" or model.lower().endswith(".gguf"):
+        os.environ.setdefault("TQDM_DISABLE", "1")  # tqdm reads it when it is imported
+
+
+def live_bar(*columns: Any) -> Progress:
+    """A bar on stderr that goes away at its end, with rich's columns by default; silent where that is no terminal."""
+    from rich.progress import Progress
+
+    console = stderr_console()
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
 @contextmanager
 def progress_bar() -> Iterator[Callable[[Event], None]]:
     """A bar with time left on stderr; silent when stderr is no terminal."""
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-    console = stderr_console()
-    bar = Progress(
+    bar = live_bar(
         TextColumn("{task.description:<8}", markup=False),
         BarColumn(bar_width=28),
         TaskProgressColumn(),
         TimeRemainingColumn(),
         TextColumn("{task.fields[detail]}", table_column=None, markup=False),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
     )
     tasks: dict[str, Any] = {}
 

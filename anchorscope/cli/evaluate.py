@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from anchorscope.cli import options as opt
-from anchorscope.cli.common import announce, note, progress_bar, stdout_console
+from anchorscope.cli.common import announce, note, progress_bar, quiet_loading, stdout_console
 from anchorscope.cli.tables import clean_name, new_table, print_places
 from anchorscope.errors import InputError
 from anchorscope.shown import share_text
@@ -112,8 +111,7 @@ def evaluate(
     }
     if not prompt and not asked["tasks"]:
         raise InputError("nothing to evaluate: give --prompt FILE or --task NAME")
-    if not sys.stderr.isatty() or model == "smollm2" or model.lower().endswith(".gguf"):
-        os.environ.setdefault("TQDM_DISABLE", "1")  # conversion bars of a GGUF are noise
+    quiet_loading(model)
 
     from anchorscope.models.load import quiet_transformers, require_transformers
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from anchorscope.cli import options as opt
-from anchorscope.cli.common import stderr_console, stdout_console, warn_of_model
+from anchorscope.cli.common import live_bar, stdout_console, warn_of_model
 from anchorscope.cli.tables import new_table
 from anchorscope.errors import DumpError
 from anchorscope.files import human_bytes, visible
@@ -31,12 +31,9 @@ def info(
 
     Exit code 0 if it can be analyzed, 2 if it is damaged or unfinished.
     """
-    from rich.progress import Progress
-
     from anchorscope.dumps import verify
 
-    console = stderr_console()
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+    with live_bar() as bar:
         task = bar.add_task("verifying", total=None)
         result = verify(dump, lambda done, total: bar.update(task, completed=done, total=total))
     if as_json:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from anchorscope.cli import options as opt
-from anchorscope.cli.common import note, stderr_console, warn, warn_of_model
+from anchorscope.cli.common import live_bar, note, warn, warn_of_model
 from anchorscope.errors import InputError
 from anchorscope.files import human_bytes
 
@@ -52,10 +52,7 @@ def report(
     if target.is_dir():
         raise InputError(f"--html {target} is a folder; name a file")
 
-    from rich.progress import Progress
-
-    console = stderr_console()
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+    with live_bar() as bar:
         task = bar.add_task("heads", total=None)
         write_report(
             sources, target, tokens=tokens, progress=lambda done, total: bar.update(task, completed=done, total=total)
