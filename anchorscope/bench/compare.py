@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from anchorscope.bench.output import FOLDER, REPORT
+from anchorscope.bench.rows import FORMAT, FORMAT_VERSION
 from anchorscope.errors import InputError
 from anchorscope.files import read_json
 from anchorscope.shapes import NUMBER, check
@@ -58,14 +60,13 @@ def load_result(path: str | Path) -> dict[str, Any]:
     """Read a saved bench.json (or the folder that holds it).
 
     Raises:
-        InputError: missing, not JSON, not a bench, or of a newer format.
+        InputError: missing, unfinished, not JSON, not a bench, or of a newer format.
     """
-    from anchorscope.bench.output import RESULT
-    from anchorscope.bench.run import FORMAT, FORMAT_VERSION
-
     file = Path(path)
     if file.is_dir():
-        file = file / RESULT
+        if FOLDER.read(file) is not None:
+            FOLDER.check_finished(file)
+        file = file / REPORT
     try:
         data = read_json(file, MAX_BYTES, "bench result")
     except InputError as error:
@@ -79,7 +80,13 @@ def load_result(path: str | Path) -> dict[str, Any]:
     return data
 
 
-def compare(new: dict[str, Any], old: dict[str, Any]) -> tuple[list[Ratio], list[str]]:
+def comparison(new: Mapping[str, Any], name: str, old: Mapping[str, Any]) -> dict[str, Any]:
+    """The key `against` of bench.json: an older result by name, and what `compare` says of both."""
+    ratios, notes = compare(new, old)
+    return {"file": name, "created": old.get("created"), "notes": notes, "ratios": [vars(ratio) for ratio in ratios]}
+
+
+def compare(new: Mapping[str, Any], old: Mapping[str, Any]) -> tuple[list[Ratio], list[str]]:
     """Ratios of the times that both results hold, and notes on what cannot be compared.
 
     Times are matched only on equal inputs: same source, length, heads, dtype, groups, seed and period.
@@ -113,12 +120,12 @@ def compare(new: dict[str, Any], old: dict[str, Any]) -> tuple[list[Ratio], list
     return ratios, notes
 
 
-def _key(data: dict[str, Any], row: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+def _key(data: Mapping[str, Any], row: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
     settings = data["settings"]
     return (*((x, row[x]) for x in _SAME_ROW), *((x, settings[x]) for x in _SAME_SETTINGS))
 
 
-def _times(data: dict[str, Any]) -> Iterator[tuple[tuple[Any, str], dict[str, Any]]]:
+def _times(data: Mapping[str, Any]) -> Iterator[tuple[tuple[Any, str], dict[str, Any]]]:
     for row in data["rows"]:
         key = _key(data, row)
         named = [(f"dense {dense['name']}", dense["timing"]) for dense in row["dense"]]

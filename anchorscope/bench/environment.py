@@ -25,6 +25,21 @@ def hardware(device: torch.device) -> dict[str, Any]:
     Keys: type, name, memory_bytes, threads (CPU), sms (GPU), platform; for a GPU also what nvidia-smi says of
     driver_version, clocks.sm, clocks.max.sm, clocks.mem, power.limit and temperature.gpu, where it exists.
     """
+    return _device(device) | (_nvidia_smi(device) if device.type == "cuda" else {})
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What tells two machines apart whose times must not stand in one table; it stays the same while one works.
+
+    Keys: type, name, memory_bytes, threads (CPU), sms (GPU), platform; for a GPU also uuid and driver_version.
+    """
+    if device.type == "cpu":
+        return _device(device)
+    uuid = str(getattr(torch.cuda.get_device_properties(device), "uuid", ""))
+    return _device(device) | {"uuid": uuid, "driver_version": _nvidia_smi(device).get("driver_version")}
+
+
+def _device(device: torch.device) -> dict[str, Any]:
     common = {"type": device.type, "platform": f"{platform.system()} {platform.machine()}"}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -33,7 +48,6 @@ def hardware(device: torch.device) -> dict[str, Any]:
             "memory_bytes": properties.total_memory,
             "sms": properties.multi_processor_count,
             "threads": None,
-            **_nvidia_smi(device),
         }
     return common | {
         "name": _cpu_name(),

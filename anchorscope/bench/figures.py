@@ -1,14 +1,16 @@
-"""Figures of a bench, from the content of bench.json. Functions return a `Figure`; `output.save` writes."""
+"""Figures of a bench, from the content of bench.json. Functions return a `Figure`; `draw_all` writes them."""
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
+from anchorscope.plots.save import save_all
 from anchorscope.plots.style import (
     BLUE,
     GREEN,
@@ -32,6 +34,16 @@ _STAGE_LABELS = {"anchor": "anchor", "identification": "+ identification", "spar
 _STAGE_TITLE = "stages stacked, each timed by itself; the whole pipeline in one go, right behind dense"
 _DENSE = {"flash": BLUE, "cudnn": RED, "efficient": "#CC79A7", "flex": MUTED, "math": "#B0A000"}
 _PANELS = 9  # sources drawn at most
+
+
+def draw_all(data: dict[str, Any], folder: Path) -> list[Path]:
+    """Write time.png and, where there is something to see in it, density.png.
+
+    Raises:
+        RunFailure: a file cannot be written.
+    """
+    figures = {"time": figure_time(data), "density": figure_density(data)}
+    return save_all(((name, figure) for name, figure in figures.items() if figure is not None), folder)
 
 
 def figure_time(data: dict[str, Any]) -> Figure:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from anchorscope.cli import options as opt
-from anchorscope.cli.common import note, progress_bar, stdout_console, warn
+from anchorscope.cli.common import announce, note, progress_bar, stdout_console, warn
 from anchorscope.cli.tables import new_table, optional
 from anchorscope.errors import InputError, RunFailure
 from anchorscope.files import human_bytes
@@ -21,7 +21,7 @@ from anchorscope.shown import exact_theta, share_text, threads_text
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from anchorscope.bench import Ratio
+    from anchorscope.bench import BenchPlan
 
 RATIO_ROWS = 40
 MAX_LENGTH = 1 << 20
@@ -78,9 +78,8 @@ def bench(
     sizes = None if lengths is None else parse_lengths(lengths)
     thetas = None if theta is None else parse_thetas(theta)
 
-    from anchorscope.bench import BenchConfig, check_out, compare, load_result, run_bench, save
+    from anchorscope.bench import BenchConfig, load_result
     from anchorscope.params import AnchorParams
-    from anchorscope.runs.progress import Progress
 
     config = BenchConfig(
         lengths=sizes,
@@ -98,43 +97,43 @@ def bench(
         layers=None if layers is None or layers == "all" else parse_indices(layers, "--layers", _layers(dump)),
         repeats=repeats,
     )
-    if out is not None:
-        check_out(out, overwrite)
-    old = None if against is None else load_result(against)
-
-    with progress_bar() as bar:
-        result = run_bench(
-            config,
-            dump,
-            progress=lambda share, text: bar(Progress("bench", round(share * 1000), 1000, text)),
-            command=shlex.join(["anchorscope", *sys.argv[1:]]),
-        )
-    data = result.to_json()
-    ratios: list[Ratio] = []
-    if old is not None and against is not None:
-        ratios, notes = compare(data, old)
-        data["against"] = {
-            "file": against.name,
-            "created": old.get("created"),
-            "notes": notes,
-            "ratios": [vars(ratio) for ratio in ratios],
-        }
-        for sentence in notes:
-            warn(sentence)
+    old = None if against is None else (against.name, load_result(against))
+    plan = config.plan(dump)
+    what = f"{len(plan.units)} inputs to time" if len(plan.units) > 1 else "1 input to time"
+    if out is None:
+        note(f"{what}; needs about {plan.memory_words()}")
+    else:
+        announce(plan, what, figures=True)
+    data = _carry_out(plan, out, overwrite, old)
+    for sentence in data["against"]["notes"] if old is not None else ():
+        warn(sentence)
     if data["hardware"]["type"] == "cpu":
         warn("CPU TIMING: says how this machine's CPU does, nothing about a GPU")
     if as_json:
         sys.stdout.write(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     else:
-        print_result(data, ratios if old is not None else None)
-    # Behind the tables: a full disk must not take what minutes were spent on.
-    for path in [] if out is None else save(data, out, overwrite=overwrite):
+        print_result(data)
+    for row in data["rows"]:
+        if not row["check"]["passed"]:
+            reason = f"at N = {row['n']:,} ({row['source']}) the check against dense failed: {row['check']['reason']}"
+            raise RunFailure(f"no speed-up is given: {reason}")
+
+
+def _carry_out(
+    plan: BenchPlan, out: Path | None, overwrite: bool, old: tuple[str, dict[str, Any]] | None
+) -> dict[str, Any]:
+    """The content of bench.json, measured into a folder if there is one."""
+    from anchorscope.bench.run import Remarks, bench_plan, measure_plan
+    from anchorscope.runs.life import RunOptions
+
+    remarks = Remarks(shlex.join(["anchorscope", *sys.argv[1:]]), old)
+    with progress_bar() as bar:
+        if out is None:
+            return measure_plan(plan, bar, remarks)
+        done = bench_plan(plan, out, RunOptions(overwrite=overwrite, progress=bar, notify=warn), remarks)
+    for path in (out / "bench.json", *done.figures):
         note(f"wrote {path}")
-    if not result.passed:
-        row = next(row for row in result.rows if not row.check.passed)
-        raise RunFailure(
-            f"no speed-up is given: at N = {row.n:,} ({row.source}) the check against dense failed: {row.check.reason}"
-        )
+    return done.report
 
 
 def parse_lengths(text: str, option: str = "--lengths") -> tuple[int, ...]:
@@ -168,13 +167,8 @@ def _layers(dump: Path | None) -> list[int]:
     return [entry.layer for entry in open_dump(dump).entries]
 
 
-def print_result(data: dict[str, Any], ratios: list[Ratio] | None = None) -> None:
-    """The tables of a bench, at most 80 columns wide.
-
-    Args:
-        data: content of bench.json.
-        ratios: comparison with an older result, if one was asked for.
-    """
+def print_result(data: dict[str, Any]) -> None:
+    """The tables of a bench, at most 80 columns wide, from the content of bench.json."""
     console = stdout_console()
     settings, machine = data["settings"], data["hardware"]
     cpu = machine["type"] == "cpu"
@@ -202,10 +196,11 @@ def print_result(data: dict[str, Any], ratios: list[Ratio] | None = None) -> Non
     console.print()
     console.print(_quality_table(data))
     console.print("effic.: speed-up * density; TFLOP/s: of kept pairs; memory: beyond the output")
-    if ratios is not None:
+    if "against" in data:
+        ratios = data["against"]["ratios"]
         console.print()
         if ratios:
-            console.print(_ratio_table(data, ratios))
+            console.print(_ratio_table(data))
             console.print("= : the p20 to p80 ranges overlap")
         else:
             console.print("Against the older result: nothing to compare, no input is in both")
@@ -313,11 +308,12 @@ def _quality_table(data: dict[str, Any]) -> Table:
     return table
 
 
-def _ratio_table(data: dict[str, Any], ratios: list[Ratio]) -> Table:
+def _ratio_table(data: dict[str, Any]) -> Table:
     table = _table("Against the older result", ["N", "time", "old ms", "new ms", "new/old", ""])
     numbers = _numbers(data)
-    for ratio in ratios[:RATIO_ROWS]:
-        label = f"#{numbers[ratio.source]} {ratio.n:,}" if len(numbers) > 1 else f"{ratio.n:,}"
-        verdict = ("slower" if ratio.ratio > 1 else "faster") if ratio.beyond_spread else "="
-        table.add_row(label, ratio.what, _ms(ratio.old_ms), _ms(ratio.new_ms), f"{ratio.ratio:.2f}", verdict)
+    for ratio in data["against"]["ratios"][:RATIO_ROWS]:
+        label = f"#{numbers[ratio['source']]} {ratio['n']:,}" if len(numbers) > 1 else f"{ratio['n']:,}"
+        verdict = ("slower" if ratio["ratio"] > 1 else "faster") if ratio["beyond_spread"] else "="
+        times = _ms(ratio["old_ms"]), _ms(ratio["new_ms"])
+        table.add_row(label, ratio["what"], *times, f"{ratio['ratio']:.2f}", verdict)
     return table

@@ -44,6 +44,7 @@ class RunFolder:
         parts: (folder, pattern) of the files below it; the first folder is made when a run begins.
         figures: the folder among them that holds pictures.
         kept: what an interrupted run keeps, in words, and the pattern of its files.
+        stateless: `format` of a report that earlier versions wrote without a state; None if they never did.
     """
 
     what: str
@@ -56,6 +57,7 @@ class RunFolder:
     parts: tuple[tuple[str, str], ...] = (("parts", "*.json"),)
     kept: tuple[str, str]
     figures: str = "figures"
+    stateless: str | None = None
 
     @contextmanager
     def run(
@@ -112,11 +114,11 @@ class RunFolder:
             return
         if empty:
             return
-        found = self.read(path)
+        found = self._find(path)
         if found is None:
             raise InputError(f"--out {path} {self._foreign()}")
         if (path / self.report).exists() and not (overwrite or resume) and self.covers(found, asked):
-            raise InputError(f"--out {path} holds {self._refusal(same=True, finished=True)}")
+            raise InputError(f"--out {path} holds {self._refusal(found, found, finished=True)}")
 
     def _begin(
         self,
@@ -133,7 +135,7 @@ class RunFolder:
         state = {**identity, "asked": dict(asked), "started": datetime.now(timezone.utc).isoformat(timespec="seconds")}
         free = shutil.disk_usage(path).free
         if not _is_empty(path):
-            found = self.read(path)
+            found = self._find(path)
             if found is None:
                 raise InputError(f"--out {path} {self._foreign()}")
             same = _without_own(found) == identity
@@ -149,15 +151,35 @@ class RunFolder:
                     self._clear(path, (x for x in self.parts if x[0] == self.figures))
             elif overwrite:
                 self._check_disk(path, free, disk)
-                self.clear(path, state=False)
+                self._replace(path, found)
             else:
-                raise InputError(f"--out {path} holds {self._refusal(same, finished)}")
+                raise InputError(f"--out {path} holds {self._refusal(found, identity, finished)}")
         else:
             self._check_disk(path, free, disk)
         remove_strays(path)
         write_atomic(path / self.state, (json.dumps(state, indent=2, allow_nan=False) + "\n").encode())
         (path / self.parts[0][0]).mkdir(exist_ok=True)
         return state
+
+    def _find(self, path: Path) -> dict[str, Any] | None:
+        """The state of the run in a folder; one that stands for it where an earlier version wrote none."""
+        found = self.read(path)
+        if found is not None or self.stateless is None or (path / self.state).exists():
+            return found
+        try:
+            report: Any = read_json(path / self.report, MAX_JSON_BYTES, "report")
+        except InputError:
+            return None
+        return {"format": self.format, "started": ""} if fits(report, {"format": self.stateless}) else None
+
+    def _replace(self, path: Path, found: Mapping[str, Any]) -> None:
+        """Remove what the run that was found wrote; the parts in an earlier version's folder are somebody else's."""
+        if (path / self.state).exists():
+            self.clear(path, state=False)
+            return
+        write_atomic(path / self.state, json_bytes(found))  # first: whatever interrupts this, the folder stays known
+        (path / self.report).unlink()
+        self._clear(path, (x for x in self.parts if x[0] == self.figures))
 
     def holds(self, path: Path, request: Mapping[str, Any]) -> bool:
         """Whether a folder holds a finished run of this request."""
@@ -170,10 +192,14 @@ class RunFolder:
     def _foreign(self) -> str:
         return f"exists and is not {self.what}; name a new folder"
 
-    def _refusal(self, same: bool, finished: bool) -> str:
+    def _refusal(self, found: Mapping[str, Any], identity: Mapping[str, Any], finished: bool) -> str:
         noun = self.what.split(" ", 1)[1]
         what = f"a finished {noun}" if finished else f"an unfinished {noun}"
-        what += "" if same else " with other settings"
+        if "version" not in found:  # see `_find`
+            what += " of an earlier version"
+        elif different := {key for key in identity if found.get(key) != identity[key]}:
+            elsewhere = different <= {"hardware", "versions", "anchorscope"}
+            what += " from another machine, thread count or version" if elsewhere else " with other settings"
         return f"{what}; add --overwrite to replace it, or name a new folder"
 
     def _check_disk(self, path: Path, free: int, disk: int) -> None:

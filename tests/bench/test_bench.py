@@ -16,9 +16,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-import anchorscope.bench
-from anchorscope.bench import BenchConfig, compare, load_result, run_bench, save
-from anchorscope.bench import run as run_module
+from anchorscope.bench import BenchConfig, cases, check_out, compare, load_result, measure, request, run_bench, save
 from anchorscope.bench.backends import SparseBackend, resolve_backend
 from anchorscope.bench.figures import figure_density, figure_time
 from anchorscope.cli.app import main
@@ -29,7 +27,8 @@ from anchorscope.kernels import reference
 from anchorscope.params import AnchorParams
 from anchorscope.planted import Plant, planted
 
-SCHEMA = json.loads((Path(anchorscope.bench.__file__).parent / "schema.json").read_text(encoding="utf-8"))
+ROOT = Path(__file__).parents[2]
+SCHEMA = json.loads((ROOT / "docs" / "bench.schema.json").read_text(encoding="utf-8"))
 SMALL = BenchConfig(
     lengths=(300, 600),
     thetas=(6.0, math.inf),
@@ -142,7 +141,7 @@ def selects_too_little(state: Any, k: torch.Tensor, *, theta: float, **kwargs: A
     ],
 )
 def test_no_speed_up_on_a_failed_check(monkeypatch: pytest.MonkeyPatch, change: Any, reason: str) -> None:
-    monkeypatch.setattr(run_module, "resolve_backend", broken(**change))
+    monkeypatch.setattr(request, "resolve_backend", broken(**change))
     config = dataclasses.replace(SMALL, lengths=(300,), thetas=(6.0,))
     result = run_bench(config)
     row = result.rows[0]
@@ -199,7 +198,7 @@ def test_on_a_gpu(dtype: str) -> None:
 
 
 def test_failed_check_on_the_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(run_module, "resolve_backend", broken(whole=drops_a_key))
+    monkeypatch.setattr(request, "resolve_backend", broken(whole=drops_a_key))
     assert main(["bench", "--lengths", "300", *FLAGS]) == 1
     out, err = capsys.readouterr()
     assert "refused" in out
@@ -207,13 +206,13 @@ def test_failed_check_on_the_command_line(monkeypatch: pytest.MonkeyPatch, capsy
 
 
 def test_dense_back_end_that_is_wrong_is_no_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = run_module.dense_backends
+    real = measure.dense_backends
 
     def wrong(*args: Any, **kwargs: Any) -> Any:
         present, absent = real(*args, **kwargs)
         return [dataclasses.replace(x, run=lambda run=x.run: run() * 1.5) for x in present], absent
 
-    monkeypatch.setattr(run_module, "dense_backends", wrong)
+    monkeypatch.setattr(measure, "dense_backends", wrong)
     row = run_bench(dataclasses.replace(SMALL, lengths=(300,))).rows[0]
     assert row.baseline is None
     assert "wrong here" in row.absent[0].reason
@@ -277,7 +276,9 @@ def test_command_writes_and_compares(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "CPU TIMING" in text
     assert "CPU TIMING" in err
     assert max(map(len, text.splitlines())) <= 80
-    assert sorted(p.name for p in out.iterdir()) == ["bench.json", "density.png", "time.png"]
+    files = ["bench.json", "density.png", "parts", "run.json", "time.png"]
+    assert sorted(p.name for p in out.iterdir()) == files
+    assert "1 input to time; needs about" in err
     saved = json.loads((out / "bench.json").read_text(encoding="utf-8"))
     jsonschema.validate(saved, SCHEMA)
 
@@ -292,15 +293,11 @@ def test_command_writes_and_compares(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main(["bench", "--lengths", "200", "--theta", "6", "--against", str(out), *FLAGS]) == 0
     assert "nothing to compare" in capsys.readouterr().out
 
-    before = (out / "bench.json").read_bytes()
     assert main(["bench", "--lengths", "300", "--out", str(out), *FLAGS]) == 2
-    assert "add --overwrite" in capsys.readouterr().err
-    assert (out / "bench.json").read_bytes() == before
+    assert f"--out {out} holds a finished bench with other settings; add --overwrite" in capsys.readouterr().err
     assert main(["bench", "--lengths", "300", "--out", str(out), "--overwrite", *FLAGS]) == 0
-    assert sorted(p.name for p in out.iterdir()) == [
-        "bench.json",
-        "time.png",
-    ]  # one theta: no density figure left over
+    # One theta: no density figure is left over.
+    assert sorted(p.name for p in out.iterdir()) == ["bench.json", "parts", "run.json", "time.png"]
 
 
 def test_compare_ratios(small: dict[str, Any]) -> None:
@@ -408,7 +405,7 @@ def test_bad_usage_on_a_dump(dump: Path, capsys: pytest.CaptureFixture[str], fla
 def test_bad_folders(tmp_path: Path, dump: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "file"
     file.write_text("x", encoding="utf-8")
-    for out, message in ((file, "is a file"), (file / "below", "cannot be")):
+    for out, message in ((file, "is a file"), (file / "below", "is a file or lies below one")):
         assert main(["bench", "--out", str(out)]) == 2
         assert message in capsys.readouterr().err
     assert main(["bench", str(tmp_path / "nothing")]) == 2
@@ -420,27 +417,29 @@ def test_bad_folders(tmp_path: Path, dump: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_out_of_memory_says_what_fits(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    real = run_module.planted
+    real = cases.planted
 
     def small_machine(plant: Plant, **kwargs: Any) -> Any:
         if plant.n > 300:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return real(plant, **kwargs)
 
-    monkeypatch.setattr(run_module, "planted", small_machine)
+    monkeypatch.setattr(cases, "planted", small_machine)
     assert main(["bench", "--lengths", "300,600", *FLAGS]) == 1
     assert "out of memory on cpu at N = 600 with 4 heads of 32; N = 300 fitted" in capsys.readouterr().err
 
 
-def test_full_disk(tmp_path: Path, small: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*args: Any, **kwargs: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(RuntimeError, match="No space left"):
-        save(small, tmp_path / "out")
-    assert not (tmp_path / "out" / "bench.json").exists()
-    assert not list((tmp_path / "out").glob(".*.tmp"))
+def test_a_result_can_be_saved_later(tmp_path: Path, small: dict[str, Any]) -> None:
+    """One that was measured without a folder; the folder is guarded like any other."""
+    written = save(small, tmp_path / "o")
+    assert [path.name for path in written] == ["bench.json", "time.png", "density.png"]
+    assert load_result(tmp_path / "o") == small
+    with pytest.raises(InputError, match="holds a finished bench; add --overwrite"):
+        save(small, tmp_path / "o")
+    save({**small, "command": "again"}, tmp_path / "o", overwrite=True)
+    assert load_result(tmp_path / "o")["command"] == "again"
+    with pytest.warns(DeprecationWarning, match="checks its"), pytest.raises(InputError, match="add --overwrite"):
+        check_out(tmp_path / "o")
 
 
 def test_parse_lengths() -> None:

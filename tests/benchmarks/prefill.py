@@ -29,13 +29,14 @@ from torch.nn.functional import scaled_dot_product_attention
 import anchorscope.kernels
 from anchorscope import attention_clock, sparse_attention
 from anchorscope.anchors import AnchorConfig
-from anchorscope.bench.environment import hardware, versions
+from anchorscope.bench.environment import hardware
 from anchorscope.kernels.dense_lse import dense_lse
 from anchorscope.kernels.pipeline import anchor_attention
 from anchorscope.models.calls import AttentionInputs, Own
 from anchorscope.models.hook import divert
 from anchorscope.params import AnchorParams
 from anchorscope.planted import planted
+from anchorscope.runs.environment import versions
 
 DENSE = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from anchorscope import (
     write_dump,
 )
 from anchorscope.anchors import AnchorConfig
+from anchorscope.bench import BenchConfig, bench, load_result
 from anchorscope.capture import capture_model
 from anchorscope.locks import LOCK
 from anchorscope.methods import line_up
@@ -123,6 +125,12 @@ def _evaluate(x: Inputs, out: Path, *, other: bool = False, **how: Any) -> Any:
     return evaluate(x.reader, out, arms=arms, params=PARAMS, prompts=prompts, device="cpu", **how)
 
 
+def _bench(x: Inputs, out: Path, *, other: bool = False, **how: Any) -> Any:
+    lengths = (40,) if other else (64, x.tokens)
+    config = BenchConfig(lengths=lengths, thetas=(3.0, 6.0), params=PARAMS, device="cpu", repeats=2, backend="torch")
+    return bench(config, out, x.dump, **how)
+
+
 def _whole_dump(folder: Path) -> None:
     open_dump(folder)
     if verify(folder).state != "verified":
@@ -151,18 +159,27 @@ COMMANDS = (
     Command("compare", _compare, "compare.json", load_comparison, "scores/*.json"),
     Command("heads", _heads, "heads.json", load_diagnosis, "parts/*.json"),
     Command("calibrate", _calibrate, "calibration.json", _calibration, "analysis/*/profile/*.safetensors"),
+    Command("bench", _bench, "bench.json", load_result, "parts/case-*.json"),
     Command("evaluate", _evaluate, "evaluation.json", load_evaluation, "parts/*.safetensors"),
 )
 
 
 @contextlib.contextmanager
 def still_clock() -> Iterator[None]:
-    """Every run starts at one time and every prefill takes none, so that whole folders can be compared."""
+    """Every run starts at one time, every prefill takes none and every timed call takes a second and a kilobyte.
+
+    So whole folders can be compared.
+    """
+    seconds = itertools.count()
     start = SimpleNamespace(now=lambda _: SimpleNamespace(isoformat=lambda **_: "2026-01-01T00:00:00+00:00"))
     clock = SimpleNamespace(perf_counter=lambda: 0.0)
     with (
         mock.patch("anchorscope.runs.folder.datetime", start),
         mock.patch("anchorscope.dumps.writer.datetime", start),
+        mock.patch("anchorscope.bench.run.datetime", start),
+        mock.patch("anchorscope.bench.timing.time", SimpleNamespace(perf_counter=lambda: next(seconds))),
+        mock.patch("anchorscope.bench.dense.time", SimpleNamespace(perf_counter=lambda: next(seconds))),
+        mock.patch("anchorscope.bench.timing.peak_memory", return_value=1000),
         mock.patch("anchorscope.evaluation.lanes.time", clock),
         mock.patch("anchorscope.runtime.usage.time", clock),
     ):

@@ -37,6 +37,6 @@ def test_killed_and_repeated(kind: str, trials: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
-@pytest.mark.parametrize("kind", ["capture", "analyze", "compare", "heads", "calibrate", "evaluate"])
+@pytest.mark.parametrize("kind", ["capture", "analyze", "compare", "heads", "calibrate", "bench", "evaluate"])
 def test_killed_and_repeated_forty_times(kind: str) -> None:
     assert campaign(kind, 40, seed=2) >= 20

@@ -178,6 +178,8 @@ def test_lazy_names_resolve():
         ("anchorscope.heads.stripes", "Stripes", "anchorscope.heads.stripes.HeadStripes"),
         ("anchorscope.analysis.engine", "HeadResult", "anchorscope.profiles.Measured"),
         ("anchorscope.calibration.curves", "Head", "anchorscope.calibration.curves.HeadIndex"),
+        ("anchorscope.bench.run", "Row", "anchorscope.bench.rows.Row"),
+        ("anchorscope.bench.run", "DTYPES", "anchorscope.bench.request.DTYPES"),
     ],
 )
 def test_names_that_moved_still_work(module, name, home):
