@@ -23,11 +23,12 @@ from anchorscope.analysis.tables import (
     curves_rows,
     heads_rows,
     short_of_target,
-    summarise,
+    summarize,
 )
 from anchorscope.dumps import Dump
 from anchorscope.errors import DumpError, InputError
 from anchorscope.files import MAX_JSON_BYTES, csv_text, human_bytes, member, read_json
+from anchorscope.heads.run import FOLDER as DIAGNOSES
 from anchorscope.heads.run import Diagnosis, clear_diagnosis, diagnose_plan
 from anchorscope.locks import folder_lock
 from anchorscope.profiles import HeadProfile
@@ -176,7 +177,7 @@ class AnalyzeCommand(Command[HeadUnit, HeadProfile]):
     def holds(self, root: Path, unit: HeadUnit) -> bool:
         return self.load(root, unit) is not None and is_whole(self.files(root, unit)[0])
 
-    def summarise(self, parts: Parts[HeadUnit, HeadProfile], run: Run) -> Summary:
+    def summarize(self, parts: Parts[HeadUnit, HeadProfile], run: Run) -> Summary:
         lines, head_rows, curve_rows = [], [], []
         for profile in parts:
             lines.append(HeadLine.of(profile, self.plan.target_recall))
@@ -208,7 +209,10 @@ class AnalyzeCommand(Command[HeadUnit, HeadProfile]):
 
         request = self.plan.request if self.plan.kinds else replace(self.plan.request, diagnose=True)
         plan = self.plan.kinds or request.plan().kinds
-        how = replace(self.options, figures=bool(run.asked["figures"]), overwrite=True, resume=True, progress=kinds)
+        figures = bool(run.asked["figures"])
+        if not figures:  # the last word on an unfinished analysis counts for the diagnosis in it too
+            DIAGNOSES.reopen(run.path / HEADS, {"figures": True})
+        how = replace(self.options, figures=figures, overwrite=True, resume=True, progress=kinds)
         return diagnose_plan(plan, run.path / HEADS, how)
 
     def out_of_memory(self) -> str:
@@ -289,7 +293,7 @@ def _report(plan: AnalysisPlan, lines: Sequence[HeadLine], started: str) -> dict
 
     def only(**fixed: object) -> list[dict[str, Any]]:
         chosen = [x for x in lines if all(getattr(x, k) == v for k, v in fixed.items())]
-        return summarise(chosen, plan.thetas)
+        return summarize(chosen, plan.thetas)
 
     return {
         "format": "anchorscope-report",
@@ -301,7 +305,7 @@ def _report(plan: AnalysisPlan, lines: Sequence[HeadLine], started: str) -> dict
         "versions": versions(),
         "hardware": plan.backend.hardware,
         "warnings": list(plan.warnings),
-        "overall": summarise(lines, plan.thetas),
+        "overall": summarize(lines, plan.thetas),
         "by_prompt": [{"prompt": p, "thetas": only(prompt=p)} for p in plan.settings["prompts"]],
         "by_layer": [{"layer": i, "thetas": only(layer=i)} for i in plan.settings["layers"]],
         "target": {

@@ -118,7 +118,7 @@ def _mean(values: Iterable[float]) -> float | None:
     return float(np.mean(known)) if known else None
 
 
-def summarise(lines: Sequence[HeadLine], thetas: Sequence[float]) -> list[dict[str, Any]]:
+def summarize(lines: Sequence[HeadLine], thetas: Sequence[float]) -> list[dict[str, Any]]:
     """Means over heads and the worst head, one object per theta asked for."""
     out = []
     for t, theta in enumerate(thetas):

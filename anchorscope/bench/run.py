@@ -203,7 +203,7 @@ class BenchCommand(Command[Case, MeasuredRow]):
         same = saved.get("bench") == self.plan.digest and saved.get("version") == VERSION
         return measured if same and all(getattr(measured.row, k) == x for k, x in unit.facts.items()) else None
 
-    def summarise(self, parts: Parts[Case, MeasuredRow], run: Run) -> Summary:
+    def summarize(self, parts: Parts[Case, MeasuredRow], run: Run) -> Summary:
         result = self.result(list(parts))
         return Summary(self.remarks.report(result), value=result)
 

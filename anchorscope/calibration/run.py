@@ -142,7 +142,7 @@ class CalibrateCommand(Command[AnalysisUnit, Measured]):
         self._curves[unit.stem] = found
         return found
 
-    def summarise(self, parts: Parts[AnalysisUnit, Measured], run: Run) -> Summary:
+    def summarize(self, parts: Parts[AnalysisUnit, Measured], run: Run) -> Summary:
         measured = dict(self.plan.sources.measured)
         for part in parts:
             measured.update(part)

@@ -126,7 +126,7 @@ class CompareCommand(Command[HeadUnit, list[Point]]):
         whole = points is not None and len(points) == sum(len(c.sweep) for c in self.plan.lineup)
         return points if whole else None
 
-    def summarise(self, parts: Parts[HeadUnit, list[Point]], run: Run) -> Summary:
+    def summarize(self, parts: Parts[HeadUnit, list[Point]], run: Run) -> Summary:
         points = tuple(point for part in parts for point in part)
         table = csv_text(COLUMNS, methods_rows(points))
         return Summary(_report(self.plan, run.state["started"], points), {TABLE: table}, points)

@@ -192,7 +192,7 @@ class EvaluateCommand(Command[EvaluationUnit, tuple[Part, ...]]):
             if i in files:
                 Part(answer.scores, answer.work, answer.text, answer.score).save(files[i], self._key)
 
-    def summarise(self, parts: Parts[EvaluationUnit, tuple[Part, ...]], run: Run) -> Summary:
+    def summarize(self, parts: Parts[EvaluationUnit, tuple[Part, ...]], run: Run) -> Summary:
         read = list(parts)
         proofs = prompt_proofs(self.plan, read)
         for name, _, proof in proofs:

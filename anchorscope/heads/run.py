@@ -31,7 +31,7 @@ from anchorscope.heads.tables import (
     report_row,
     row_from_json,
     row_json,
-    summarise,
+    summarize,
     table_row,
 )
 from anchorscope.locks import folder_lock
@@ -184,7 +184,7 @@ class HeadsCommand(Command[LayerUnit, list[HeadRow]]):
         rows = _rows(saved, self.plan.dump.identity)
         return rows if rows is not None and [r.head for r in rows] == list(unit.heads) else None
 
-    def summarise(self, parts: Parts[LayerUnit, list[HeadRow]], run: Run) -> Summary:
+    def summarize(self, parts: Parts[LayerUnit, list[HeadRow]], run: Run) -> Summary:
         rows = tuple(row for part in parts for row in part)
         table = csv_text(COLUMNS, map(table_row, rows))
         return Summary(_report(self.plan, run.state["started"], rows), {TABLE: table}, rows)
@@ -323,8 +323,8 @@ def _report(plan: HeadsPlan, started: str, rows: Sequence[HeadRow]) -> dict[str,
         "hardware": hardware_name(plan.device),
         "warnings": list(plan.warnings),
         "summary": {
-            "all": summarise(rows),
-            "prompts": [{"prompt": p.name, **summarise([r for r in rows if r.prompt == p.name])} for p in prompts],
+            "all": summarize(rows),
+            "prompts": [{"prompt": p.name, **summarize([r for r in rows if r.prompt == p.name])} for p in prompts],
         },
         "heads": [report_row(r, texts[r.prompt]) for r in rows],
     }

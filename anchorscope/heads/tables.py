@@ -152,7 +152,7 @@ def report_row(row: HeadRow, text: TokenText) -> dict[str, Any]:
     return {name: out[name] for name in (*first, *(x for x in out if x not in first))}
 
 
-def summarise(rows: Sequence[HeadRow]) -> dict[str, Any]:
+def summarize(rows: Sequence[HeadRow]) -> dict[str, Any]:
     """Heads per class and the mean of each metric over the heads where it applies."""
     counts = Counter(r.kind for r in rows)
     means: dict[str, float | None] = {}

@@ -224,6 +224,12 @@ class RunFolder:
         before = state.get("asked")
         return isinstance(before, dict) and all(not v or before.get(k) == v for k, v in asked.items())
 
+    def reopen(self, path: Path, asked: Mapping[str, Any]) -> None:
+        """Make a finished run of which all this was asked an unfinished one, so that the next command's word counts."""
+        found = self.read(path)
+        if found is not None and self.covers(found, asked):
+            (path / self.report).unlink(missing_ok=True)
+
     def read(self, path: Path) -> dict[str, Any] | None:
         """The state of the run in a folder, or None if it holds none of this kind."""
         try:

@@ -1,7 +1,7 @@
 """The one life of a run: request -> plan -> units -> parts -> report.
 
 A command says what it measures (`Command.measure`), how a saved part is read (`read`) and what all parts come to
-(`summarise`). `run` does everything else: it locks the folder, starts or continues, lets an executor measure the units
+(`summarize`). `run` does everything else: it locks the folder, starts or continues, lets an executor measure the units
 whose parts are missing, writes each part once under a checksum, shows progress, and writes the report last of all.
 """
 
@@ -166,7 +166,7 @@ class Command(Generic[U, T]):
         """What a sealed part holds, or None where it is of another run or not of the right shape."""
         raise NotImplementedError
 
-    def summarise(self, parts: Parts[U, T], run: Run) -> Summary:
+    def summarize(self, parts: Parts[U, T], run: Run) -> Summary:
         """Report and tables, made of the saved parts alone."""
         raise NotImplementedError
 
@@ -263,7 +263,7 @@ def run(command: Command[U, T], out: Path | str) -> Finished:
     how: dict[str, Any] = {"disk": disk, "overwrite": options.overwrite, "resume": options.resume}
     with folder.run(Path(out), plan.identity, asked=command.asked(), **how) as under_way:
         _measure(command, under_way.path)
-        summary = command.summarise(Parts(command, under_way.path), under_way)
+        summary = command.summarize(Parts(command, under_way.path), under_way)
         for name, text in summary.tables.items():
             write_atomic(under_way.path / name, text.encode())
         figures: tuple[Path, ...] = ()

@@ -25,7 +25,7 @@ def inputs(n: int = 150, heads: int = 4, kv_heads: int = 2, d: int = 16) -> tupl
     return q, k, v
 
 
-def test_repetitions_are_interleaved_and_summarised(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_repetitions_are_interleaved_and_summarized(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
     clock = [0.0]
     took = iter((0.002, 0.008, 0.001, 0.004, 0.003, 0.006))  # a and b in turn

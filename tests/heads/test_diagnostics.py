@@ -291,8 +291,8 @@ def test_stripes_and_overlaps_equal_the_dense_definition(window, softcap, params
         return int((x & y & both).sum()) / either if either else math.nan
 
     assert overlap(a, b) == pytest.approx(jaccard(want_a, want_b, seen), nan_ok=True)
-    neighbours = jaccard(want_a[:-1], want_a[1:], seen[:-1] & seen[1:])
-    assert overlap(a, a, shift=1) == pytest.approx(neighbours, nan_ok=True)
+    neighbors = jaccard(want_a[:-1], want_a[1:], seen[:-1] & seen[1:])
+    assert overlap(a, a, shift=1) == pytest.approx(neighbors, nan_ok=True)
     density = int(want_a.sum()) / int(seen.sum()) if seen.any() else math.nan
     assert a.density == pytest.approx(density, nan_ok=True)
 

@@ -166,7 +166,7 @@ def tiny(family: str = "llama", **changes: Any) -> Any:
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.ndim == 2 and "embed" not in name and "head" not in name:
-                weight.mul_(6)  # as initialised, scores are so small that every mistake stays invisible
+                weight.mul_(6)  # as initialized, scores are so small that every mistake stays invisible
     return model.eval()
 
 

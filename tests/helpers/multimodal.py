@@ -40,7 +40,7 @@ def _made(config: Any, kind: Any = transformers.AutoModelForImageTextToText) -> 
             if weight.ndim == 2 and "embed" not in name and "head" not in name:
                 weight.mul_(6)
             if "gate" in name:
-                weight.fill_(0.5)  # as initialised, gates shut the tower out
+                weight.fill_(0.5)  # as initialized, gates shut the tower out
     return model.eval()
 
 

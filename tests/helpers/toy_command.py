@@ -1,4 +1,4 @@
-"""A new resumable command, whole: a request, `measure`, `read`, `summarise`, and its folder's vocabulary."""
+"""A new resumable command, whole: a request, `measure`, `read`, `summarize`, and its folder's vocabulary."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class SquaresCommand(Command[Number, int]):
     def read(self, unit, saved):
         return saved["square"] if saved["number"] == unit.value else None
 
-    def summarise(self, parts, run):
+    def summarize(self, parts, run):
         return Summary({"sum": sum(parts)}, {"squares.csv": csv_text(("square",), [[x] for x in parts])})
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from synthetic import make_profile
 
-from anchorscope.analysis.tables import CURVES_COLUMNS, HEADS_COLUMNS, HeadLine, curves_rows, heads_rows, summarise
+from anchorscope.analysis.tables import CURVES_COLUMNS, HEADS_COLUMNS, HeadLine, curves_rows, heads_rows, summarize
 from anchorscope.files import csv_text
 from anchorscope.profiles import HeadProfile, profile_filename
 
@@ -68,7 +68,7 @@ def write_run(folder: Path, profiles: Sequence[HeadProfile], *, target: float = 
         "versions": {"anchorscope": "0"},
         "hardware": "CPU",
         "warnings": ["a <b>warning</b> & more"],
-        "overall": summarise(lines, thetas),
+        "overall": summarize(lines, thetas),
     }
     state = {"format": "anchorscope-analysis", "version": 1, "profiles": names, "settings": settings}
     state |= {"started": report["started"]}
