@@ -22,7 +22,7 @@ def report(
     outs: Annotated[
         list[Path],
         typer.Argument(
-            help="Folders written by `analyze`, `calibrate`; those of `compare` and `heads` add to analyses.",
+            help="Folders of `analyze`, `calibrate`, `evaluate`, `bench`, and of `compare` and `heads` with analyses.",
             metavar="OUT...",
         ),
     ],
@@ -70,7 +70,9 @@ def _extent(sources: Sources) -> str:
     """What the page holds, in words."""
     heads = sum(len(r.profiles) for r in sources.runs)
     found = [f"{heads} head{'' if heads == 1 else 's'}"] if sources.runs else []
-    found += [f"{len(x)} {name}{'' if len(x) == 1 else 's'}" for name, x in sources.results.items() if x]
+    for name, results in sources.results.items():
+        many = "benches" if name == "bench" else f"{name}s"
+        found += [f"{len(results)} {name if len(results) == 1 else many}"] if results else []
     return ", ".join(found)
 
 

@@ -5,6 +5,7 @@ The script (assets/blocks.js) draws them and knows nothing of what they are abou
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -84,13 +85,17 @@ def grid(
         "rows": list(labels[0]),
         "columns": list(labels[1]),
         "cells": [
-            [c.row, c.column, None if c.value is None else round((c.value - low) / span, 4), c.text, c.about, c.marked]
+            [c.row, c.column, None if c.value is None else _finite((c.value - low) / span), c.text, c.about, c.marked]
             for c in cells
         ],
         "ends": [f"{low:.4g}", f"{high:.4g}"],
         "colors": colors,
         "framed": framed,
     }
+
+
+def _finite(share: float) -> float | None:
+    return round(share, 4) if math.isfinite(share) else None
 
 
 def grids(caption: str, choices: Sequence[Block]) -> Block:

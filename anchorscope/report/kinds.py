@@ -8,13 +8,17 @@ from pathlib import Path
 from typing import TypeVar
 
 from anchorscope.errors import DumpError, InputError
-from anchorscope.report import calibrations, diagnostics, methods
+from anchorscope.report import benches, calibrations, diagnostics, evaluations, methods
 from anchorscope.report.read import Kind, Run, Table, labels, open_run, read_result
 from anchorscope.report.sections import Result, Section, refuse_different_models
 
 AnyT = TypeVar("AnyT", Run, Result)
 KINDS: tuple[Kind, ...] = (methods.KIND, diagnostics.KIND)  # add to every head of the analyses
-SECTIONS: tuple[Section, ...] = (calibrations.SECTION,)  # make a section of their own
+SECTIONS: tuple[Section, ...] = (
+    calibrations.SECTION,
+    evaluations.SECTION,
+    benches.SECTION,
+)  # make a section of their own
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,7 @@ def _labeled(found: Sequence[AnyT]) -> tuple[AnyT, ...]:
     return tuple(replace(x, label=label) for x, label in zip(found, labels([x.path for x in found]), strict=True))
 
 
-_COMMANDS = "analyze, compare, heads or calibrate"
+_COMMANDS = "analyze, compare, heads, calibrate, evaluate or bench"
 
 
 def _refuse_unfinished(folder: Path) -> None:

@@ -16,6 +16,8 @@ from anchorscope.report.blocks import Block
 from anchorscope.report.read import Run, read_result
 from anchorscope.shapes import check
 
+_SHARES = ("recall", "density", "top1_agreement", "score_dense", "score_sparse")
+_ROUNDING = 1e-3
 MODEL = ({"name": (str, None, ...)}, None)
 
 
@@ -87,6 +89,8 @@ class Section:
             )
         hint = f"it is damaged; run `anchorscope {self.command}` again"
         check(report, dict(self.shape), str(path), hint=hint, error=DumpError)
+        if (name := _impossible_share(report)) is not None:
+            raise DumpError(f"{path}: {name} must be from 0 to 1: {hint}")
         return Result(folder, folder.resolve().name, report)
 
     def refuse_unfinished(self, folder: Path, state: object) -> None:
@@ -108,6 +112,21 @@ class Section:
             }
             for i, result in enumerate(results)
         ]
+
+
+def _impossible_share(value: Any) -> str | None:
+    """The name of the first recall, density, score or agreement that is not a share; None if all are."""
+    if isinstance(value, list):
+        return next((name for x in value if (name := _impossible_share(x)) is not None), None)
+    if not isinstance(value, dict):
+        return None
+    for name, x in value.items():
+        if isinstance(x, (int, float)):
+            if name.endswith(_SHARES) and not -_ROUNDING <= x <= 1 + _ROUNDING:
+                return str(name)
+        elif (within := _impossible_share(x)) is not None:
+            return within
+    return None
 
 
 def refuse_different_models(runs: Iterable[Run], results: Iterable[Result]) -> None:

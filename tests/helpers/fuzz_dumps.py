@@ -395,7 +395,7 @@ def change_somewhere(node: Any, rng: random.Random) -> None:
             node.append(copy.deepcopy(node[key]))
         elif kind == 2 and isinstance(node, dict):
             node[rng.choice(["x", "sha256", "window", "file", "v", ""])] = node[key]
-        elif kind == 3 and isinstance(node[key], (int, float)):
+        elif kind == 3 and isinstance(node[key], (int, float)) and abs(node[key]) < 1e300:
             node[key] = node[key] + rng.choice([-1, 1, 0.5, 1e9])
         else:
             node[key] = copy.deepcopy(rng.choice(ODD))

@@ -135,6 +135,7 @@ def _calibrate(base: Path) -> None:
 def _bench() -> dict[str, Any]:
     timing = {"median_ms": 1.0, "p20_ms": 0.9, "p80_ms": 1.1}
     sparse = {"theta": 4.0, "density": 0.5, "efficiency": 0.8, "stages": {"anchor": timing}, "whole": timing}
+    sparse |= {"recall": 0.9, "output_error": 0.01, "speedup": 1.5}
     row = {
         "source": "planted",
         "n": 128,
@@ -143,7 +144,10 @@ def _bench() -> dict[str, Any]:
         "head_dim": 8,
         "window": None,
         "softcap": None,
-        "dense": [{"name": "sdpa", "timing": timing}],
+        "dense": [{"name": "sdpa", "kv_repeated": True, "timing": timing, "output_error": 1e-7}],
+        "absent": [{"name": "flex", "reason": "not here"}],
+        "baseline": "sdpa",
+        "check": {"passed": True, "reason": None},
         "sparse": [sparse, {**sparse, "theta": "inf", "density": 1.0}],
     }
     settings = {"input": "planted", "dump_sha256": None, "dtype": "fp32", "block": 16, "step": 2, "init": 16}
@@ -165,9 +169,21 @@ def _evaluation(folder: Path) -> None:
     Part(scores, PrefillWork(9, 0.5, {0: LayerWork("sparse", 9, 45, 30, 0.9, 0.1)}), "an answer", 1.0).save(
         folder / "parts" / "00000-arm00.safetensors", "run"
     )
-    report = {"format": "anchorscope-evaluation", "version": EVALUATION_VERSION, "model": {}}
-    lists = {name: [{"name": "x"}] for name in ("arms", "prompts", "tasks", "depths", "answers")}
-    (folder / "evaluation.json").write_text(json.dumps({**report, "settings": {}, **lists}))
+    report = {"format": "anchorscope-evaluation", "version": EVALUATION_VERSION, "model": {"name": "m", "layers": 2}}
+    times = {side: {"prefill_seconds": 1.0, "attention_share": 0.5} for side in ("dense", "sparse")}
+    both = {"arm": "x", "length": 64, "recall": 0.9, "density": 0.5, "times": times}
+    metrics = dict.fromkeys(("perplexity_dense", "perplexity_sparse", "perplexity_ratio", "kl_mean", "kl_p99"), 1.5)
+    ranges = {name: [0.5, 2.0] for name in ("perplexity_ratio", "kl_mean", "top1_agreement")}
+    prompt = {**both, **metrics, "prompt": "p", "top1_agreement": 0.9, "intervals": ranges, "last_half": metrics}
+    prompt["layers"] = [{"layer": 0, "kind": "sparse", "density": 0.5, "recall": 0.9}]
+    scores_of = {f"{name}_{side}": 0.5 for name in ("score", "logprob") for side in ("dense", "sparse")}
+    task = {**both, **scores_of, "task": "needle", "depth": None, "samples": 2, "logprob_difference": 0.0}
+    task["intervals"] = {"score_dense": [0.0, 1.0], "score_sparse": [0.0, 1.0], "logprob_difference": None}
+    arm = {"name": "x", "layers": 1, "heads": 2, "dense_heads": 0, "theta_low": 1.0, "theta_high": "inf"}
+    lists = {"arms": [{**arm, "groups": ["16x2"]}], "prompts": [prompt], "tasks": [task]}
+    lists |= {"depths": [{**task, "depth": 0.5}], "answers": [{"name": "x"}]}
+    proof = {"warnings": [], "prompts": [{"prompt": "p", "length": 64, "near_chance": True}]}
+    (folder / "evaluation.json").write_text(json.dumps({**report, "settings": {}, **lists, "proof": proof}))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -182,6 +198,7 @@ def _read_anchors(base: Path, file: Path) -> None:
 
 
 def _read_bench(base: Path, file: Path) -> None:
+    _read_page(base, ".")
     with contextlib.suppress(AnchorScopeError):
         compare_benches(_bench(), load_result(file))
     Costs.load([file]).price([GROUPS], 128)(GROUPS, np.array([0.1, 0.6, 1.0]))
@@ -253,6 +270,7 @@ def _again(base: Path, folder: str, report: str, make: Callable[[Path], None]) -
 
 
 def _read_evaluation(base: Path, file: Path) -> None:
+    _read_page(base, "evaluation")
     Part.load(base / "evaluation" / "parts" / "00000-arm00.safetensors", "run")
     anchorscope.load_evaluation(base / "evaluation")
 
@@ -261,7 +279,7 @@ _genuine: dict[str, bytes] = {}
 _resealed: set[Path] = set()  # of the mutant at hand
 TARGETS = (
     Target("anchors", "anchors.json", _read_anchors),
-    Target("bench", "bench.json", _read_bench),
+    Target("bench", "bench.json", _read_bench, _make_page(".")),
     Target(
         "analysis",
         "analysis/**/*",
@@ -281,7 +299,7 @@ TARGETS = (
         _make_page("analysis", "heads"),
     ),
     Target("calibration", "calibration/*", _read_calibration, _make_page("calibration")),
-    Target("evaluation", "evaluation/**/*", _read_evaluation),
+    Target("evaluation", "evaluation/**/*", _read_evaluation, _make_page("evaluation")),
     Target("tokenizer", "tokenizer.json", lambda _, file: token_texts([0, 1, 9], load_pieces(file))),
     Target("unigram", "unigram.json", lambda _, file: token_texts([0, 1, 9], load_pieces(file))),
     Target("prompt", "prompt.txt", lambda _, file: prompt_from_file(file)),

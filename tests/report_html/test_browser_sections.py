@@ -9,7 +9,7 @@ import pytest
 from anchorscope.report.html import write_report
 
 from .browser import Page
-from .results import calibrated
+from .results import calibrated, evaluated, timed
 
 pytestmark = pytest.mark.browser
 NO_ANALYSIS = "!document.getElementById('analyses') && document.querySelector('.chart .main-svg')"
@@ -21,12 +21,18 @@ def calibration(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pages(tmp_path_factory, run, calibration):
+def bench(tmp_path_factory):
+    return timed(tmp_path_factory.mktemp("bench"))
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory, run, calibration, bench):
     pytest.importorskip("plotly", reason="plotly is not installed: pip install 'anchorscope[report]'")
     folder = tmp_path_factory.mktemp("page")
     return {
         "alone": write_report([calibration], folder / "alone.html"),
-        "all": write_report([run, calibration], folder / "all.html"),
+        "all": write_report([run, calibration, bench], folder / "all.html"),
+        "evaluation": write_report([evaluated(folder)], folder / "evaluation.html"),
     }
 
 
@@ -40,6 +46,13 @@ def alone(driver, pages):
 @pytest.fixture
 def whole(driver, pages):
     shown = Page(driver, pages["all"])
+    yield shown
+    shown.check()
+
+
+@pytest.fixture
+def evaluation(driver, pages):
+    shown = Page(driver, pages["evaluation"], ready=NO_ANALYSIS)
     yield shown
     shown.check()
 
@@ -73,6 +86,21 @@ def test_the_grid_shows_what_is_chosen(alone, calibration):
         assert f"theta {rows[place]['theta']} nats" in title
 
 
+def test_needles_are_a_grid_of_depth_and_length(evaluation):
+    assert set(cells(evaluation, "evaluation-0")) == {(d, n) for d in "01" for n in ("400", "600")}
+    options = "[...document.querySelectorAll('#evaluation-0 select option')]"
+    names = evaluation.js(f"return {options}.map((o) => o.textContent)")
+    assert names == ["needle: all", "needle: none", "needle: dense"]
+    evaluation.choose("#evaluation-0 select", "2")
+    assert "needle: dense" in evaluation.text("#evaluation-0 .key")
+
+
+def test_times_are_drawn_against_the_lengths_timed(whole):
+    chart = "document.querySelector('#bench-0 .chart')"
+    drawn = whole.js(f"return [{chart}.layout.xaxis.tickvals, {chart}.data.length]")
+    assert drawn == [[256, 512], 3]
+
+
 def test_the_grid_uses_the_width(alone):
     alone.size(1280, 800, dark=False)
     shown = alone.js("return document.querySelector('#calibration-0 table.cells').getBoundingClientRect().width")
@@ -81,7 +109,7 @@ def test_the_grid_uses_the_width(alone):
 
 def test_sections_stand_below_the_analysis_and_in_the_contents(whole):
     links = whole.js("return [...document.querySelectorAll('#contents a')].map((a) => a.getAttribute('href'))")
-    assert links == ["#analyses", "#calibration-0"]
+    assert links == ["#analyses", "#calibration-0", "#bench-0"]
     assert whole.js("return links = arguments[0].every((l) => document.querySelector(l))", links)
     assert "Calibration" in whole.text("#calibration-0 h2")
     assert whole.js("return document.querySelectorAll('#grid [data-key]').length") == 6
@@ -89,9 +117,9 @@ def test_sections_stand_below_the_analysis_and_in_the_contents(whole):
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 700, 390])
-@pytest.mark.parametrize("which", ["alone", "all"])
+@pytest.mark.parametrize("which", ["alone", "whole", "evaluation"])
 def test_fits_the_screen_in_both_themes(request, driver, which, width, dark):
-    page = request.getfixturevalue("alone" if which == "alone" else "whole")
+    page = request.getfixturevalue(which)
     page.size(width, 844, dark=dark)
     assert page.js("return document.documentElement.scrollWidth") <= width
     ink = page.js("return document.querySelector('#after .chart').layout.font.color")

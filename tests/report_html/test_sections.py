@@ -12,20 +12,36 @@ import pytest
 
 from anchorscope.calibration.run import FOLDER as CALIBRATION
 from anchorscope.errors import DumpError, InputError
+from anchorscope.evaluation.run import FOLDER as EVALUATION
+from anchorscope.report.evaluations import change
 from anchorscope.report.html import build_data, build_report, open_sources
 from anchorscope.report.kinds import SECTIONS
 from anchorscope.shown import share_text
 
-from .results import calibrated
+from .results import calibrated, evaluated, timed
 from .runs import make_profiles, write_diagnostics, write_methods, write_run
 from .test_html import HOSTILE, parsed
 
-FOLDERS = {"calibration": CALIBRATION}
+FOLDERS = {"calibration": CALIBRATION, "evaluation": EVALUATION}
 
 
 @pytest.fixture(scope="module")
 def calibration(tmp_path_factory):
     return calibrated(tmp_path_factory.mktemp("calibration"))
+
+
+@pytest.fixture(scope="module")
+def evaluation(tmp_path_factory):
+    return evaluated(tmp_path_factory.mktemp("evaluation"))
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    return timed(tmp_path_factory.mktemp("bench"))
+
+
+def warnings(blocks) -> list[str]:
+    return [text for b in blocks if b["kind"] == "remarks" and b["warning"] for text in b["texts"]]
 
 
 def section(folder) -> list[dict]:
@@ -123,12 +139,125 @@ def test_what_nobody_checked_or_promised_is_not_shown_as_kept(tmp_path):
 
 
 def test_a_head_that_keeps_nearly_all_is_not_shown_as_all(calibration, edited):
-    def change(report):
+    def alter(report):
         for h, x in zip(report["heads"], (0.9996, 1.0, 0.99999996), strict=False):
             h["held_out_recall"] = x
 
-    blocks = section(edited(calibration, "calibration.json", change))
+    blocks = section(edited(calibration, "calibration.json", alter))
     assert [cell[1] for cell in grid(blocks, "recall, held out").values()][:3] == ["0.9996", "all", ">0.9999999"]
+
+
+# ---- evaluation ------------------------------------------------------------------------------------------------
+
+
+def test_costs_are_shown_as_the_tables_of_an_evaluation_say(evaluation):
+    blocks = section(evaluation)
+    with open(evaluation / "prompts.csv", newline="") as file:
+        saved = list(csv.DictReader(file))
+    shown = table(blocks, "Prompts: perplexity")
+    assert [(r["prompt"], r["arm"], r["tokens"]) for r in shown] == [
+        (r["prompt"], r["arm"], r["length"]) for r in saved
+    ]
+    assert len(shown) == 4
+    for r, s in zip(shown, saved, strict=True):
+        percent, ends = r["change and 95%"].split("\n")
+        ratio = float(s["perplexity_ratio"])
+        assert float(percent.strip("%")) == pytest.approx(100 * (ratio - 1), rel=0.5, abs=0.006)
+        for end, name in zip(ends.split(" to "), ("low", "high"), strict=True):
+            wanted = 100 * (float(s[f"perplexity_ratio_{name}"]) - 1)
+            assert float(end.strip("%")) == pytest.approx(wanted, rel=0.5, abs=0.006)
+        assert float(r["recall"]) == pytest.approx(float(s["recall"]), abs=6e-4)
+        assert float(r["density"]) == pytest.approx(float(s["density"]), abs=6e-4)
+        kl, agreement = r["divergence, nats, and 95%"].split("\n")[0], r["top-1 agreement and 95%"].split("\n")[0]
+        assert float(kl) == pytest.approx(float(s["kl_mean"]), rel=6e-3)
+        assert float(agreement) == pytest.approx(float(s["top1_agreement"]), abs=6e-4)
+
+
+def test_tasks_and_needles_are_shown_with_intervals(edited, evaluation):
+    def alter(report):
+        for i, x in enumerate(report["depths"]):
+            x["score_sparse"], x["score_dense"] = (0.0, 0.5, 1.0)[i % 3], 0.5
+
+    report = json.loads((evaluation / "evaluation.json").read_text())
+    for t, r in zip(report["tasks"], table(section(evaluation), "Tasks:"), strict=True):
+        assert (r["task"], r["arm"], r["tokens"], r["samples"]) == (t["task"], t["arm"], str(t["length"]), "2")
+        low, high = t["intervals"]["score_sparse"]
+        assert r["score, sparse, and 95%"] == f"{t['score_sparse']:.2f}\n{low:.2f} to {high:.2f}"
+    copy = edited(evaluation, "evaluation.json", alter)
+    depths = json.loads((copy / "evaluation.json").read_text())["depths"]
+    assert len(depths) == 8
+    for arm in ("all", "none"):
+        cells = grid(section(copy), f"needle: {arm}")
+        assert len(cells) == 4
+        for x in (x for x in depths if x["arm"] == arm):
+            shade, text, _, lost = cells[f"{x['depth']:g}", str(x["length"])]
+            assert (shade, text) == {0.0: (0, "0"), 0.5: (0.5, "0.50"), 1.0: (1, "all")}[x["score_sparse"]]
+            assert lost == (x["score_sparse"] < 0.5)
+    assert {cell[1] for cell in grid(section(copy), "needle: dense").values()} == {"0.50"}
+
+
+def test_what_speaks_against_an_evaluation_is_said(evaluation):
+    said = warnings(section(evaluation))
+    assert any("predicts the end of p" in text and "no better than chance" in text for text in said)
+    assert any("times are a CPU's" in text for text in said)
+    assert not any("ran dense" in text for text in said)
+
+
+def test_layers_that_a_configuration_leaves_out_are_named(edited, evaluation):
+    copy = edited(evaluation, "evaluation.json", lambda r: r["arms"][0].update(layers=1))
+    assert any("all names 1 of the model's 3 layers: the others ran dense" in t for t in warnings(section(copy)))
+
+
+@pytest.mark.parametrize("ratio", [1.0, 1 + 1e-9, 1 - 1e-6, 1.08411, 0.97])
+def test_a_change_of_perplexity_is_only_zero_where_it_is(ratio):
+    text = change(ratio)
+    assert (float(text.strip("%")) == 0) == (ratio == 1)
+    assert float(text.strip("%")) == pytest.approx(100 * (ratio - 1), rel=0.5, abs=0.005)
+
+
+# ---- bench -----------------------------------------------------------------------------------------------------
+
+
+def test_speedups_are_shown_as_the_bench_says(bench):
+    blocks, report = section(bench), json.loads((bench / "bench.json").read_text())
+    shown = table(blocks, "Speed-up")
+    rows = [(row, s) for row in report["rows"] for s in row["sparse"]]
+    assert len(shown) == len(rows) == 4
+    for r, (row, s) in zip(shown, rows, strict=True):
+        base = next(d for d in row["dense"] if d["name"] == row["baseline"])
+        assert (r["tokens"], r["dense baseline"], r["theta"]) == (
+            str(row["n"]),
+            base["name"],
+            f"{s['theta']:g}" if s["theta"] != "inf" else "inf",
+        )
+        assert float(r["sparse, ms"].replace(",", "")) == pytest.approx(s["whole"]["median_ms"], rel=6e-3)
+        assert float(r["dense, ms"].replace(",", "")) == pytest.approx(base["timing"]["median_ms"], rel=6e-3)
+        assert float(r["speed-up"].strip("x")) == pytest.approx(s["speedup"], abs=6e-3)
+        assert float(r["recall"]) == pytest.approx(s["recall"], abs=6e-4)
+        assert float(r["density"]) == pytest.approx(s["density"], abs=6e-4)
+    assert any("nothing about a GPU" in t for t in warnings(blocks))
+    assert report["hardware"]["name"] in blocks[0]["texts"][0]
+
+
+def test_a_failed_check_is_said_and_states_no_speedup(edited, bench):
+    def alter(report):
+        report["rows"][1]["check"].update(passed=False, reason="the output is wrong")
+        assert report["rows"][1]["sparse"][0]["speedup"] is not None  # whatever the file says
+
+    blocks = section(edited(bench, "bench.json", alter))
+    assert any("512 tokens failed" in t and "the output is wrong" in t for t in warnings(blocks))
+    states = {(r["tokens"], r["speed-up"] == "check failed") for r in table(blocks, "Speed-up")}
+    assert states == {("256", False), ("512", True)}
+    assert cards(blocks)["512 tokens"] == "no speed-up"
+
+
+def test_the_first_speedup_is_not_one_of_low_recall(edited, bench):
+    def alter(report):
+        fast, good = report["rows"][0]["sparse"]
+        fast.update(recall=0.2, speedup=9.0)
+        good.update(recall=0.97, speedup=2.0)
+
+    assert cards(section(edited(bench, "bench.json", alter)))["256 tokens"] == "2.00x"
 
 
 # ---- pages of several folders ------------------------------------------------------------------------------------
@@ -156,19 +285,19 @@ def test_different_models_are_refused_by_name(tmp_path, run, calibration):
 
 @pytest.mark.parametrize("key", ["layers", "query_heads", "type", "fingerprint"])
 def test_models_of_one_name_that_differ_are_refused(calibration, key, edited):
-    def change(value):
+    def alter(value):
         return lambda report: report["model"].update({"fingerprint": "f", "type": "llama", key: value})
 
-    both = [edited(calibration, "calibration.json", change(x)) for i, x in enumerate((3, 4))]
+    both = [edited(calibration, "calibration.json", alter(x)) for i, x in enumerate((3, 4))]
     with pytest.raises(InputError, match="different models"):
         open_sources(both)
 
 
 def test_renamed_files_of_one_model_go_together(calibration, edited):
-    def change(name):
+    def alter(name):
         return lambda report: report["model"].update({"fingerprint": "f", "name": name})
 
-    both = [edited(calibration, "calibration.json", change(x)) for x in ("hub-name", "folder")]
+    both = [edited(calibration, "calibration.json", alter(x)) for x in ("hub-name", "folder")]
     assert len(open_sources(both).results["calibration"]) == 2
 
 
@@ -207,6 +336,7 @@ def test_an_unfinished_run_says_how_to_finish_it(tmp_path, calibration):
         (lambda r: r["heads"][0].update(layer=10**9), "beyond any model"),
         (lambda r: r.pop("promise"), "promise must be given"),
         (lambda r: r["fitted"].update(recall=None), "fitted.recall must be a number"),
+        (lambda r: r["heads"][2].update(held_out_recall=1.7), "held_out_recall must be from 0 to 1"),
         (lambda r: r["settings"].update(statistic="best"), "settings.statistic must be"),
     ],
 )
@@ -216,13 +346,42 @@ def test_damaged_calibrations_are_named(calibration, change, message, edited):
         build_data(open_sources([damaged]))
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("evaluation.json", lambda r: r["prompts"][0].pop("intervals"), r"prompts\[0\].intervals must be given"),
+        ("evaluation.json", lambda r: r["depths"][0].update(score_sparse="1"), "score_sparse must be a number"),
+        ("evaluation.json", lambda r: r.update(version=9), "format version 9"),
+        ("evaluation.json", lambda r: r["depths"][0].update(score_sparse=-1), "score_sparse must be from 0 to 1"),
+        ("bench.json", lambda r: r["rows"][0]["sparse"][0].update(density=2), "density must be from 0 to 1"),
+        ("bench.json", lambda r: r.update(rows=[]), "times nothing"),
+        ("bench.json", lambda r: r.update(format_version=2), "format version 2"),
+        ("bench.json", lambda r: r["rows"][0].update(check=None), r"rows\[0\].check must be an object"),
+        ("bench.json", lambda r: r["rows"][0]["sparse"][0]["whole"].pop("p20_ms"), "whole.p20_ms must be given"),
+    ],
+)
+def test_damaged_evaluations_and_benches_are_named(edited, evaluation, bench, name, change, message):
+    damaged = edited(bench if name == "bench.json" else evaluation, name, change)
+    with pytest.raises(DumpError, match=message):
+        build_data(open_sources([damaged]))
+
+
+def test_numbers_that_fit_no_color_map_leave_strict_json(edited, calibration):
+    def alter(report):
+        for head, theta in zip(report["heads"], (-1e308, 1e308), strict=False):
+            head["theta"] = theta
+
+    page = build_report([edited(calibration, "calibration.json", alter)])
+    assert parsed(page)["sections"]
+
+
 def test_hostile_text_of_a_section_stays_text(calibration, edited):
-    def change(report):
+    def alter(report):
         report["model"]["name"] = HOSTILE
         report["prompts"][0]["name"] = HOSTILE
         report["warnings"].append(HOSTILE)
 
-    page = build_report([edited(calibration, "calibration.json", change)])
+    page = build_report([edited(calibration, "calibration.json", alter)])
     assert HOSTILE not in page
     data = parsed(page)
     assert data["model"] == HOSTILE

@@ -51,7 +51,7 @@ function gridOf(g) {
   const bar = make("span", { class: "bar", "aria-hidden": "true" });
   bar.style.background = gradient(g.colors);
   return [
-    make("div", { class: "legend" }, make("span", {}, g.ends[0]), bar, make("span", {}, g.ends[1]), make("span", {}, g.name), g.framed ? make("span", {}, g.framed) : null),
+    make("div", { class: "key" }, make("span", {}, g.ends[0]), bar, make("span", {}, g.ends[1]), make("span", {}, g.name), g.framed ? make("span", {}, g.framed) : null),
     make("div", { class: "scroll" }, table),
   ];
 }
@@ -65,7 +65,10 @@ function chartOf(b) {
 function drawCharts() {
   for (const [box, b] of drawn) {
     if (!box.isConnected) continue;
-    const axis = (i) => ({ title: { text: plain(b.axes[i]) }, type: b.log[i] ? "log" : "linear", ...(b.axes[i] === "density" && b.log[i] ? DENSITY_TICKS : {}) });
+    const layers = (i) => (b.axes[i] === "layer" ? { dtick: Math.ceil(Math.max(1, ...b.lines.flatMap((l) => l.x)) / 20), tickformat: "d" } : {});
+    const lengths = [...new Set(b.lines.flatMap((l) => l.x))];
+    const counted = (i) => (b.axes[i] === "tokens" && lengths.length <= 12 ? { tickvals: lengths, ticktext: lengths.map(whole) } : {});
+    const axis = (i) => ({ ...layers(i), ...counted(i), title: { text: plain(b.axes[i]) }, type: b.log[i] ? "log" : "linear", ...(b.axes[i] === "density" && b.log[i] ? DENSITY_TICKS : {}) });
     const traces = b.lines.map((line, i) => ({ x: line.x, y: line.y, name: plain(line.name), mode: "lines+markers", line: { color: COLORS[i % COLORS.length], width: 2 },
       marker: { size: 5, symbol: i % 24 }, hovertemplate: `${plain(line.name)}<br>${plain(b.axes[0])} %{x:.4~g}<br>${plain(b.axes[1])} %{y:.4~g}<extra></extra>` }));
     Plotly.react(box, traces, layout({ ...widthOf(box), showlegend: true, xaxis: axis(0), yaxis: axis(1), margin: { l: 60, r: 12, t: 28, b: 92 } }), CONFIG);
