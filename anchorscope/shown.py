@@ -31,6 +31,8 @@ def theta_text(value: float | str | None) -> str:
         return "-" if value is None else value
     if not math.isfinite(value):
         return "inf" if value > 0 else "-inf"
+    if abs(value) > 1e15:  # beyond any score, and beyond two decimals of a float
+        return f"{value:.3g}"
     up = math.ceil(value * 100 - 1e-6) / 100
     return f"{up:.2f}" if up >= value else f"{up + 0.01:.2f}"
 
