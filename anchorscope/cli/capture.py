@@ -84,29 +84,10 @@ def capture(
     for option, value in (("--dtype", dtype), ("--model-dtype", model_dtype)):
         if value not in (None, "bf16", "fp16", "fp32"):
             raise InputError(f"{option} must be bf16, fp16 or fp32, not {value!r}")
-    if not prompt and not text and not token_ids:
-        raise InputError("give at least one prompt with --prompt FILE, --text TEXT or --token-ids FILE")
-    if [*(prompt or ()), *(token_ids or ())].count(STDIN) > 1:
-        raise InputError("standard input can be read once only: give - to one option")
-
     quiet_loading(model)
     from anchorscope.models.load import quiet_transformers, require_transformers
-    from anchorscope.models.prompts import PromptInput, decode, parse_token_ids, prompt_from_file, token_ids_from_file
 
-    inputs: list[PromptInput] = []
-    for name in prompt or ():
-        if name == STDIN:
-            inputs.append(PromptInput("stdin", decode(read_stdin(MAX_PROMPT_BYTES), "standard input")))
-        else:
-            inputs.append(prompt_from_file(name))
-    inputs += [PromptInput("text", decode(item.encode("utf-8", "surrogateescape"), "--text")) for item in text or ()]
-    for name in token_ids or ():
-        if name == STDIN:
-            ids = parse_token_ids(read_stdin(MAX_PROMPT_BYTES), "standard input")
-            inputs.append(PromptInput("stdin", token_ids=ids))
-        else:
-            inputs.append(token_ids_from_file(name))
-
+    inputs = _inputs(prompt or [], text or [], token_ids or [])
     require_transformers()
     from anchorscope.capture import capture_model
 
@@ -152,6 +133,34 @@ def capture(
         f" in {time.monotonic() - started:.0f} s"
     )
     print(dump.path)
+
+
+def _inputs(prompts: list[str], texts: list[str], token_ids: list[str]) -> list[PromptInput]:
+    """What --prompt, --text and --token-ids give.
+
+    Raises:
+        InputError: nothing, standard input twice, or a file that cannot be read.
+    """
+    if not prompts and not texts and not token_ids:
+        raise InputError("give at least one prompt with --prompt FILE, --text TEXT or --token-ids FILE")
+    if [*prompts, *token_ids].count(STDIN) > 1:
+        raise InputError("standard input can be read once only: give - to one option")
+    from anchorscope.models.prompts import PromptInput, decode, parse_token_ids, prompt_from_file, token_ids_from_file
+
+    inputs: list[PromptInput] = []
+    for name in prompts:
+        if name == STDIN:
+            inputs.append(PromptInput("stdin", decode(read_stdin(MAX_PROMPT_BYTES), "standard input")))
+        else:
+            inputs.append(prompt_from_file(name))
+    inputs += [PromptInput("text", decode(item.encode("utf-8", "surrogateescape"), "--text")) for item in texts]
+    for name in token_ids:
+        if name == STDIN:
+            ids = parse_token_ids(read_stdin(MAX_PROMPT_BYTES), "standard input")
+            inputs.append(PromptInput("stdin", token_ids=ids))
+        else:
+            inputs.append(token_ids_from_file(name))
+    return inputs
 
 
 def _indices(text: str, option: str) -> tuple[int, ...] | None:

@@ -234,3 +234,29 @@ def test_places_that_the_documentation_names_exist():
     named = re.findall(r"`((?:anchorscope|kernels|tests|docs)/[\w./]*)`", table)
     assert len(named) > 20
     assert not [name for name in named if not (ROOT / name).exists()]
+
+
+def _body(function: ast.FunctionDef) -> list[ast.stmt]:
+    """Its statements without the docstring."""
+    return function.body[1:] if ast.get_docstring(function) is not None else function.body
+
+
+def test_modules_and_functions_stay_small():
+    """At most 400 lines, 60 lines and 8 parameters; kernels, ops and the signatures of commands may be longer."""
+    long = []
+    for path in [*PACKAGE.rglob("*.py"), *(ROOT / "kernels").glob("*.py")]:
+        text, name = path.read_text(encoding="utf-8"), path.relative_to(ROOT)
+        if text.count("\n") > 400:
+            long.append(f"{name}: {text.count(chr(10))} lines")
+        for f in [f for f in ast.walk(ast.parse(text)) if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef))]:
+            if any("jit" in ast.dump(x) for x in f.decorator_list):
+                continue
+            command = path.parent == PACKAGE / "cli" and not f.name.startswith("_")
+            start = _body(f)[0].lineno if command and _body(f) else f.lineno
+            if f.end_lineno - start + 1 > 60:
+                long.append(f"{name}: {f.name} has {f.end_lineno - start + 1} lines")
+            count = len([a for a in f.args.args if a.arg not in ("self", "cls")]) + len(f.args.kwonlyargs)
+            op = f.name == "anchor_attention" or any("_op" in ast.dump(x) for x in f.decorator_list)
+            if count > 8 and not command and not op:
+                long.append(f"{name}: {f.name} has {count} parameters")
+    assert not long
