@@ -29,10 +29,12 @@ from anchorscope.errors import MissingBackendError
 from anchorscope.files import write_atomic
 from anchorscope.profiles import HeadProfile
 from anchorscope.report.curves import pack_curves, theta_grid
+from anchorscope.report.glossary import GLOSSARY
 from anchorscope.report.heat import MARGIN_STEPS, MASS_FLOOR, MASS_STEPS, heat_shape, pack_heat
 from anchorscope.report.kinds import KINDS, SECTIONS, Sources, open_sources
 from anchorscope.report.pack import json_number, pack_bytes
 from anchorscope.report.read import Run, Table
+from anchorscope.report.summary import summarize
 
 PAGE_BYTES = 14_500_000  # what heat maps are fitted to
 PLOTLY_BYTES = 5_000_000
@@ -40,7 +42,20 @@ LEAST_HEAT = 1_500_000  # what they get however large the rest is
 MAX_ASKED = 24  # thetas whose other columns of heads.csv are kept; recall and density are kept for all
 
 # of assets/
-SCRIPTS = ("core", "data", "state", "grid", "overview", "charts", "head", "heat", "events", "blocks", "start")
+SCRIPTS = (
+    "core",
+    "data",
+    "state",
+    "grid",
+    "overview",
+    "charts",
+    "head",
+    "heat",
+    "events",
+    "blocks",
+    "glossary",
+    "start",
+)
 COLOR_MAPS = ("viridis", "cividis", "magma", "PuOr")  # any color vision can read them
 
 Progress = Callable[[int, int], None]
@@ -135,6 +150,8 @@ def build_data(sources: Sources, *, tokens: Tokens | None = None, progress: Prog
         "anchorscope": __version__,
         "runs": runs,
         "model": _model(sources),
+        "summary": summarize([(one.run, one.profiles, one.grid) for one in measured], sources.results),
+        "glossary": GLOSSARY,
         "sets": sets,
         "sections": sections,
         "words": words,

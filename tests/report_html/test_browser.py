@@ -156,7 +156,7 @@ def test_every_control_is_reached_by_tab(shown):
 
     shown.js("document.body.tabIndex = -1; document.body.focus()")
     seen = set()
-    for _ in range(60):
+    for _ in range(120):  # terms with an explanation are stops too
         shown.driver.switch_to.active_element.send_keys(Keys.TAB)
         seen.add(shown.js("return document.activeElement.id || document.activeElement.dataset.key"))
     assert {"theme", "set", "other", "quantity", "theta", "theta-number", "heat-view", "zoom-in", "heat"} <= seen

@@ -109,7 +109,7 @@ def test_the_grid_uses_the_width(alone):
 
 def test_sections_stand_below_the_analysis_and_in_the_contents(whole):
     links = whole.js("return [...document.querySelectorAll('#contents a')].map((a) => a.getAttribute('href'))")
-    assert links == ["#analyses", "#calibration-0", "#bench-0"]
+    assert links == ["#summary", "#analyses", "#calibration-0", "#bench-0", "#glossary"]
     assert whole.js("return links = arguments[0].every((l) => document.querySelector(l))", links)
     assert "Calibration" in whole.text("#calibration-0 h2")
     assert whole.js("return document.querySelectorAll('#grid [data-key]').length") == 6
@@ -135,3 +135,31 @@ def test_prints_on_white_paper(alone):
     assert alone.js("return document.querySelector('#after .main-svg').getBoundingClientRect().width") <= 700
     alone.js("dispatchEvent(new Event('afterprint'))")
     assert alone.js("return document.documentElement.dataset.theme") == "dark"
+
+
+def test_terms_are_explained_on_hover_on_focus_and_at_the_end(alone):
+    from selenium.webdriver import ActionChains
+    from selenium.webdriver.common.keys import Keys
+
+    term = alone.driver.find_element("css selector", "#calibration-0 dt .term[data-term='density']")
+    alone.js("arguments[0].scrollIntoView({block: 'center'})", term)
+    alone.settle()
+    ActionChains(alone.driver).move_to_element(term).perform()
+    words = alone.text("#term-density")
+    assert "pairs" in words
+    assert (alone.js("return document.getElementById('tip').hidden"), alone.text("#tip")) == (False, words)
+    alone.press("body", Keys.ESCAPE)
+    assert alone.js("return document.getElementById('tip').hidden")
+    alone.js("arguments[0].focus()", term)
+    assert not alone.js("return document.getElementById('tip').hidden")
+    described = "[...document.querySelectorAll('.term')].map((t) => t.getAttribute('aria-describedby'))"
+    assert alone.js(f"return {described}.every((id) => document.getElementById(id))")
+
+
+def test_the_summary_comes_first_and_the_grid_of_heads_uses_the_width(whole):
+    whole.size(1280, 800, dark=False)
+    top = "document.getElementById(arguments[0]).getBoundingClientRect().top"
+    assert whole.js(f"return {top}", "summary") < whole.js(f"return {top}", "analyses")
+    assert "recall promised" in whole.text("#summary dl")
+    row = whole.js("const r = document.querySelectorAll('#grid [data-key]'); return r[2].getBoundingClientRect().right")
+    assert row > 1200

@@ -8,12 +8,14 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from anchorscope.calibration.run import FOLDER as CALIBRATION
 from anchorscope.errors import DumpError, InputError
 from anchorscope.evaluation.run import FOLDER as EVALUATION
 from anchorscope.report.evaluations import change
+from anchorscope.report.glossary import GLOSSARY
 from anchorscope.report.html import build_data, build_report, open_sources
 from anchorscope.report.kinds import SECTIONS
 from anchorscope.shown import share_text
@@ -386,3 +388,90 @@ def test_hostile_text_of_a_section_stays_text(calibration, edited):
     data = parsed(page)
     assert data["model"] == HOSTILE
     assert table(data["sections"][0]["blocks"], "Prompts")[0]["prompt"] == HOSTILE
+
+
+# ---- summary and glossary --------------------------------------------------------------------------------------
+
+
+def summary(*folders) -> tuple[dict[str, tuple[str, str]], list[str]]:
+    """The cards on top of a page, and its caveats."""
+    blocks = build_data(open_sources(folders))["summary"]
+    said = warnings(blocks)
+    return {name: (value, small) for name, value, small in blocks[0]["items"]}, said[1:]
+
+
+def test_a_summary_of_a_calibration_says_what_was_promised_and_kept(calibration):
+    shown, said = summary(calibration)
+    report = json.loads((calibration / "calibration.json").read_text())
+    assert shown["model"][0] == "toy"
+    assert shown["recommended"][0] == "a theta per head"
+    assert "64x4" in shown["recommended"][1]
+    assert float(shown["density"][0]) == pytest.approx(report["held_out"]["density"], abs=6e-4)
+    assert shown["recall promised"][0] == "0.95"
+    assert float(shown["recall kept"][0]) == pytest.approx(report["promise"]["pooled"], abs=6e-4)
+    assert shown["expected speed-up of attention"] == ("not measured", "no bench is on this page")
+    assert len(said) == 3
+    assert f"{report['promise']['heads_missed']} of 12 heads keep less than the promised 0.95" in said[0]
+    assert not any("No prompt was held out" in text for text in said)
+
+
+def test_without_a_calibration_one_theta_reaches_the_target_on_average(run, profiles):
+    shown, said = summary(run)
+    theta = float(shown["recommended"][0].removeprefix("theta "))
+    for t, reached in ((theta, True), (theta - 1, False)):
+        recall = np.mean([np.interp(t, p.curve_theta[1:-1], p.curve_recall[1:-1]) for p in profiles])
+        assert (recall >= 0.95) == reached
+    assert shown["recall promised"][0] == "none"
+    assert any("Nothing was calibrated" in text for text in said)
+
+
+def test_nothing_held_out_is_a_caveat(tmp_path):
+    shown, said = summary(calibrated(tmp_path, prompts=("prose",)))
+    assert shown["recall kept"][0] == "not checked"
+    assert any("No prompt was held out" in text for text in said)
+
+
+def test_a_speedup_is_expected_only_of_a_bench_that_fits(edited, calibration, bench):
+    name = "expected speed-up of attention"
+    density = json.loads((calibration / "calibration.json").read_text())["held_out"]["density"]
+
+    def fitting(block=64, n=2048, density=density, passed=True):
+        def alter(report):
+            report["settings"].update(block=block, step=4)
+            for row in report["rows"]:
+                row.update(n=n)
+                row["check"].update(passed=passed)
+                for s, d in zip(row["sparse"], (density, 1.0), strict=True):
+                    s.update(density=d, speedup=3.21 if d < 1 else 0.5)
+
+        return edited(bench, "bench.json", alter)
+
+    assert summary(calibration, fitting())[0][name][0] == "3.21x"
+    for bad, why in (
+        (fitting(block=32), "timed groups 32x4, not 64x4"),
+        (fitting(n=8192), "no bench of these groups at 2,048 tokens"),
+        (fitting(passed=False), "no bench at 2,048 tokens with a density of"),
+    ):
+        value, small = summary(calibration, bad)[0][name]
+        assert value == "not measured"
+        assert why in small
+    assert summary(calibration, fitting(density=density / 2))[0][name][0] == "0.50x"  # a sparser time says nothing
+    assert any("different lengths" in text for text in summary(calibration, fitting(n=8192))[1])
+
+
+def test_doubts_of_an_evaluation_and_failed_checks_come_first(edited, evaluation, bench):
+    failed = edited(bench, "bench.json", lambda r: r["rows"][0]["check"].update(passed=False, reason="wrong"))
+    _, said = summary(evaluation, failed)
+    assert "no better than chance" in said[0]
+    assert "tokens failed" in said[1]
+    assert len(said) == 3
+    shown, said = summary(bench)
+    assert shown["model"][0] == "not stated"
+    assert any("CPU" in text for text in said)
+
+
+def test_every_term_is_explained_in_a_sentence():
+    assert {"recall", "density", "stripe", "theta", "anchor", "nats", "oracle", "output closeness"} <= set(GLOSSARY)
+    for term, words in GLOSSARY.items():
+        assert words.endswith("."), term
+        assert term == term.lower() or term == "KL"

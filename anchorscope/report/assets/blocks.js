@@ -5,7 +5,7 @@ const drawn = []; // charts, to be drawn again when the theme or the paper chang
 const BLOCKS = {
   cards: (b) => make("dl", {}, ...b.items.map(([name, value, small]) => card(name, value, small))),
   remarks: (b) => make("div", {}, ...b.texts.map((t) => make("p", { class: b.warning ? "warning" : "hint lead" }, t))),
-  table: (b) => make("figure", {}, make("figcaption", {}, b.caption), make("div", { class: "scroll" }, tableOf(b.columns, b.rows, b.words))),
+  table: (b) => make("figure", {}, make("figcaption", {}, ...explained(b.caption)), make("div", { class: "scroll" }, tableOf(b.columns, b.rows, b.words))),
   facts: (b) => make("details", {}, make("summary", {}, b.caption), make("div", { class: "scroll" },
     make("table", {}, make("tbody", {}, ...b.items.map(([name, value]) => make("tr", {}, make("th", { scope: "row", class: "text" }, name), make("td", { class: "text" }, value))))))),
   grids: gridsOf,
@@ -14,13 +14,13 @@ const BLOCKS = {
 
 function tableOf(columns, rows, words) {
   const side = (i) => (words.includes(i) ? "text" : null);
-  return make("table", {}, make("thead", {}, make("tr", {}, ...columns.map((c, i) => make("th", { scope: "col", class: side(i) }, c)))),
+  return make("table", {}, make("thead", {}, make("tr", {}, ...columns.map((c, i) => make("th", { scope: "col", class: side(i) }, ...explained(c))))),
     make("tbody", {}, ...rows.map((row) => make("tr", {}, ...row.map((x, i) => make("td", { class: side(i) }, x))))));
 }
 
 /** A choice of grids, one of which is shown. */
 function gridsOf(b) {
-  const box = make("div"), figure = make("figure", {}, make("figcaption", {}, b.caption));
+  const box = make("div"), figure = make("figure", {}, make("figcaption", {}, ...explained(b.caption)));
   const show = (i) => box.replaceChildren(...gridOf(b.choices[i]));
   if (b.choices.length > 1) {
     const select = make("select", {}, ...b.choices.map((g, i) => make("option", { value: String(i) }, g.name)));
@@ -59,7 +59,7 @@ function gridOf(g) {
 function chartOf(b) {
   const box = make("div", { class: "chart tall", role: "img", "aria-label": b.caption });
   drawn.push([box, b]);
-  return make("figure", {}, make("figcaption", {}, b.caption), box);
+  return make("figure", {}, make("figcaption", {}, ...explained(b.caption)), box);
 }
 
 function drawCharts() {
@@ -79,9 +79,11 @@ const sectionOf = (s) => make("section", { id: s.id, "aria-labelledby": `${s.id}
   make("h2", { id: `${s.id}-title` }, s.title), ...s.blocks.map((b) => BLOCKS[b.kind](b)));
 
 function paintSections() {
-  byId("after").append(...data.sections.map(sectionOf));
-  const parts = [...(data.sets.length ? [["analyses", "Analysis"]] : []), ...data.sections.map((s) => [s.id, s.title])];
-  byId("contents").hidden = parts.length < 2;
+  byId("before").append(sectionOf({ id: "summary", title: "Summary", blocks: data.summary }));
+  byId("after").append(...data.sections.map(sectionOf), glossarySection());
+  explainAll();
+  const parts = [["summary", "Summary"], ...(data.sets.length ? [["analyses", "Analysis"]] : []), ...data.sections.map((s) => [s.id, s.title]), ["glossary", "Glossary"]];
+  byId("contents").hidden = false;
   fill("contents", ...parts.map(([id, title]) => make("a", { href: `#${id}` }, title)));
   drawCharts();
   if (data.sets.length) return;

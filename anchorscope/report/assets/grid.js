@@ -54,7 +54,7 @@ function paintGrid() {
   const [low, high] = difference ? [-span, span] : q.scale ?? [0, 1];
   const map = difference ? "PuOr" : q.map;
   const short = state.columns > 20, roomy = q.words && state.columns <= 12;
-  byId("grid").style.setProperty("--cell", short ? "26px" : roomy ? "96px" : "46px");
+  byId("grid").style.setProperty("--cell", short ? "34px" : roomy ? "96px" : "46px");
   const target = runOf(shownSet()).target;
   for (const [key, cell] of cells) {
     const value = values.get(key), [layer, head] = key.split(":");
@@ -70,7 +70,8 @@ function paintGrid() {
     const chosen = key === state.key;
     cell.style.background = rgb ? `rgb(${rgb})` : "var(--empty)";
     cell.style.color = rgb ? inkOn(rgb) : "var(--muted)";
-    cell.textContent = short ? "" : q.words ? text.slice(0, roomy ? 16 : 7) : text;
+    const all = (state.quantity === "recall" || state.quantity === "density") && !difference && value === 1;
+    cell.textContent = all ? "all" : q.words ? text.slice(0, roomy ? 16 : 7) : text;
     const words = value === null ? (q.only ?? "no value") : q.words || (q.write && !difference) ? text : fixed(value, q.digits ?? 4);
     cell.setAttribute("aria-label", `layer ${layer}, head ${head}: ${q.name} ${words}`);
     cell.title = `layer ${layer}, head ${head}: ${q.name} ${words}`;

@@ -1,6 +1,6 @@
 // The overview: cards, runs and prompts, facts.
 
-const card = (name, value, small) => make("div", {}, make("dt", {}, name), make("dd", {}, value, small ? make("small", {}, small) : null));
+const card = (name, value, small) => make("div", {}, make("dt", {}, ...explained(name)), make("dd", {}, value, small ? make("small", {}, small) : null));
 
 function paintOverview() {
   const set = current(), run = runOf(set), theta = state.theta;
