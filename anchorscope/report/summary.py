@@ -32,7 +32,7 @@ def summarize(analyses: Analyses, results: Mapping[str, Sequence[Result]]) -> li
         _model(analyses, results),
         _prompt_card(prompts),
         *_configuration(plan, found["calibration"]),
-        _speedup(plan, prompts, found["bench"]),
+        _speedup(plan, prompts, [b for b in found["bench"] if not _foreign(b, analyses, found["calibration"])]),
         *_cost(found["evaluation"]),
     ]
     doubts = [text for text in _caveats(analyses, found, prompts) if text][:CAVEATS]
@@ -91,6 +91,13 @@ def _plan(analyses: Analyses, calibrated: Sequence[Any]) -> dict[str, Any] | Non
     return None
 
 
+def _foreign(bench: Mapping[str, Any], analyses: Analyses, calibrated: Sequence[Any]) -> bool:
+    """Whether a bench timed a dump that nothing else on the page was measured on: perhaps another model's."""
+    known = {run.identity for run, _, _ in analyses} | {p.get("dump") for c in calibrated for p in c["prompts"]}
+    dump = bench["settings"]["dump_sha256"]
+    return dump is not None and bool(known) and dump not in known
+
+
 def _configuration(plan: Mapping[str, Any] | None, calibrated: Sequence[Any]) -> Iterator[Item]:
     if plan is None:
         yield ("recommended", "none", "neither a calibration nor an analysis is on this page")
@@ -117,7 +124,7 @@ def _speedup(plan: Mapping[str, Any] | None, prompts: Mapping[str, int], timed: 
     """What a bench of the same groups says of the prompts' length and the configuration's density."""
     name, length = "expected speed-up of attention", max(prompts.values(), default=0)
     if not timed:
-        return (name, "not measured", "no bench is on this page")
+        return (name, "not measured", "no bench is on this page that is known to be of this model")
     if plan is None or not length:
         return (name, "not measured", "there is no configuration and no prompt to expect it for")
     matching = [b for b in timed if [benches.groups_of(b)] == plan["groups"]]
@@ -174,6 +181,8 @@ def _caveats(analyses: Analyses, found: Mapping[str, Sequence[Any]], prompts: Ma
             missed = f"{judged['heads_missed']} of {count(len(report['heads']), 'head')}"
             yield f"On held-out prompts {missed} keep less than the promised {judged['target']:g}."
         yield from (f"Calibration: {text}." for text in report["warnings"] if "layers are calibrated" in text)
+    if any(_foreign(b, analyses, calibrated) for b in timed):
+        yield "A bench timed a dump that nothing else here was measured on: it may be of another model."
     lengths, longest = [row["n"] for b in timed for row in b["rows"]], max(prompts.values(), default=0)
     if lengths and longest and (longest < min(lengths) or longest > max(lengths)):
         ends = f"{min(lengths):,} to {max(lengths):,}"

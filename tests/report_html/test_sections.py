@@ -21,7 +21,7 @@ from anchorscope.report.kinds import SECTIONS
 from anchorscope.shown import share_text
 
 from .results import calibrated, evaluated, timed
-from .runs import make_profiles, write_diagnostics, write_methods, write_run
+from .runs import IDENTITY, make_profiles, write_diagnostics, write_methods, write_run
 from .test_html import HOSTILE, parsed
 
 FOLDERS = {"calibration": CALIBRATION, "evaluation": EVALUATION}
@@ -409,7 +409,10 @@ def test_a_summary_of_a_calibration_says_what_was_promised_and_kept(calibration)
     assert float(shown["density"][0]) == pytest.approx(report["held_out"]["density"], abs=6e-4)
     assert shown["recall promised"][0] == "0.95"
     assert float(shown["recall kept"][0]) == pytest.approx(report["promise"]["pooled"], abs=6e-4)
-    assert shown["expected speed-up of attention"] == ("not measured", "no bench is on this page")
+    assert shown["expected speed-up of attention"] == (
+        "not measured",
+        "no bench is on this page that is known to be of this model",
+    )
     assert len(said) == 3
     assert f"{report['promise']['heads_missed']} of 12 heads keep less than the promised 0.95" in said[0]
     assert not any("No prompt was held out" in text for text in said)
@@ -435,9 +438,9 @@ def test_a_speedup_is_expected_only_of_a_bench_that_fits(edited, calibration, be
     name = "expected speed-up of attention"
     density = json.loads((calibration / "calibration.json").read_text())["held_out"]["density"]
 
-    def fitting(block=64, n=2048, density=density, passed=True):
+    def fitting(block=64, n=2048, density=density, passed=True, dump=None):
         def alter(report):
-            report["settings"].update(block=block, step=4)
+            report["settings"].update(block=block, step=4, dump_sha256=dump)
             for row in report["rows"]:
                 row.update(n=n)
                 row["check"].update(passed=passed)
@@ -447,7 +450,9 @@ def test_a_speedup_is_expected_only_of_a_bench_that_fits(edited, calibration, be
         return edited(bench, "bench.json", alter)
 
     assert summary(calibration, fitting())[0][name][0] == "3.21x"
+    assert summary(calibration, fitting(dump=IDENTITY))[0][name][0] == "3.21x"
     for bad, why in (
+        (fitting(dump="1" * 64), "known to be of this model"),
         (fitting(block=32), "timed groups 32x4, not 64x4"),
         (fitting(n=8192), "no bench of these groups at 2,048 tokens"),
         (fitting(passed=False), "no bench at 2,048 tokens with a density of"),
@@ -456,6 +461,7 @@ def test_a_speedup_is_expected_only_of_a_bench_that_fits(edited, calibration, be
         assert value == "not measured"
         assert why in small
     assert summary(calibration, fitting(density=density / 2))[0][name][0] == "0.50x"  # a sparser time says nothing
+    assert any("another model" in text for text in summary(calibration, fitting(dump="1" * 64))[1])
     assert any("different lengths" in text for text in summary(calibration, fitting(n=8192))[1])
 
 
