@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from anchorscope.bench.output import FOLDER as BENCH
 from anchorscope.calibration.run import FOLDER as CALIBRATION
 from anchorscope.errors import DumpError, InputError
 from anchorscope.evaluation.run import FOLDER as EVALUATION
@@ -24,7 +25,7 @@ from .results import calibrated, evaluated, timed
 from .runs import IDENTITY, make_profiles, write_diagnostics, write_methods, write_run
 from .test_html import HOSTILE, parsed
 
-FOLDERS = {"calibration": CALIBRATION, "evaluation": EVALUATION}
+FOLDERS = {"bench": BENCH, "calibration": CALIBRATION, "evaluation": EVALUATION}
 
 
 @pytest.fixture(scope="module")
