@@ -127,7 +127,11 @@ def diagnose_plan(plan: HeadsPlan, out: Path | str, options: RunOptions) -> Diag
 
 
 class HeadsCommand(Command[LayerUnit, list[HeadRow]]):
-    """See `anchorscope.runs.life.Command`. The heads of a layer are measured in threads, one layer after another."""
+    """See `anchorscope.runs.life.Command`. The heads of a layer are measured in threads, one layer after another.
+
+    An executor may measure several layers at a time: what the layer before selected is then selected again where it is
+    not at hand.
+    """
 
     folder: ClassVar[RunFolder] = FOLDER
     plan: HeadsPlan

@@ -1,4 +1,8 @@
-"""The kinds of folder a page is made of, and how they are recognized. A new kind is one line here."""
+"""The kinds of folder a page is made of, and how they are recognized.
+
+A folder with a section of its own is a file that makes a `Section`, and its line in `SECTIONS`. One that adds to the
+heads of an analysis is a file that makes a `Kind`, its line in `KINDS`, and what `assets/head.js` shows of it.
+"""
 
 from __future__ import annotations
 

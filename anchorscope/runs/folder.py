@@ -75,8 +75,9 @@ class RunFolder:
         Args:
             path: the folder; made when missing.
             request: everything that makes two runs measure the same, as JSON values.
-            asked: what is to be made of it (`figures`, ...), as JSON values; false and None mean "not". The last
-                command's word counts in an unfinished run. A finished run is refused unless more is asked of it.
+            asked: what is to be made of it (`figures`, ...), as JSON values; false and None mean "not". In an
+                unfinished run, what the last command asked for is made and the rest is removed. A finished run is
+                refused, unless something is asked for that no earlier command asked for.
             disk: bytes the run may need.
             overwrite: replace what an earlier run wrote.
             resume: continue a finished run of the same request instead of refusing.

@@ -362,7 +362,7 @@ def test_a_third_party_method_takes_part(plugged, dump, tmp_path):
     assert find_method("every-other").__name__ == "EveryOther"
     result = compare(dump, tmp_path / "o", lineup=line_up("anchor,every-other"), figures=False)
     mine = [p for p in result.points if p.method == "every-other"]
-    assert len(mine) == 16 * 4
+    assert len(mine) == 16 * 8
     assert all(p.recall == pytest.approx(1.0, abs=1e-6) for p in mine if p.value == 1)
     # Worked out: blocks of 16 over 150 tokens, stride 8: column blocks 0 and 8, and the diagonal.
     kept = sum(1 for i in range(N) for j in range(i + 1) if (j // 16) % 8 == 0 or j // 16 == i // 16)
