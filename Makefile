@@ -51,7 +51,7 @@ demo: demo-costs $(STAMP)  ## capture a small real model, analyze and calibrate 
 	  --prompt samples/prompts/needles.txt --tokens $(TOKENS) --layers 0,5,10,15,20,25 --dtype bf16 --out $(OUT)/dump --overwrite
 	$(BIN)/anchorscope analyze $(OUT)/dump --block 64 --step 4 --theta 8,4,6,10,12 --out $(OUT)/analysis --overwrite
 	$(BIN)/anchorscope calibrate $(OUT)/dump --groups 64x4,64x8 --target-recall 0.95 --out $(OUT)/calibration --overwrite
-	$(BIN)/anchorscope report $(OUT)/analysis --dump $(OUT)/dump --html $(OUT)/report.html
+	$(BIN)/anchorscope report $(OUT)/analysis $(OUT)/calibration --dump $(OUT)/dump --html $(OUT)/report.html
 	@if $(BIN)/python -c 'import torch; raise SystemExit(not torch.cuda.is_available())'; then set -x; \
 	  $(BIN)/anchorscope bench $(OUT)/dump --layers 5,20 --block 64 --step 4 --theta 8 --out $(OUT)/bench --overwrite; \
 	  else echo "No CUDA GPU here, so nothing is timed: sparse attention is for GPUs (docs/benchmarks has an H100's figures)"; fi

@@ -323,6 +323,16 @@ def test_sections_speak_of_folders_as_their_commands_do(name):
     )
 
 
+def test_a_choice_that_keeps_less_than_one_theta_is_not_called_damaged(calibration, edited):
+    """The gains are differences, of either sign; on real prompts the one in density is negative."""
+    ordinary = edited(
+        calibration,
+        "calibration.json",
+        lambda r: r["against_one_theta"]["gain"].update(held_out={"recall": -0.01, "worst": 0.16, "density": -0.025}),
+    )
+    assert build_data(open_sources([ordinary]))["sections"]
+
+
 def test_an_unfinished_run_says_how_to_finish_it(tmp_path, calibration):
     shutil.copytree(calibration, tmp_path / "cal")
     (tmp_path / "cal" / "calibration.json").unlink()
