@@ -77,6 +77,8 @@ def _from_gguf(path: Path) -> list[str]:
         if field is None:
             raise ValueError("no tokens")
         return [bytes(field.parts[i]).decode("utf-8", "replace") for i in field.data]
+    except MemoryError:
+        raise  # that is no fault of the file
     except Exception:  # the package checks little: a damaged file fails it in any way
         raise InputError(f"{path} holds no vocabulary that can be read: name a GGUF model with its tokenizer") from None
 

@@ -35,7 +35,7 @@ from anchorscope.profiles import HeadProfile
 from anchorscope.runs.environment import versions
 from anchorscope.runs.executors import Context
 from anchorscope.runs.folder import Run, RunFolder
-from anchorscope.runs.life import Command, Parts, RunOptions, Summary, run
+from anchorscope.runs.life import BaseCommand, Parts, RunOptions, Summary, run
 from anchorscope.runs.progress import Progress, ProgressCallback
 from anchorscope.runs.request import planned, split, takes
 from anchorscope.runs.units import HeadUnit, prompt_facts
@@ -122,14 +122,17 @@ def analyze_plan(plan: AnalysisPlan, out: Path | str, options: RunOptions) -> An
     return Analysis(done.path, done.report, done.summary.value, done.figures, done.extension)
 
 
-class AnalyzeCommand(Command[HeadUnit, HeadProfile]):
-    """See `anchorscope.runs.life.Command`."""
+class AnalyzeCommand(BaseCommand[HeadUnit, HeadProfile]):
+    """See `anchorscope.runs.life.BaseCommand`. A part is a profile, whose file has checksums of its own."""
 
     folder: ClassVar[RunFolder] = FOLDER
     suffix: ClassVar[str] = ".safetensors"
     plan: AnalysisPlan
 
-    def measure(self, unit: HeadUnit, context: Context) -> HeadProfile:
+    def make(self, root: Path, unit: HeadUnit, context: Context) -> None:
+        self._measure(unit, context).save(self.files(root, unit)[0])
+
+    def _measure(self, unit: HeadUnit, context: Context) -> HeadProfile:
         plan, entry = self.plan, unit.entry
         shape = HeadShape(
             entry.tokens,
@@ -163,9 +166,6 @@ class AnalyzeCommand(Command[HeadUnit, HeadProfile]):
             thetas=np.asarray(plan.thetas),
             **vars(result),
         )
-
-    def save(self, root: Path, unit: HeadUnit, measured: HeadProfile) -> None:
-        measured.save(self.files(root, unit)[0])
 
     def load(self, root: Path, unit: HeadUnit) -> HeadProfile | None:
         try:

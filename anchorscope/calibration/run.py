@@ -22,7 +22,7 @@ from anchorscope.errors import DumpError
 from anchorscope.files import csv_text
 from anchorscope.runs.executors import Context, Executor, InTurn
 from anchorscope.runs.folder import Run, RunFolder
-from anchorscope.runs.life import Command, Parts, RunOptions, Summary, run
+from anchorscope.runs.life import BaseCommand, Parts, RunOptions, Summary, run
 from anchorscope.runs.progress import Progress
 from anchorscope.runs.request import planned, split, takes
 
@@ -95,8 +95,8 @@ def calibrate(
     return Calibration(done.path, done.summary.value, done.report, done.figures)
 
 
-class CalibrateCommand(Command[AnalysisUnit, Measured]):
-    """See `anchorscope.runs.life.Command`. A unit is an analysis, and its part the folder of that."""
+class CalibrateCommand(BaseCommand[AnalysisUnit, Measured]):
+    """See `anchorscope.runs.life.BaseCommand`. A unit is an analysis, and its part the folder of that."""
 
     folder: ClassVar[RunFolder] = FOLDER
     plan: CalibrationPlan

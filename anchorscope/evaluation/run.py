@@ -26,7 +26,7 @@ from anchorscope.files import MAX_JSON_BYTES, read_json
 from anchorscope.models.placement import model_device
 from anchorscope.runs.executors import Context, Executor, InTurn
 from anchorscope.runs.folder import Run, RunFolder
-from anchorscope.runs.life import Command, Parts, RunOptions, Summary, run
+from anchorscope.runs.life import BaseCommand, Parts, RunOptions, Summary, run
 from anchorscope.runs.request import planned, split, takes
 from anchorscope.shapes import check
 
@@ -118,8 +118,8 @@ def evaluate(
     return Evaluation(done.path, done.report, done.figures)
 
 
-class EvaluateCommand(Command[EvaluationUnit, tuple[Part, ...]]):
-    """See `anchorscope.runs.life.Command`. A unit's part is one file per arm, and arms that are there are kept."""
+class EvaluateCommand(BaseCommand[EvaluationUnit, tuple[Part, ...]]):
+    """See `anchorscope.runs.life.BaseCommand`. A unit's part is one file per arm, and arms that are there are kept."""
 
     folder: ClassVar[RunFolder] = FOLDER
     stage: ClassVar[str] = "evaluate"

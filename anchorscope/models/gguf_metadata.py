@@ -31,6 +31,8 @@ def open_gguf(path: Path) -> GGUFReader:
         contents(reader, "general.architecture")
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror or error})") from None
+    except MemoryError:
+        raise  # that is no fault of the file
     except Exception as error:  # the reader trusts the file, so a damaged one may raise anything
         what = first_line(error, 200)
         raise InputError(f"{path} is no whole GGUF file, it is damaged or cut short ({what})") from None

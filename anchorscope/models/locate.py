@@ -102,6 +102,8 @@ def load_tokenizer(
         raise MissingBackendError(
             f"the tokenizer of model {place.source} needs a package that is missing: {first_line(error)}"
         ) from None
+    except MemoryError:
+        raise  # that is no fault of the tokenizer
     except Exception as error:  # the tokenizers library raises bare Exceptions
         if place.gguf is not None:  # transformers cannot convert every kind, and token ids need none
             notify(

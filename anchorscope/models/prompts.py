@@ -232,5 +232,7 @@ def in_template(where: str, text: str, tokenizer: PreTrainedTokenizerBase) -> st
         return str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
     except ImportError as error:
         raise MissingBackendError(f"the chat template needs a package that is missing: {error}") from None
+    except MemoryError:
+        raise  # that is no fault of the template
     except Exception as error:  # a template is a program that came with the model and may fail in any way
         raise InputError(f"{where}: the model's chat template failed: {visible(error, 300)}") from None

@@ -7,6 +7,7 @@ whose parts are missing, writes each part once under a checksum, shows progress,
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -139,13 +140,13 @@ class Finished:
         return self.summary.report
 
 
-class Command(Generic[U, T]):
-    """What a resumable command says of itself. One object is made for one run.
+class BaseCommand(ABC, Generic[U, T]):
+    """What a resumable command says of itself, whatever its parts look like. One object is made for one run.
 
     Attributes:
         folder: the vocabulary of its folders; parts go into the first of `folder.parts`.
         stage: what progress calls the measuring.
-        suffix: of its parts.
+        suffix: the end of its parts' names.
     """
 
     folder: ClassVar[RunFolder]
@@ -158,19 +159,27 @@ class Command(Generic[U, T]):
 
     # every command
 
-    def measure(self, unit: U, context: Context) -> Any:
-        """Measure one unit; the result goes to `save`: JSON values, unless that is overridden."""
-        raise NotImplementedError
+    @abstractmethod
+    def make(self, root: Path, unit: U, context: Context) -> None:
+        """Measure a unit and save its part, all or nothing.
 
-    def read(self, unit: U, saved: dict[str, Any]) -> T | None:
-        """What a sealed part holds, or None where it is of another run or not of the right shape."""
-        raise NotImplementedError
+        Raises:
+            RunFailure: it cannot be written.
+        """
 
+    @abstractmethod
+    def load(self, root: Path, unit: U) -> T | None:
+        """A unit's part, or None where it is missing, damaged or of another run."""
+
+    @abstractmethod
     def summarize(self, parts: Parts[U, T], run: Run) -> Summary:
         """Report and tables, made of the saved parts alone."""
-        raise NotImplementedError
 
     # some commands
+
+    def holds(self, root: Path, unit: U) -> bool:
+        """Whether a unit's part is there and whole, so that it need not be measured."""
+        return self.load(root, unit) is not None
 
     def draw(self, run: Run, summary: Summary) -> Sequence[Path]:
         """Draw the figures into the folder; called only where they are asked for."""
@@ -196,37 +205,35 @@ class Command(Generic[U, T]):
         """Which of its files are to be made, of a unit that has no whole part."""
         return self.files(root, unit)
 
-    def save(self, root: Path, unit: U, measured: Any) -> None:
-        """Write a unit's part, all or nothing.
-
-        Raises:
-            RunFailure: it cannot be written.
-        """
-        write_part(self.files(root, unit)[0], measured)
-
-    def load(self, root: Path, unit: U) -> T | None:
-        """A unit's part, or None where it is missing, damaged or of another run."""
-        saved = read_part(self.files(root, unit)[0])
-        return None if saved is None else self.read(unit, saved)
-
-    def holds(self, root: Path, unit: U) -> bool:
-        """Whether a unit's part is there and whole, so that it need not be measured."""
-        return self.load(root, unit) is not None
-
-    def make(self, root: Path, unit: U, context: Context) -> None:
-        """Measure a unit and save its part."""
-        self.save(root, unit, self.measure(unit, context))
-
     def out_of_memory(self) -> str:
         """The sentence to fail with when memory runs out."""
         each = human_bytes(self.plan.memory / self.plan.workers)
         return f"out of memory on {self.plan.device}: about {each} are needed at a time"
 
 
+class Command(BaseCommand[U, T]):
+    """A command whose parts are sealed JSON: `measure`, `read` and `summarize` are all that it says."""
+
+    @abstractmethod
+    def measure(self, unit: U, context: Context) -> Mapping[str, Any]:
+        """Measure one unit, as JSON values."""
+
+    @abstractmethod
+    def read(self, unit: U, saved: dict[str, Any]) -> T | None:
+        """What a sealed part holds, or None where it is of another run or not of the right shape."""
+
+    def make(self, root: Path, unit: U, context: Context) -> None:
+        write_part(self.files(root, unit)[0], self.measure(unit, context))
+
+    def load(self, root: Path, unit: U) -> T | None:
+        saved = read_part(self.files(root, unit)[0])
+        return None if saved is None else self.read(unit, saved)
+
+
 class Parts(Sequence[T], Generic[U, T]):
     """The saved parts of a run in the order of its units; each is read when it is asked for, since some are large."""
 
-    def __init__(self, command: Command[U, T], root: Path) -> None:
+    def __init__(self, command: BaseCommand[U, T], root: Path) -> None:
         self._command, self._root = command, root
         self.units = command.plan.units
 
@@ -250,7 +257,7 @@ class Parts(Sequence[T], Generic[U, T]):
         return (self[i] for i in range(len(self)))
 
 
-def run(command: Command[U, T], out: Path | str) -> Finished:
+def run(command: BaseCommand[U, T], out: Path | str) -> Finished:
     """Carry out a command's plan in a folder that is new, empty, or holds an unfinished run of the same request.
 
     Raises:
@@ -276,7 +283,7 @@ def run(command: Command[U, T], out: Path | str) -> Finished:
         return Finished(under_way.path, summary, figures, extension)
 
 
-def _measure(command: Command[U, T], root: Path) -> None:
+def _measure(command: BaseCommand[U, T], root: Path) -> None:
     """Let the executor make the parts that are not there yet."""
     plan, options = command.plan, command.options
     missing = [unit for unit in plan.units if not command.holds(root, unit)]

@@ -1,10 +1,11 @@
-"""A finished analysis for the tests of the page."""
+"""Finished folders for the tests of the page, and the browser they are shown in."""
 
 from __future__ import annotations
 
 import pytest
 
 from .browser import FLAGS, find
+from .results import calibrated, timed
 from .runs import make_profiles, write_run
 
 
@@ -31,3 +32,15 @@ def driver(tmp_path_factory):
     driver.set_script_timeout(30)
     yield driver
     driver.quit()
+
+
+@pytest.fixture(scope="module")
+def calibration(tmp_path_factory):
+    """A finished calibration."""
+    return calibrated(tmp_path_factory.mktemp("calibration"))
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    """A finished bench."""
+    return timed(tmp_path_factory.mktemp("bench"))

@@ -9,20 +9,10 @@ import pytest
 from anchorscope.report.html import write_report
 
 from .browser import Page
-from .results import calibrated, evaluated, timed
+from .results import evaluated
 
 pytestmark = pytest.mark.browser
 NO_ANALYSIS = "!document.getElementById('analyses') && document.querySelector('.chart .main-svg')"
-
-
-@pytest.fixture(scope="module")
-def calibration(tmp_path_factory):
-    return calibrated(tmp_path_factory.mktemp("calibration"))
-
-
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory):
-    return timed(tmp_path_factory.mktemp("bench"))
 
 
 @pytest.fixture(scope="module")

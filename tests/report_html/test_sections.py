@@ -21,7 +21,7 @@ from anchorscope.report.html import build_data, build_report, open_sources
 from anchorscope.report.kinds import SECTIONS
 from anchorscope.shown import share_text
 
-from .results import calibrated, evaluated, timed
+from .results import calibrated, evaluated
 from .runs import IDENTITY, make_profiles, write_diagnostics, write_methods, write_run
 from .test_html import HOSTILE, parsed
 
@@ -29,18 +29,8 @@ FOLDERS = {"bench": BENCH, "calibration": CALIBRATION, "evaluation": EVALUATION}
 
 
 @pytest.fixture(scope="module")
-def calibration(tmp_path_factory):
-    return calibrated(tmp_path_factory.mktemp("calibration"))
-
-
-@pytest.fixture(scope="module")
 def evaluation(tmp_path_factory):
     return evaluated(tmp_path_factory.mktemp("evaluation"))
-
-
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory):
-    return timed(tmp_path_factory.mktemp("bench"))
 
 
 def warnings(blocks) -> list[str]:

@@ -17,7 +17,7 @@ from anchorscope import AnalyzeRequest, RunOptions, analyze, open_dump, plan_ana
 from anchorscope.errors import InputError, RunFailure
 from anchorscope.params import AnchorParams
 from anchorscope.runs.executors import Context, InTurn, Work
-from anchorscope.runs.life import run
+from anchorscope.runs.life import Command, run
 
 
 def test_a_command_takes_less_than_sixty_lines():
@@ -162,3 +162,10 @@ def test_a_plan_decides(dump, tmp_path):
 def test_a_context_without_a_source_has_no_heads():
     with pytest.raises(AssertionError, match="no source"):
         Context(torch.device("cpu")).head(0)
+
+
+@pytest.mark.parametrize("method", ["measure", "read", "summarize"])
+def test_a_command_without_one_of_its_methods_is_refused_before_it_runs(method):
+    unfinished = type("Unfinished", (SquaresCommand,), {method: getattr(Command, method)})
+    with pytest.raises(TypeError, match=method):
+        unfinished(SquaresRequest((1,)).plan())

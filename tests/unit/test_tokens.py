@@ -59,3 +59,15 @@ def test_missing_or_damaged(tmp_path):
     pytest.importorskip("gguf")
     with pytest.raises(InputError, match="no vocabulary"):
         load_pieces(tmp_path / "x.gguf")
+
+
+def test_a_lack_of_memory_is_not_called_a_damaged_file(tmp_path, monkeypatch):
+    gguf = pytest.importorskip("gguf")
+
+    def full(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(gguf, "GGUFReader", full)
+    (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(100))
+    with pytest.raises(MemoryError):
+        load_pieces(tmp_path / "model.gguf")
