@@ -4,6 +4,7 @@ Per-head recall against sparsity of anchor attention, measured on your model and
 does, these functions do:
 
 - `capture_model`: run a model and write its Q/K/V dump.
+- `load_model`: model and tokenizer of a preset, a GGUF file, a folder or a Hugging Face id, checked.
 - `open_dump`, `verify`, `write_dump`: read, check and write dumps.
 - `analyze`, `redraw`, `load_report`, `iter_profiles`: measure a dump, and read the results again.
 - `diagnose`, `load_diagnosis`: what kind of head each one is.
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
     from anchorscope.evaluation import EvaluateRequest, Evaluation, evaluate, load_evaluation, plan_evaluation
     from anchorscope.heads import HeadsRequest, diagnose, load_diagnosis
     from anchorscope.methods import Method, line_up
-    from anchorscope.models import PromptInput, intercept
+    from anchorscope.models import LoadedModel, PromptInput, intercept, load_model
     from anchorscope.params import AnchorParams
     from anchorscope.profiles import HeadProfile
     from anchorscope.runs.life import RunOptions
@@ -78,6 +79,7 @@ _HOMES = {
     "anchorscope.evaluation": ("EvaluateRequest", "Evaluation", "evaluate", "load_evaluation", "plan_evaluation"),
     "anchorscope.heads": ("HeadsRequest", "diagnose", "load_diagnosis"),
     "anchorscope.methods": ("Method", "line_up"),
+    "anchorscope.models": ("LoadedModel", "load_model"),
     "anchorscope.params": ("AnchorParams",),
     "anchorscope.profiles": ("HeadProfile",),
     "anchorscope.runs.life": ("RunOptions",),
@@ -105,6 +107,7 @@ __all__ = [
     "InputError",
     "LayerTensors",
     "LayerUse",
+    "LoadedModel",
     "Method",
     "MissingBackendError",
     "Progress",
@@ -126,6 +129,7 @@ __all__ = [
     "load_comparison",
     "load_diagnosis",
     "load_evaluation",
+    "load_model",
     "load_report",
     "open_dump",
     "plan_analysis",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
@@ -11,6 +12,7 @@ import torch
 from anchorscope.devices import resolve_device
 from anchorscope.dtypes import torch_dtype
 from anchorscope.errors import InputError, MissingBackendError
+from anchorscope.files import visible
 from anchorscope.models.adapters import unwrapped
 from anchorscope.models.config import check_config
 from anchorscope.models.facts import name_of
@@ -82,19 +84,20 @@ def load_model(
     model_dtype: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
-    notify: Callable[[str], None],
+    notify: Callable[[str], None] | None = None,
 ) -> LoadedModel:
     """Load model and tokenizer, in evaluation mode, on the device.
 
     Only safetensors and GGUF weights are read, never pickle. What the loader reports is part of the result.
 
     Args:
-        source: a preset, a `.gguf` file, a local folder, or a Hugging Face id; tried in this order.
+        source: a preset (`smollm2`), a `.gguf` file, a local folder, or a Hugging Face id; tried in this order.
         device: "auto", "cpu", "cuda" or "cuda:i".
         model_dtype: "bf16", "fp16" or "fp32"; by default what the checkpoint holds (fp32 for GGUF).
         revision: the revision of a Hugging Face id.
         trust_remote_code: run code that comes with the model; off unless the user says so.
-        notify: receives remarks on downloads and on tensors of the checkpoint that the model does not use.
+        notify: receives remarks on downloads and on tensors of the checkpoint that the model does not use; None prints
+            them on stderr.
 
     Raises:
         InputError: there is no such model, it is not a causal language model, its files are damaged, or its weights
@@ -102,6 +105,7 @@ def load_model(
         MissingBackendError: transformers, accelerate, gguf or the device is missing.
     """
     require_transformers()
+    notify = notify or _on_stderr
     where = resolve_device(device)
     place = locate(source, revision, notify)
     dtype = "auto" if model_dtype is None else torch_dtype(model_dtype)
@@ -128,6 +132,10 @@ def load_model(
         getattr(config, "_commit_hash", None) or revision,
         {"unexpected": unexpected, "metadata": metadata},
     )
+
+
+def _on_stderr(sentence: str) -> None:
+    print(visible(sentence), file=sys.stderr)
 
 
 def _weights(place: Place, options: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, Any]]:

