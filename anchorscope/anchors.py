@@ -18,6 +18,7 @@ from anchorscope._version import __version__
 from anchorscope.errors import InputError
 from anchorscope.files import read_json, write_atomic
 from anchorscope.params import AnchorParams
+from anchorscope.shown import counted
 
 FORMAT = "anchorscope-anchors"
 VERSION = 1
@@ -123,7 +124,8 @@ class AnchorConfig:
                 )
             if isinstance(heads, int) and len(x.thetas) != heads:
                 raise InputError(
-                    f"these anchors have {len(x.thetas)} heads in layer {x.layer}, but {_called(facts)} has {heads}"
+                    f"these anchors have {counted(len(x.thetas), 'head')} in layer {x.layer}, but"
+                    f" {_called(facts)} has {heads}"
                 )
 
     @property

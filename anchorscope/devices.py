@@ -8,6 +8,8 @@ import os
 import torch
 
 from anchorscope.errors import InputError, MissingBackendError
+from anchorscope.parse import check_word
+from anchorscope.shown import counted
 
 BACKENDS = ("auto", "torch", "triton")
 
@@ -29,8 +31,13 @@ def resolve_device(name: str) -> torch.device:
     if not torch.cuda.is_available():
         raise MissingBackendError(f"--device {name}: this torch sees no CUDA GPU; use --device cpu")
     if index and int(index) >= torch.cuda.device_count():
-        raise MissingBackendError(f"--device {name}: there are {torch.cuda.device_count()} CUDA GPUs, numbered from 0")
+        raise MissingBackendError(f"--device {name}: there {_found(torch.cuda.device_count())}")
     return torch.device("cuda", int(index) if index else torch.cuda.current_device())
+
+
+def _found(count: int) -> str:
+    """How many GPUs there are, in words."""
+    return f"{'is' if count == 1 else 'are'} {counted(count, 'CUDA GPU')}, numbered from 0"
 
 
 def resolve_backend_name(name: str, device: torch.device) -> str:
@@ -40,8 +47,7 @@ def resolve_backend_name(name: str, device: torch.device) -> str:
         InputError: unknown name.
         MissingBackendError: Triton was asked for and is not installed, or asked for on a CPU without its interpreter.
     """
-    if name not in BACKENDS:
-        raise InputError(f"--backend {name!r} is unknown; use one of {', '.join(BACKENDS)}")
+    check_word("--backend", name, BACKENDS)
     if name == "torch" or (name == "auto" and device.type == "cpu"):
         return "torch"
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from anchorscope.errors import InputError
+from anchorscope.parse import check_word
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +34,5 @@ def torch_dtype(name: str) -> torch.dtype:
     import torch
 
     types = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-    if name not in types:
-        raise InputError(f"dtype must be fp32, fp16 or bf16, not {name!r}")
+    check_word("dtype", name, types)
     return types[name]

@@ -19,6 +19,12 @@ class InputError(AnchorScopeError, ValueError):
     exit_code = 2
 
 
+class BadOption(AnchorScopeError):
+    """An option of the command line with a value that it cannot have (exit code 2)."""
+
+    exit_code = 2
+
+
 class DumpError(InputError):
     """A dump folder that is missing, incomplete, damaged or not a dump (exit code 2)."""
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from anchorscope.errors import InputError, RunFailure
+from anchorscope.shown import counted
 
 MAX_JSON_BYTES = 1 << 28  # reports and tables of the largest models fit; a hostile file does not fill the memory
 MAX_PROMPT_BYTES = 1 << 26  # text of about 16 million tokens
@@ -125,7 +126,7 @@ def again_remark(parts: Iterable[Path]) -> str | None:
     found = [path for path in parts if path.exists()]
     if not found:
         return None
-    count = "1 part is" if len(found) == 1 else f"{len(found)} parts are"
+    count = counted(len(found), "part is", "parts are")
     return (
         f"{count} measured again, like {found[0]}: damaged, changed after it was written, or without a checksum as"
         " earlier versions left it"

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from anchorscope.errors import InputError
+from anchorscope.shown import counted
 
 SINK = 4
 
@@ -57,7 +58,9 @@ class Plant:
             if (value := getattr(self, name)) < 1:
                 raise InputError(f"planted input needs {names.get(name, name)} of at least 1, not {value}")
         if self.heads % self.kv_heads:
-            raise InputError(f"{self.heads} query heads are not a multiple of {self.kv_heads} kv heads")
+            raise InputError(
+                f"{counted(self.heads, 'query head')} cannot share {counted(self.kv_heads, 'kv head')} evenly"
+            )
         if self.dim <= self.directions:
             raise InputError(
                 f"planted input needs a head dimension above its {self.directions} directions, not {self.dim}"

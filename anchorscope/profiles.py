@@ -23,6 +23,7 @@ import safetensors.numpy
 from anchorscope.errors import DumpError, InputError
 from anchorscope.files import check_regular, parse_json, write_atomic
 from anchorscope.params import AnchorParams
+from anchorscope.shown import counted
 
 FORMAT = "anchorscope-profile"
 VERSION = 1
@@ -368,7 +369,7 @@ def _check_arrays(profile: HeadProfile) -> None:
     for name, (_, shape) in _ARRAYS.items():
         array = getattr(profile, name)
         if array.ndim != len(shape):
-            raise InputError(f"{name} must have {len(shape)} dimensions, not {array.ndim}")
+            raise InputError(f"{name} must have {counted(len(shape), 'dimension')}, not {array.ndim}")
         for size, label in zip(array.shape, shape, strict=True):
             want = size - 1 if label.endswith("+1") else size
             if sizes.setdefault(label.removesuffix("+1"), want) != want:

@@ -11,6 +11,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeGuard
 
+from anchorscope.shown import counted
+
 SCORED = 256  # the last tokens of a prompt that are predicted
 CONTEXT = 512  # tokens of the short run, where a capture does not run the model to its end
 # A share of log(vocabulary). Random weights are at 1 or above. A trained model of 50,000 tokens is at 0.2 to 0.4 on
@@ -69,7 +71,7 @@ class PromptProof:
             )
         better = "no better" if self.nats is not None and self.nats >= (self.chance or 0.0) else "hardly better"
         return (
-            f"the model predicts the last {self.tokens} tokens of prompt {prompt} {better} than chance"
+            f"the model predicts the last {counted(self.tokens, 'token')} of prompt {prompt} {better} than chance"
             f" (perplexity {self.perplexity:,.6g}, vocabulary {self.vocabulary:,}): {causes}"
         )
 

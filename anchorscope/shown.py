@@ -50,6 +50,17 @@ def short_name(name: str, most: int = 44, gap: str = "...") -> str:
     return name if len(name) <= most else f"{name[: room - room // 2]}{gap}{name[-(room // 2) :]}"
 
 
+def counted(number: int, noun: str, many: str | None = None) -> str:
+    """A number of things in words: "1 head", "2,048 tokens", "2 benches".
+
+    Args:
+        number: how many.
+        noun: one of them.
+        many: more of them; by default `noun` with an s.
+    """
+    return f"{number:,} {noun if number == 1 else many or noun + 's'}"
+
+
 def threads_text(count: int) -> str:
     """Processor threads in words: "1 thread", "2 threads"."""
-    return f"{count} thread" if count == 1 else f"{count} threads"
+    return counted(count, "thread")

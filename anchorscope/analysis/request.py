@@ -20,6 +20,7 @@ from anchorscope.runs.life import Plan
 from anchorscope.runs.request import check_target
 from anchorscope.runs.units import DumpRequest, HeadUnit, chosen_settings
 from anchorscope.runs.values import jsonable
+from anchorscope.shown import counted
 
 ANCHOR_BUDGET = 0.25  # share of the pairs above which the anchor region alone is called expensive
 
@@ -183,6 +184,6 @@ def _anchor_warnings(units: Sequence[HeadUnit], params: AnchorParams) -> Iterato
         )
         layers = "" if window is None else f" (sliding window {window})"
         yield (
-            f"at {n:,} tokens{layers} the anchor region alone keeps {share:.0%} of the pairs with groups of "
+            f"at {counted(n, 'token')}{layers} the anchor region alone keeps {share:.0%} of the pairs with groups of "
             f"{params.block} x {params.step}; {hint}"
         )

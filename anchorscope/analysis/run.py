@@ -40,6 +40,7 @@ from anchorscope.runs.progress import Progress, ProgressCallback
 from anchorscope.runs.request import planned, split, takes
 from anchorscope.runs.units import HeadUnit, prompt_facts
 from anchorscope.shapes import check
+from anchorscope.shown import counted
 
 STATE = "analysis.json"
 REPORT = "report.json"
@@ -218,7 +219,7 @@ class AnalyzeCommand(BaseCommand[HeadUnit, HeadProfile]):
     def out_of_memory(self) -> str:
         longest = max(u.entry.tokens for u in self.plan.units)
         return (
-            f"out of memory on {self.plan.device}: one head of {longest:,} tokens needs about "
+            f"out of memory on {self.plan.device}: one head of {counted(longest, 'token')} needs about "
             f"{human_bytes(self.plan.memory / self.plan.workers)}; use --device cpu, fewer thetas or a shorter capture"
         )
 

@@ -14,6 +14,7 @@ from anchorscope.dumps import Dump, Entry
 from anchorscope.errors import InputError
 from anchorscope.planted import Plant, planted
 from anchorscope.ranges import check_float32_sums
+from anchorscope.shown import counted
 
 if TYPE_CHECKING:
     from anchorscope.bench.request import BenchConfig
@@ -90,7 +91,7 @@ def planted_cases(config: BenchConfig, device: torch.device, dtype: torch.dtype)
         if value < 1:
             raise InputError(f"{name} must be at least 1, not {value}")
     if heads % kv_heads:
-        raise InputError(f"{heads} query heads are not a multiple of {kv_heads} kv heads")
+        raise InputError(f"{counted(heads, 'query head')} cannot share {counted(kv_heads, 'kv head')} evenly")
     if head_dim < 17:
         raise InputError(f"planted input needs a head dimension of at least 17, not {head_dim}")
     period = config.params.group if config.period is None else config.period
@@ -136,7 +137,7 @@ def dump_cases(config: BenchConfig, dump: Dump, device: torch.device, dtype: tor
     for entry, n in wanted:
         if n > entry.tokens:
             raise InputError(
-                f"length {n} is more than the {entry.tokens} tokens of prompt {entry.prompt} in {dump.path}"
+                f"length {n} is more than the {counted(entry.tokens, 'token')} of prompt {entry.prompt} in {dump.path}"
             )
     return tuple(_dump_case(i, dump, entry, n, device, dtype) for i, (entry, n) in enumerate(wanted))
 

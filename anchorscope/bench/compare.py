@@ -12,6 +12,7 @@ from anchorscope.bench.rows import FORMAT, FORMAT_VERSION
 from anchorscope.errors import InputError
 from anchorscope.files import read_json
 from anchorscope.shapes import NUMBER, check
+from anchorscope.shown import counted
 
 _SAME_ROW = ("source", "n", "heads", "kv_heads", "head_dim", "window", "softcap")
 _SAME_SETTINGS = ("input", "dump_sha256", "dtype", "block", "step", "init", "lookback", "seed", "period")
@@ -116,7 +117,10 @@ def compare(new: Mapping[str, Any], old: Mapping[str, Any]) -> tuple[list[Ratio]
         if facts[0].get(name) != facts[1].get(name)
     ]
     if unmatched:
-        notes.append(f"{unmatched} of {unmatched + len(ratios)} times have no counterpart in the old result")
+        notes.append(
+            f"{unmatched} of {counted(unmatched + len(ratios), 'time')} {'has' if unmatched == 1 else 'have'}"
+            f" no counterpart in the old result"
+        )
     return ratios, notes
 
 

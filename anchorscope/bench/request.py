@@ -22,6 +22,7 @@ from anchorscope.devices import BACKENDS, resolve_device
 from anchorscope.dumps import Dump, open_dump
 from anchorscope.errors import InputError
 from anchorscope.params import AnchorParams
+from anchorscope.parse import check_word
 from anchorscope.runs.environment import versions
 from anchorscope.runs.life import Plan
 
@@ -69,14 +70,12 @@ class BenchConfig:
         if self.thetas is not None and len(set(self.thetas)) < len(self.thetas):
             twice = next(x for x in self.thetas if self.thetas.count(x) > 1)
             raise InputError(f"theta {twice:g} is given twice")
-        if self.dtype is not None and self.dtype not in DTYPES:
-            raise InputError(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
-        if self.backend not in BACKENDS:
-            raise InputError(f"backend must be one of {', '.join(BACKENDS)}, not {self.backend!r}")
+        if self.dtype is not None:
+            check_word("--dtype", self.dtype, DTYPES)
+        check_word("--backend", self.backend, BACKENDS)
         if self.dense is not None:
             for name in self.dense or ("",):
-                if name not in NAMES:
-                    raise InputError(f"dense back ends must be among {', '.join(NAMES)}, not {name!r}")
+                check_word("--dense", name, NAMES)
         if self.repeats is not None and self.repeats < 1:
             raise InputError(f"repeats must be at least 1, not {self.repeats}")
 

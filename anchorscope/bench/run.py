@@ -30,6 +30,7 @@ from anchorscope.runs.folder import Run, RunFolder
 from anchorscope.runs.life import Command, Parts, RunOptions, Summary, run
 from anchorscope.runs.progress import Progress, ProgressCallback
 from anchorscope.runs.request import split, takes
+from anchorscope.shown import counted
 
 _ROWS = ("Row", "DenseRow", "SparseRow", "Check", "FORMAT_VERSION")
 __getattr__ = moved(__name__, {"DTYPES": "anchorscope.bench.request"} | dict.fromkeys(_ROWS, "anchorscope.bench.rows"))
@@ -232,7 +233,8 @@ class BenchCommand(Command[Case, MeasuredRow]):
         timed = max((c.n for c in self.plan.units[: case.index]), default=None)
         fits = f"; N = {timed:,} fitted, use --lengths up to that" if timed else ""
         return (
-            f"out of memory on {self.plan.device} at N = {case.n:,} with {case.heads} heads of {case.head_dim}"
+            f"out of memory on {self.plan.device} at N = {case.n:,} with {counted(case.heads, 'head')} of"
+            f" {case.head_dim}"
             f"{fits} (or fewer heads, or a shorter --lengths)"
         )
 

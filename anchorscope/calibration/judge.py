@@ -17,6 +17,7 @@ from anchorscope.calibration.sources import Measured, Sources
 from anchorscope.calibration.tables import head_rows, layer_rows
 from anchorscope.params import AnchorParams
 from anchorscope.runs.environment import versions
+from anchorscope.shown import counted
 
 VERSION = 1
 FEW = 8  # finite thetas below which p05 and last are chosen coarsely
@@ -96,7 +97,8 @@ def _grid_warnings(statistic: Statistic, curves: dict[AnchorParams, dict[HeadInd
     if statistic == "mean" or finest >= FEW:
         return []
     return [
-        f"{statistic} is known at {finest} finite thetas only, so thetas are coarse: analyze with --theta 0:16:0.25"
+        f"{statistic} is known at {counted(finest, 'finite theta')} only, so thetas are coarse: analyze with"
+        f" --theta 0:16:0.25"
     ]
 
 

@@ -20,9 +20,10 @@ from anchorscope.calibration.prompts import hold_out
 from anchorscope.calibration.sources import AnalysisUnit, Sources, group_name, read_sources
 from anchorscope.errors import InputError
 from anchorscope.params import AnchorParams
-from anchorscope.parse import describe_indices, parse_thetas
+from anchorscope.parse import check_word, describe_indices, parse_thetas
 from anchorscope.runs.life import Plan
 from anchorscope.runs.values import jsonable
+from anchorscope.shown import counted
 
 THETAS = "-inf,0:16:0.25,inf"  # where the row statistics are measured; the mean has its own, finer curve
 TARGET = 0.95
@@ -127,9 +128,9 @@ class CalibrateRequest:
     def _check(self) -> float | None:
         """Refuse what makes no sense whatever the sources are; the target recall, or None where there is a budget."""
         target = _checked_target(self.target_recall, self.budget_density)
-        _check_word("by", self.by, BY)
-        _check_word("statistic", self.statistic, STATISTICS)
-        _check_word("minimise", self.minimise, ("density", "time"))
+        check_word("--by", self.by, BY)
+        check_word("--statistic", self.statistic, STATISTICS)
+        check_word("--minimise", self.minimise, ("density", "time"))
         if not 0 < self.dense_above <= 1:
             raise InputError(f"dense_above must lie above 0 and at most at 1, not {self.dense_above!r}")
         if self.minimise == "time" and self.costs is None:
@@ -194,11 +195,6 @@ def _checked_target(target: float | None, budget: float | None) -> float | None:
     return target
 
 
-def _check_word(name: str, value: str, known: Sequence[str]) -> None:
-    if value not in known:
-        raise InputError(f"--{name} {value!r} is unknown; use one of {', '.join(known)}")
-
-
 def _seconds(plans: Sequence[AnalysisPlan]) -> float:
     """Time the analyses take, about: one head of random tensors is timed and scaled by pairs and head size."""
     if not plans:
@@ -223,20 +219,21 @@ def _warnings(sources: Sources, held: Sequence[bool], analyses: Sequence[Analysi
     if not any(held):
         found.append("no prompt is held out: whether the thetas hold on other prompts is not checked")
     if sources.windowed:
-        found.append(
-            f"layers {describe_indices(sources.windowed)} have a sliding window: they are left out and run dense"
-        )
+        found.append(f"layers with a sliding window are left out and run dense: {describe_indices(sources.windowed)}")
     model = sources.model or {}
     depth, model_heads = model.get("layers"), model.get("query_heads")
     if isinstance(depth, int) and len(sources.layers) < depth:
         found.append(
-            f"{len(sources.layers)} of the model's {depth} layers are calibrated ({describe_indices(sources.layers)});"
+            f"{len(sources.layers)} of the model's {counted(depth, 'layer')}"
+            f" {'is' if len(sources.layers) == 1 else 'are'} calibrated ({describe_indices(sources.layers)});"
             " the others will run dense"
         )
     for layer in sources.layers:
         have = sum(h[0] == layer for h in sources.heads)
         if isinstance(model_heads, int) and have < model_heads:
-            found.append(f"layer {layer} holds {have} of {model_heads} query heads; the others will run dense")
+            found.append(
+                f"layer {layer} holds {have} of {counted(model_heads, 'query head')}; the others will run dense"
+            )
     if analyses and all(plan.warnings for plan in analyses):  # one kind of group that suits is enough
         found += dict.fromkeys(sentence for plan in analyses for sentence in plan.warnings)
     return found

@@ -18,6 +18,7 @@ from anchorscope.dumps import MANIFEST, Dump, open_dump
 from anchorscope.errors import DumpError, InputError
 from anchorscope.params import AnchorParams
 from anchorscope.parse import describe_indices, parse_indices
+from anchorscope.shown import counted
 
 DEFAULT_GROUPS = (AnchorParams(64, 8), AnchorParams(128, 4), AnchorParams(128, 16))
 
@@ -284,7 +285,8 @@ def _heads(
         for layer, head in chosen:
             if (layer, head) not in heads:
                 raise InputError(
-                    f"prompt {prompt.name} ({prompt.tokens:,} tokens) lacks layer {layer}, head {head}, which another"
+                    f"prompt {prompt.name} ({counted(prompt.tokens, 'token')}) lacks layer {layer}, head"
+                    f" {head}, which another"
                     " prompt has: capture the same layers and heads of each, or choose --layers that all have"
                 )
     return chosen

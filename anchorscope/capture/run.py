@@ -29,6 +29,7 @@ from anchorscope.models.prefill import keeps_few_rows, prefill
 from anchorscope.models.prompts import PromptInput, TokenizedPrompt
 from anchorscope.models.proof import NextTokens, prove_prompt, runs_to_end
 from anchorscope.runs.request import takes
+from anchorscope.shown import counted
 
 if TYPE_CHECKING:
     import os
@@ -125,7 +126,10 @@ class _Capture:
             RunFailure: the disk has not that much left.
         """
         needed = human_bytes(plan.bytes)
-        self.tell(f"{len(plan.prompts)} x {len(plan.shapes)} layers need {needed} in {self._folder}")
+        self.tell(
+            f"{counted(len(plan.prompts), 'prompt')} x {counted(len(plan.shapes), 'layer')} need {needed} in"
+            f" {self._folder}"
+        )
         check_disk(self._folder, plan.bytes)
         self._forecast = forecast(plan.loaded.model, plan.longest, plan.request.chunk, self.tell)
 

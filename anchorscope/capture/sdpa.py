@@ -23,6 +23,7 @@ from anchorscope.dumps.writer import DumpWriter, prompt_record
 from anchorscope.errors import InputError
 from anchorscope.models.calls import AttentionCall
 from anchorscope.models.check import check_call
+from anchorscope.shown import counted
 
 
 class _Sdpa(nn.Module):
@@ -125,7 +126,8 @@ class _Calls:
             self._dump, self._tokens = self._begin(n), n
         if n != self._tokens or keys != n:
             raise InputError(
-                f"call {layer} has {n} queries and {keys} keys where the prompt has {self._tokens} tokens:"
+                f"call {layer} has {counted(n, 'query', 'queries')} and {counted(keys, 'key')} where the prompt"
+                f" has {counted(self._tokens, 'token')}:"
                 " capture one forward over the whole prompt, without a cache"
             )
         recorder = Recorder(self._dump, self._prompt, n, [layer])
@@ -142,7 +144,7 @@ class _Calls:
             InputError: a wanted call, or any call at all, was not made.
         """
         if self._layers is not None and (missing := sorted(set(self._layers) - set(self.done))):
-            raise InputError(f"call {missing[0]} was not made: the code made {self.count} calls")
+            raise InputError(f"call {missing[0]} was not made: the code made {counted(self.count, 'call')}")
         if self._dump is None:
             raise InputError(
                 "torch.nn.functional.scaled_dot_product_attention was never called inside the context"

@@ -12,7 +12,7 @@ from anchorscope.cli import options as opt
 from anchorscope.cli.common import announce, chosen, progress_bar, refuse_both, stdout_console, warn, warn_of_model
 from anchorscope.cli.tables import boxed_table, print_places
 from anchorscope.errors import InputError
-from anchorscope.shown import exact_theta, share_text, theta_text
+from anchorscope.shown import counted, exact_theta, share_text, theta_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -80,7 +80,9 @@ def analyze(
         diagnose=not no_diagnose,
     )
     engine = plan.backend
-    announce(plan, f"{len(plan.units)} heads, back end {engine.name} on {engine.hardware}", figures=not no_figures)
+    announce(
+        plan, f"{counted(len(plan.units), 'head')}, back end {engine.name} on {engine.hardware}", figures=not no_figures
+    )
     warn_of_model(source, picked["prompts"])
     with progress_bar() as bar:
         result = run(
@@ -151,7 +153,10 @@ def print_summary(result: Analysis) -> None:
     else:
         more = f"; the worst {SHORT_ROWS}:" if len(short) > SHORT_ROWS else ":"
         heads = report["target"]["heads"]
-        console.print(f"{len(short)} of {heads} heads fall short of recall {target:g} at theta {theta}{more}")
+        console.print(
+            f"{len(short)} of {counted(heads, 'head')} {'falls' if len(short) == 1 else 'fall'} short of recall"
+            f" {target:g} at theta {theta}{more}"
+        )
         console.print(_short_table(short[:SHORT_ROWS], target))
     need, oracle = report["target"]["density_needed_mean"], report["target"]["oracle_density_needed_mean"]
     if need is not None and oracle is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shlex
 import sys
 from pathlib import Path
@@ -16,7 +15,7 @@ from anchorscope.cli.common import announce, note, progress_bar, stdout_console,
 from anchorscope.cli.tables import new_table, optional
 from anchorscope.errors import InputError, RunFailure
 from anchorscope.files import human_bytes
-from anchorscope.shown import exact_theta, share_text, threads_text
+from anchorscope.shown import counted, exact_theta, share_text, threads_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
     from anchorscope.bench import BenchPlan
 
 RATIO_ROWS = 40
-MAX_LENGTH = 1 << 20
+MAX_LENGTH = 1 << 20  # tokens
 
 
 def bench(
@@ -59,7 +58,7 @@ def bench(
     layers: Annotated[str | None, typer.Option(help="Layers of the dump, like 0,5,10-15. (default: all)")] = None,
     repeats: Annotated[int | None, typer.Option(help="Timed repetitions. (default: 3 to 20 by time)")] = None,
     period: Annotated[
-        int | None, typer.Option(help="Queries that share one planted direction. (default: block * step)")
+        int | None, opt.token_count("--period", "Queries that share one planted direction. (default: block * step)")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of planted input. (default: 0)")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder for bench.json and figures.")] = None,
@@ -73,9 +72,9 @@ def bench(
 
     No speed-up is printed unless the pipeline equals dense attention at theta = inf.
     """
-    from anchorscope.parse import parse_indices, parse_thetas
+    from anchorscope.parse import parse_indices, parse_lengths, parse_thetas
 
-    sizes = None if lengths is None else parse_lengths(lengths)
+    sizes = None if lengths is None else parse_lengths(lengths, most=MAX_LENGTH)
     thetas = None if theta is None else parse_thetas(theta)
 
     from anchorscope.bench import BenchConfig, load_result
@@ -99,7 +98,7 @@ def bench(
     )
     old = None if against is None else (against.name, load_result(against))
     plan = config.plan(dump)
-    what = f"{len(plan.units)} inputs to time" if len(plan.units) > 1 else "1 input to time"
+    what = f"{counted(len(plan.units), 'input')} to time"
     if out is None:
         note(f"{what}; needs about {plan.memory_words()}")
     else:
@@ -136,29 +135,6 @@ def _carry_out(
     return done.report
 
 
-def parse_lengths(text: str, option: str = "--lengths") -> tuple[int, ...]:
-    """Token counts from a comma list; `k` multiplies by 1024.
-
-    >>> parse_lengths("4096,16k")
-    (4096, 16384)
-
-    Raises:
-        InputError: malformed, below 1 or above 1,048,576, or the same length twice.
-    """
-    sizes: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*([0-9]{1,8})(k?)\s*", part, flags=re.IGNORECASE)
-        if match is None:
-            raise InputError(f"{option} {text!r} is malformed; write token counts like 4096,8192 or 4k,8k")
-        size = int(match[1]) * (1024 if match[2] else 1)
-        if not 1 <= size <= MAX_LENGTH:
-            raise InputError(f"{option}: {part.strip()} is out of range; lengths go from 1 to {MAX_LENGTH:,} tokens")
-        if size in sizes:
-            raise InputError(f"{option} {text!r} names {size} twice")
-        sizes.append(size)
-    return tuple(sizes)
-
-
 def _layers(dump: Path | None) -> list[int]:
     if dump is None:
         raise InputError("--layers chooses from a dump; planted input has no layers")
@@ -179,7 +155,7 @@ def print_result(data: dict[str, Any]) -> None:
         f" {settings['backend']} back end"
     )
     console.print(
-        f"{shape['heads']} query heads, {shape['kv_heads']} kv heads, d = {shape['head_dim']},"
+        f"{counted(shape['heads'], 'query head')}, {counted(shape['kv_heads'], 'kv head')}, d = {shape['head_dim']},"
         f" {settings['dtype']}, groups of {settings['block']} x {settings['step']}"
     )
     for source, number in _numbers(data).items():

@@ -11,7 +11,7 @@ import typer
 from anchorscope.cli import options as opt
 from anchorscope.cli.common import announce, progress_bar, stdout_console, warn_of_model
 from anchorscope.cli.tables import new_table, print_places
-from anchorscope.shown import share_text, theta_text
+from anchorscope.shown import counted, share_text, theta_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -101,11 +101,11 @@ def calibrate(
     if plan.units:
         engine = plan.units[0].analysis.backend
         what = (
-            f"{plan.heads} heads to measure, back end {engine.name} on {engine.hardware}, about"
+            f"{counted(plan.heads, 'head')} to measure, back end {engine.name} on {engine.hardware}, about"
             f" {_duration(plan.seconds)} (less what is measured already)"
         )
     else:
-        what = f"{len(plan.sources.prompts)} prompts, measured already"
+        what = f"{counted(len(plan.sources.prompts), 'prompt')}, measured already"
     announce(plan, what, figures=not no_figures)
     for source in {unit.dump.identity: unit.dump for unit in plan.units}.values():
         warn_of_model(source)
@@ -138,7 +138,7 @@ def print_summary(result: Calibration) -> None:
     console, report = stdout_console(), result.report
     s = report["settings"]
     held = sum(p["held_out"] for p in report["prompts"])
-    console.print(f"{aim(s)}; {len(report['prompts']) - held} prompts fitted, {held} held out")
+    console.print(f"{aim(s)}; {counted(len(report['prompts']) - held, 'prompt')} fitted, {held} held out")
     console.print(_layer_table(report))
     console.print(_pooled_table(report))
     _print_promise(console, report)

@@ -16,6 +16,8 @@ from anchorscope.cli import options as opt
 from anchorscope.cli.common import live_bar, note, quiet_loading, refuse_both
 from anchorscope.errors import InputError
 from anchorscope.files import MAX_PROMPT_BYTES, human_bytes, read_stdin, visible
+from anchorscope.parse import check_word
+from anchorscope.shown import counted
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -54,7 +56,8 @@ def capture(
         bool, typer.Option("--no-special-tokens", help="Let the tokenizer add none, like a begin-of-sequence.")
     ] = False,
     tokens: Annotated[
-        int | None, typer.Option(help="Prompt length N; longer prompts are cut. (default: whole prompts)")
+        int | None,
+        opt.token_count("--tokens", "Prompt length N, like 4k; longer prompts are cut. (default: whole prompts)", 2),
     ] = None,
     layers: Annotated[str, typer.Option(help="Layers to keep, like 0,5,10-15.")] = "all",
     kv_heads: Annotated[str, typer.Option(help="Kv heads to keep, with their query heads, like 0,2.")] = "all",
@@ -62,7 +65,10 @@ def capture(
     model_dtype: opt.ModelDtype = None,
     device: opt.Device = "auto",
     chunk: Annotated[
-        int | None, typer.Option(help="Prefill in pieces of this many tokens, for prompts that do not fit.")
+        int | None,
+        opt.token_count(
+            "--chunk", "Prefill in pieces of this many tokens, for prompts that do not fit. (default: whole prompts)"
+        ),
     ] = None,
     no_values: Annotated[
         bool, typer.Option("--no-values", help="Leave V out: a smaller dump, but no output errors.")
@@ -82,8 +88,8 @@ def capture(
     refuse_both(overwrite, resume)
     wanted_layers, wanted_heads = _indices(layers, "--layers"), _indices(kv_heads, "--kv-heads")
     for option, value in (("--dtype", dtype), ("--model-dtype", model_dtype)):
-        if value not in (None, "bf16", "fp16", "fp32"):
-            raise InputError(f"{option} must be bf16, fp16 or fp32, not {value!r}")
+        if value is not None:
+            check_word(option, value, ("bf16", "fp16", "fp32"))
     quiet_loading(model)
     from anchorscope.models.load import quiet_transformers, require_transformers
 
@@ -129,7 +135,7 @@ def capture(
         print(json.dumps(result))
         return
     note(
-        f"{len(dump.prompts)} prompts, {len(dump.entries)} files, {human_bytes(size)}"
+        f"{counted(len(dump.prompts), 'prompt')}, {counted(len(dump.entries), 'file')}, {human_bytes(size)}"
         f" in {time.monotonic() - started:.0f} s"
     )
     print(dump.path)

@@ -12,7 +12,7 @@ from anchorscope.cli import options as opt
 from anchorscope.cli.common import announce, chosen, progress_bar, stdout_console, warn, warn_of_model
 from anchorscope.cli.tables import new_table, print_places
 from anchorscope.errors import InputError
-from anchorscope.shown import share_text
+from anchorscope.shown import counted, share_text
 
 if TYPE_CHECKING:
     from anchorscope.compare import Comparison
@@ -79,7 +79,9 @@ def compare(
         device=device,
     )
     settings_count = sum(len(c.sweep) for c in lineup)
-    what = f"{len(plan.units)} heads, {len(lineup)} methods, {settings_count} settings"
+    what = ", ".join(
+        (counted(len(plan.units), "head"), counted(len(lineup), "method"), counted(settings_count, "setting"))
+    )
     announce(plan, what, figures=not no_figures)
     warn_of_model(source, picked["prompts"])
     with progress_bar() as bar:
@@ -104,7 +106,7 @@ def print_summary(result: Comparison) -> None:
         shown = sorted([target, *(r for r in shown if r != 0.95)])
     table = new_table(
         ["method", *(f"{kind}\n{r:g}" for kind in ("shared", "own") for r in shown), "search\ncost"],
-        title=f"density needed (interpolated between settings), {report['heads']} heads",
+        title=f"density needed (interpolated between settings), {counted(report['heads'], 'head')}",
         left=("method",),
     )
     table.columns[0].max_width = 22

@@ -12,7 +12,7 @@ from anchorscope.cli import options as opt
 from anchorscope.cli.common import announce, note, progress_bar, quiet_loading, stdout_console
 from anchorscope.cli.tables import clean_name, new_table, print_places
 from anchorscope.errors import InputError
-from anchorscope.shown import share_text
+from anchorscope.shown import counted, share_text
 
 if TYPE_CHECKING:
     from anchorscope.anchors import AnchorConfig
@@ -47,7 +47,7 @@ def evaluate(
         str | None,
         typer.Option(help="Theta in nats for all heads, in place of --config; several make several arms."),
     ] = None,
-    block: Annotated[int, typer.Option(help="With --theta: queries pooled together.")] = 128,
+    block: Annotated[int, opt.token_count("--block", "With --theta: queries pooled together, in tokens.")] = 128,
     step: Annotated[int, typer.Option(help="With --theta: query blocks that share one selection.")] = 16,
     lengths: Annotated[
         str | None,
@@ -57,7 +57,7 @@ def evaluate(
     samples: Annotated[int, typer.Option(help="Questions per task, length and depth.")] = 4,
     seed: Annotated[int, typer.Option(help="Seed of the tasks and of the intervals.")] = 0,
     chunk: Annotated[
-        int | None, typer.Option(help="Tokens prefilled at a time. (default: prompts 2048; tasks whole)")
+        int | None, opt.token_count("--chunk", "Tokens prefilled at a time. (default: prompts 2048; tasks whole)")
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put tasks into the model's chat template.")] = False,
     measure: Annotated[
@@ -89,14 +89,15 @@ def evaluate(
     """
     # Before anything heavy or slow: a misspelt option should not wait for it.
     from anchorscope.params import AnchorParams
+    from anchorscope.parse import parse_lengths, parse_shares
 
     asked = {
         "arms": _arms(config or [], names or [], theta),
         "params": AnchorParams(block, step),
         "prompts": prompt or (),
         "tasks": [x.strip() for x in task.split(",") if x.strip()],
-        "lengths": None if lengths is None else [int(x) for x in _numbers(lengths, "--lengths", whole=True)],
-        "depths": _numbers(depths, "--depths"),
+        "lengths": None if lengths is None else sorted(parse_lengths(lengths, least=2)),
+        "depths": parse_shares(depths, "--depths"),
         "samples": samples,
         "seed": seed,
         "chunk": chunk,
@@ -143,21 +144,14 @@ def _arms(configs: list[Path], names: list[str], theta: str | None) -> dict[str,
     if theta is not None:
         return {f"theta {t:g}": t for t in parse_thetas(theta)}
     if names and len(names) != len(configs):
-        raise InputError(f"--as is given {len(names)} times for {len(configs)} --config: name each of them, or none")
+        raise InputError(
+            f"--as is given {counted(len(names), 'time')} for {len(configs)} --config: name each of them, or none"
+        )
     titles = names or [path.stem for path in configs]
     twice = next((t for t in titles if titles.count(t) > 1), None)
     if twice is not None:
         raise InputError(f"two arms are called {twice}: tell them apart with --as NAME, once per --config")
     return {title: AnchorConfig.load(path) for title, path in zip(titles, configs, strict=True)}
-
-
-def _numbers(text: str, option: str, *, whole: bool = False) -> list[float]:
-    """Numbers separated by commas, ascending, each once."""
-    try:
-        return sorted({float(int(x) if whole else float(x)) for x in text.split(",")})
-    except (ValueError, OverflowError):
-        kind = "whole numbers" if whole else "numbers"
-        raise InputError(f"{option} {text!r} must be {kind} separated by commas") from None
 
 
 def print_summary(result: Evaluation) -> None:
@@ -230,7 +224,7 @@ def _print_times(console: Any, results: list[dict[str, Any]], chunk: int | None)
             found.setdefault("dense", []).append(r["times"]["dense"])
             found.setdefault(r["arm"], []).append(r["times"]["sparse"])
     how = f"in chunks of {chunk:,}" if chunk is not None and chunk < longest else "whole"
-    console.print(f"Prefill of {longest:,} tokens {how}, means:")
+    console.print(f"Prefill of {counted(longest, 'token')} {how}, means:")
     for arm, times in found.items():
         seconds, attention = (sum(t[k] for t in times) for k in ("prefill_seconds", "attention_seconds"))
         name = clean_name(arm, 24, "~")

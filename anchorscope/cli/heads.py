@@ -11,7 +11,7 @@ from anchorscope.cli import options as opt
 from anchorscope.cli.common import announce, chosen, progress_bar, stdout_console, warn, warn_of_model
 from anchorscope.cli.tables import clean_name, new_table, optional, print_places
 from anchorscope.errors import InputError
-from anchorscope.shown import share_text
+from anchorscope.shown import counted, share_text
 
 if TYPE_CHECKING:
     from anchorscope.heads import Diagnosis
@@ -45,7 +45,7 @@ def heads(
 
     thetas = parse_thetas(theta)
     if len(thetas) != 1:
-        raise InputError(f"--theta {theta!r} lists {len(thetas)} thetas; heads takes one")
+        raise InputError(f"--theta {theta!r} lists {counted(len(thetas), 'theta')}; heads takes one")
     params = AnchorParams(block, step)
     pieces = None
     if tokenizer is not None:
@@ -65,7 +65,7 @@ def heads(
         **picked,
         device=device,
     )
-    announce(plan, f"{plan.heads} heads", figures=not no_figures)
+    announce(plan, counted(plan.heads, "head"), figures=not no_figures)
     warn_of_model(source, picked["prompts"])
     with progress_bar() as bar:
         result = diagnose(

@@ -13,6 +13,7 @@ from anchorscope.cli.common import live_bar, stdout_console, warn_of_model
 from anchorscope.cli.tables import new_table
 from anchorscope.errors import DumpError
 from anchorscope.files import human_bytes, visible
+from anchorscope.shown import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -43,7 +44,8 @@ def info(
     warn_of_model(result.dump)
     if result.damaged:
         raise DumpError(
-            f"{len(result.damaged)} of {len(result.checks)} files of {dump} are damaged: {result.damaged[0].detail}"
+            f"{len(result.damaged)} of {counted(len(result.checks), 'file')} of {dump}"
+            f" {'is' if len(result.damaged) == 1 else 'are'} damaged: {result.damaged[0].detail}"
         )
     if not result.complete:
         raise DumpError(f"{dump} is an unfinished capture: run the same command with --resume")
@@ -110,7 +112,7 @@ def _show(result: Verification) -> None:
         "dump": str(dump.path),
         "model": f"{name} ({kind})" if kind else str(name),
         "created": " by ".join(str(dump.manifest.get(key) or "unknown") for key in ("created", "created_by")),
-        "size": f"{size} in {len(dump.entries)} files",
+        "size": f"{size} in {counted(len(dump.entries), 'file')}",
         "state": result.state + ("" if result.complete else ", unfinished"),
     }
     for key, value in lines.items():
@@ -176,7 +178,7 @@ def _loader_words(loader: object) -> str:
     if isinstance(unused, list) and unused:
         words += f", {len(unused)} of the checkpoint's tensors unused"
     if isinstance(metadata, dict) and isinstance(metadata.get("keys"), dict):
-        words += f"; the config agrees with {len(metadata['keys'])} keys of the file's metadata"
+        words += f"; the config agrees with {counted(len(metadata['keys']), 'key')} of the file's metadata"
         if isinstance(metadata.get("set"), dict) and metadata["set"]:
             words += f", after {', '.join(metadata['set'])} were set to it"
     return words

@@ -6,10 +6,38 @@ function makes the option: `overwrite: Annotated[bool, opt.overwrites("an earlie
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from anchorscope.errors import BadOption, InputError
+from anchorscope.parse import parse_tokens
+
+
+def token_count(option: str, text: str, least: int = 1) -> Any:
+    """An option that takes a number of tokens, written as 4096 or 4k.
+
+    Args:
+        option: its name: "--block".
+        text: its help.
+        least: the smallest number that makes sense.
+    """
+    return typer.Option(option, help=text, metavar="TOKENS", parser=_tokens_of(option, least))
+
+
+def _tokens_of(option: str, least: int) -> Callable[[str | int], int]:
+    def parse(text: str | int) -> int:
+        if isinstance(text, int):  # a default
+            return text
+        try:
+            return parse_tokens(text, option, least)
+        except InputError as error:  # a ValueError, which typer would put into words of its own
+            raise BadOption(str(error)) from None
+
+    return parse
+
 
 # What is read
 DumpFolder = Annotated[Path, typer.Argument(help="Dump folder written by `capture` or `write_dump`.", metavar="DIR")]
@@ -36,10 +64,10 @@ Heads = Annotated[str, typer.Option(help="Query heads, like 0,2-4.")]
 Prompts = Annotated[str, typer.Option(help="Prompt names, separated by commas.")]
 
 # What is computed, and where
-Block = Annotated[int, typer.Option(help="Queries pooled together.")]
-Step = Annotated[int, typer.Option(help="Query blocks that share one selection of stripes.")]
-Init = Annotated[int | None, typer.Option(help="First tokens always kept. (default: block)")]
-Lookback = Annotated[int | None, typer.Option(help="Tokens before a group always kept. (default: block)")]
+Block = Annotated[int, token_count("--block", "Queries pooled together, in tokens, like 128 or 4k.")]
+Step = Annotated[int, typer.Option(help="Query blocks that share one selection of stripes.", metavar="BLOCKS")]
+Init = Annotated[int | None, token_count("--init", "First tokens always kept. (default: block)", 0)]
+Lookback = Annotated[int | None, token_count("--lookback", "Tokens before a group always kept. (default: block)", 0)]
 Backend = Annotated[str, typer.Option(help="Back end: auto, torch or triton.")]
 Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda or cuda:1.")]
 

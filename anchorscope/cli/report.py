@@ -11,6 +11,7 @@ from anchorscope.cli import options as opt
 from anchorscope.cli.common import live_bar, note, warn, warn_of_model
 from anchorscope.errors import InputError
 from anchorscope.files import human_bytes
+from anchorscope.shown import counted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -69,7 +70,7 @@ def report(
 def _extent(sources: Sources) -> str:
     """What the page holds, in words."""
     heads = sum(len(r.profiles) for r in sources.runs)
-    found = [f"{heads} head{'' if heads == 1 else 's'}"] if sources.runs else []
+    found = [counted(heads, "head")] if sources.runs else []
     for name, results in sources.results.items():
         many = "benches" if name == "bench" else f"{name}s"
         found += [f"{len(results)} {name if len(results) == 1 else many}"] if results else []

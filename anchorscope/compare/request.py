@@ -17,6 +17,7 @@ from anchorscope.runs.life import Plan
 from anchorscope.runs.request import check_target
 from anchorscope.runs.units import DumpRequest, HeadUnit, chosen_settings
 from anchorscope.runs.values import jsonable
+from anchorscope.shown import counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +134,7 @@ def _warnings(units: Sequence[HeadUnit]) -> list[str]:
     if not short:
         return []
     return [
-        f"{short[0]:,} tokens is short for these methods: many are dense there at their authors' settings, with least"
+        f"{counted(short[0], 'token')} is short for these methods: many are dense there at their authors'"
+        f" settings, with least"
         " budgets of 1,024 tokens and more"
     ]

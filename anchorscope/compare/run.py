@@ -28,6 +28,7 @@ from anchorscope.runs.request import planned, split, takes
 from anchorscope.runs.units import HeadUnit, prompt_facts
 from anchorscope.runs.values import jsonable
 from anchorscope.shapes import NUMBER, fits
+from anchorscope.shown import counted
 
 REPORT = "compare.json"
 TABLE = "methods.csv"
@@ -141,7 +142,7 @@ class CompareCommand(Command[HeadUnit, list[Point]]):
         longest = max(u.entry.tokens for u in self.plan.units)
         each = human_bytes(self.plan.memory / self.plan.workers)
         return (
-            f"out of memory on {self.plan.device}: one head of {longest:,} tokens needs about"
+            f"out of memory on {self.plan.device}: one head of {counted(longest, 'token')} needs about"
             f" {each}; use --device cpu, fewer methods or a shorter capture"
         )
 

@@ -11,6 +11,7 @@ from anchorscope.dumps.layer import LayerSpec
 from anchorscope.dumps.reader import Dump
 from anchorscope.dumps.writer import DumpWriter, prompt_record
 from anchorscope.errors import InputError
+from anchorscope.shown import counted
 
 if TYPE_CHECKING:
     import os
@@ -106,7 +107,7 @@ def _tensors(index: int, item: Mapping[str, Any]) -> dict[str, Tensor]:
     dtype_name(found["q"].dtype)
     for key, x in (("query_heads", found["q"]), ("kv_heads", found["k"])):
         if item.get(key) is not None and len(item[key]) != x.shape[0]:
-            raise InputError(f"{where}: {key} names {len(item[key])} heads for {x.shape[0]} rows")
+            raise InputError(f"{where}: {key} names {counted(len(item[key]), 'head')} for {counted(x.shape[0], 'row')}")
     return found
 
 
@@ -121,7 +122,7 @@ def _lengths(items: list[dict[str, Any]], tensors: list[dict[str, Tensor]]) -> d
         tokens = found["q"].shape[1]
         if lengths.setdefault(item["prompt"], tokens) != tokens:
             raise InputError(
-                f"{_place(index, item)} has {tokens} tokens where the prompt has {lengths[item['prompt']]}"
+                f"{_place(index, item)} has {counted(tokens, 'token')} where the prompt has {lengths[item['prompt']]}"
             )
     return lengths
 

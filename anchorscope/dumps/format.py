@@ -19,6 +19,7 @@ from typing import Any
 from anchorscope.errors import DumpError, InputError
 from anchorscope.files import member, read_json, visible
 from anchorscope.proof import PromptProof
+from anchorscope.shown import counted
 
 FORMAT = "anchorscope-dump"
 VERSION = 1
@@ -245,7 +246,7 @@ def parse_entry(item: object, index: int, folder: Path, prompts: dict[str, Promp
     _check_against_file(item, path, shapes, dtype)
     heads, tokens, head_dim = shapes["q"]
     if (expected := prompts[prompt].tokens) and expected != tokens:
-        raise damaged(f"{path} holds {tokens} tokens where the prompt has {expected}")
+        raise damaged(f"{path} holds {counted(tokens, 'token')} where the prompt has {expected}")
     return Entry(
         prompt=prompt,
         layer=layer,
@@ -343,5 +344,5 @@ def read_header(path: Path) -> tuple[dict[str, tuple[int, int, int]], str]:
                 f" where q {found['q'][0]} {DTYPES[dtype]} needs {(kv, tokens, head_dim)} {DTYPES[dtype]}"
             )
     if heads % kv:
-        raise damaged(f"{path}: {heads} query heads cannot share {kv} kv heads evenly")
+        raise damaged(f"{path}: {counted(heads, 'query head')} cannot share {counted(kv, 'kv head')} evenly")
     return {name: (shape[0], shape[1], shape[2]) for name, (shape, _) in found.items()}, DTYPES[dtype]

@@ -19,6 +19,7 @@ from anchorscope.dumps.format import (
     read_manifest,
 )
 from anchorscope.errors import DumpError, InputError
+from anchorscope.shown import counted
 
 if TYPE_CHECKING:
     import os
@@ -91,7 +92,8 @@ class Dump:
         return self.manifest.get("complete", True)
 
     def __repr__(self) -> str:
-        return f"Dump({str(self.path)!r}, {len(self.prompts)} prompts, {len(self.entries)} entries)"
+        prompts, entries = counted(len(self.prompts), "prompt"), counted(len(self.entries), "entry", "entries")
+        return f"Dump({str(self.path)!r}, {prompts}, {entries})"
 
     def entry(self, prompt: str, layer: int) -> Entry:
         """The entry of one prompt and layer.
@@ -174,7 +176,7 @@ def open_dump(path: str | os.PathLike[str], *, allow_incomplete: bool = False) -
     prompts = parse_prompts(manifest, folder)
     if not manifest.get("complete", True) and not allow_incomplete:
         raise damaged(
-            f"{folder} is an unfinished capture ({len(manifest['entries'])} layers so far):"
+            f"{folder} is an unfinished capture ({counted(len(manifest['entries']), 'layer')} so far):"
             " run the same capture with --resume, or start again with --overwrite"
         )
     by_name = {prompt.name: prompt for prompt in prompts}

@@ -42,6 +42,7 @@ from anchorscope.dumps.reader import Dump, file_sha256, open_dump
 from anchorscope.errors import InputError, RunFailure
 from anchorscope.locks import folder_lock
 from anchorscope.moved import moved
+from anchorscope.shown import counted
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -242,7 +243,7 @@ def prompt_record(
     if token_ids is not None:
         ids = [int(i) for i in token_ids]
         if len(ids) != tokens:
-            raise InputError(f"prompt {name}: {len(ids)} token ids for {tokens} tokens")
+            raise InputError(f"prompt {name}: {counted(len(ids), 'token id')} for {counted(tokens, 'token')}")
         record.update(sha256=token_sha256(ids), token_ids=ids)
     if text is not None:
         record["text"] = text

@@ -35,8 +35,10 @@ from anchorscope.models.positions import model_positions
 from anchorscope.models.prompts import unique_names
 from anchorscope.models.proof import prove_model
 from anchorscope.params import AnchorParams
+from anchorscope.parse import check_word
 from anchorscope.proof import ModelProof
 from anchorscope.runs.life import Plan
+from anchorscope.shown import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -163,8 +165,8 @@ class EvaluateRequest:
         empty = not self.depths or (self.lengths is not None and not self.lengths)
         if self.samples < 1 or (self.chunk is not None and self.chunk < 1) or empty:
             raise InputError("samples and chunk must be at least 1, and lengths and depths name at least one")
-        if self.model_dtype not in (None, "bf16", "fp16", "fp32"):
-            raise InputError(f"--model-dtype must be bf16, fp16 or fp32, not {self.model_dtype!r}")
+        if self.model_dtype is not None:
+            check_word("--model-dtype", self.model_dtype, ("bf16", "fp16", "fp32"))
         if isinstance(self.model, str):  # a loaded model is where it is
             resolve_backend_name(self.backend, resolve_device(self.device))
 
@@ -267,7 +269,7 @@ class EvaluationPlan(Plan[EvaluationUnit]):
     def extent(self) -> str:
         """What there is to run, in words."""
         prefills = sum(unit.arms for unit in self.units)
-        return f"{prefills} prefills, {sum(unit.work for unit in self.units):,} tokens in all"
+        return f"{counted(prefills, 'prefill')}, {counted(sum(unit.work for unit in self.units), 'token')} in all"
 
     def options_of(self, unit: EvaluationUnit) -> LaneOptions:
         """How arms run a unit."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from anchorscope.errors import InputError
 from anchorscope.evaluation.text import Pieces, Prose, insert, word_lists, words_cut
+from anchorscope.parse import check_word
 
 PERPLEXITY = "perplexity"
 LEAST_PROSE = 64  # tokens of text around the needles
@@ -153,8 +154,7 @@ def check_tasks(names: Sequence[str]) -> None:
         InputError: and which ones do.
     """
     for name in names:
-        if name not in TASKS and name != PERPLEXITY:
-            raise InputError(f"task {name!r} is unknown; there are {', '.join([*TASKS, PERPLEXITY])}")
+        check_word("--task", name, [*TASKS, PERPLEXITY])
 
 
 def make_samples(

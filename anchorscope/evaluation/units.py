@@ -10,6 +10,7 @@ from anchorscope.evaluation.tasks import Sample
 from anchorscope.models import LoadedModel, PromptInput
 from anchorscope.models.positions import Positions
 from anchorscope.models.prompts import tokenize
+from anchorscope.shown import counted
 
 PROMPTS, TASKS = "prompts", "tasks"  # the kinds of work
 
@@ -100,6 +101,6 @@ def cut_prompt(
     for length in lengths or ():
         if length > found:
             raise InputError(
-                f"prompt {prompt.name} has {found:,} tokens, fewer than the length {length:,}: lower --lengths"
+                f"prompt {prompt.name} has {counted(found, 'token')}, fewer than the length {length:,}: lower --lengths"
             )
     return [LongPrompt(prompt.name, n, ready.token_ids[:n]) for n in lengths or (found,)]

@@ -18,6 +18,7 @@ from anchorscope.runs.life import Plan
 from anchorscope.runs.sources import Source
 from anchorscope.runs.units import DumpRequest, HeadUnit
 from anchorscope.runs.values import jsonable
+from anchorscope.shown import counted
 
 BLOCK, STEP, THETA = 128, 4, 12.0  # groups of 512: short prompts then have neighboring groups to compare
 NUMBERED_HEADS = 12  # maps with more heads are drawn without numbers
@@ -193,11 +194,14 @@ def _warnings(layers: Sequence[LayerUnit], params: AnchorParams) -> list[str]:
     found = []
     least = diagnostics.STREAM_SINKS + diagnostics.STREAM_RECENT
     if shortest <= least:
-        found.append(f"{shortest:,} tokens are too short to class heads; it takes more than {least}")
+        found.append(
+            f"a prompt of {counted(shortest, 'token')} is too short to class heads; it takes more than {least}"
+        )
     # Group 0 has no candidates, so the first pair of neighbors with stripes is 1 and 2.
     if params.groups(shortest) < 3:
         found.append(
-            f"{shortest:,} tokens make {params.groups(shortest)} groups of {params.group:,}, too few to compare"
+            f"{counted(shortest, 'token')} make {counted(params.groups(shortest), 'group')} of"
+            f" {params.group:,}, too few to compare"
             " neighbors; lower --block or --step"
         )
     return found

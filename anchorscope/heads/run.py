@@ -43,6 +43,7 @@ from anchorscope.runs.life import Command, Parts, RunOptions, Summary, run
 from anchorscope.runs.request import planned, split, takes
 from anchorscope.runs.units import HeadUnit, prompt_facts
 from anchorscope.shapes import fits
+from anchorscope.shown import counted
 
 REPORT = "heads.json"
 TABLE = "diagnostics.csv"
@@ -206,7 +207,7 @@ class HeadsCommand(Command[LayerUnit, list[HeadRow]]):
         longest = max(x.entry.tokens for x in self.plan.units)
         each = human_bytes(self.plan.memory / self.plan.workers)
         return (
-            f"out of memory on {self.plan.device}: a head of {longest:,} tokens needs about"
+            f"out of memory on {self.plan.device}: a head of {counted(longest, 'token')} needs about"
             f" {each}; use --device cpu, a larger --step or a shorter capture"
         )
 

@@ -25,6 +25,7 @@ from anchorscope.methods.spargeattn import SpargeAttn
 from anchorscope.methods.streaming import Streaming
 from anchorscope.methods.vertical_slash import VerticalSlash
 from anchorscope.methods.xattention import XAttention
+from anchorscope.parse import check_word
 
 GROUP = "anchorscope.methods"
 
@@ -106,8 +107,7 @@ def find_method(name: str) -> type[Method]:
         InputError: there is none; the message lists the names.
     """
     known = known_methods()
-    if name not in known:
-        raise InputError(f"there is no method {name!r}; there are {', '.join(known)}")
+    check_word("method", name, known)
     return known[name]
 
 
@@ -130,8 +130,7 @@ def line_up(
     known = known_methods()
     names = list(known) if methods == "all" else _names(methods)
     for name in names:
-        if name not in known:
-            raise InputError(f"there is no method {name!r}; there are {', '.join(known)}")
+        check_word("method", name, known)
     if labels and len(labels) != len(settings):
         raise InputError(f"{len(settings)} --set and {len(labels)} --as: give each --set its own --as, or none at all")
 
@@ -200,11 +199,9 @@ def _parse(text: str, known: dict[str, type[Method]]) -> dict[str, dict[str, lis
         name, dot, attribute = target.strip().rpartition(".")
         if not (equals and dot and name and attribute and value.strip()):
             raise InputError(f"--set {text!r} is malformed; write method.parameter=value, like anchor.block=64")
-        if name not in known:
-            raise InputError(f"--set {part.strip()}: there is no method {name!r}; there are {', '.join(known)}")
+        check_word(f"--set {part.strip()}: method", name, known)
         items = {f.name: f for f in fields(known[name])}
-        if attribute not in items:
-            raise InputError(f"--set {part.strip()}: {name} has no parameter {attribute!r}; it has {', '.join(items)}")
+        check_word(f"--set {part.strip()}: {name}'s parameter", attribute, items)
         if attribute in out.setdefault(name, {}):
             raise InputError(f"--set {text!r} gives {name}.{attribute} twice")
         label = f"--set {name}.{attribute}"

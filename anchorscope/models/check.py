@@ -12,6 +12,7 @@ from torch import Tensor
 
 from anchorscope.errors import InputError
 from anchorscope.models.calls import AttentionCall, AttentionInputs
+from anchorscope.shown import counted
 
 MASK_ROWS = 64  # rows of a mask that are compared at a time, which bounds the extra memory
 CHECKED_ROWS = 8  # query positions whose output is recomputed
@@ -68,7 +69,7 @@ def check_inputs(call: AttentionInputs) -> None:
             call,
             "multi-head latent attention reads K and V from a shared low-rank latent"
             if latent
-            else f"its values have {v.shape[-1]} dimensions where its keys have {q.shape[-1]}",
+            else f"its values have {counted(v.shape[-1], 'dimension')} where its keys have {q.shape[-1]}",
         )
     if k.shape != v.shape or q.shape[1] % k.shape[1] or k.shape[2] < q.shape[2]:
         raise refuse(call, f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} are not causal GQA")
@@ -102,7 +103,7 @@ def visible_window(call: AttentionCall, start: int) -> int | None:
     if "flash" in call.implementation or "flex" in call.implementation:
         return hint  # these take the window as an option; `check_output` shows whether they obey it
     if n > 1 and keys != n:
-        raise refuse(call, f"{keys} keys for {n} queries come without a mask")
+        raise refuse(call, f"{counted(keys, 'key')} for {counted(n, 'query', 'queries')} come without a mask")
     if hint is not None and hint < total and n > 1:
         hint = None  # this implementation ignores the option
     return hint
@@ -112,7 +113,7 @@ def _mask_window(call: AttentionCall, mask: Tensor, total: int, hint: int | None
     n, keys = mask.shape[-2:]
     first_key = total - keys
     if n != call.q.shape[2] or keys != call.k.shape[2] or mask.shape[0] != 1:
-        raise refuse(call, f"its mask {tuple(mask.shape)} does not fit {call.q.shape[2]} queries")
+        raise refuse(call, f"its mask {tuple(mask.shape)} does not fit {counted(call.q.shape[2], 'query', 'queries')}")
     last = visible(call, mask[0, 0, -1:])
     seen = int(last.sum())
     window = seen if seen < total else hint if hint is not None and hint >= total else None

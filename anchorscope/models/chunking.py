@@ -29,6 +29,7 @@ from anchorscope.models.language import language_only
 from anchorscope.models.positions import TRIAL_TOKENS, Rotations
 from anchorscope.models.prefill import Prefill, forwards, last_forward
 from anchorscope.models.watch import filled, module_hooks
+from anchorscope.shown import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -119,8 +120,10 @@ def check_rotations(model: PreTrainedModel, token_ids: Sequence[int], prefills: 
         if not found.same(p.tokens, p.stops):
             most = found.switch(p.tokens, p.chunk)
             raise InputError(
-                f"{type(model).__name__} rotates the same positions otherwise once a prompt has more than {most} tokens"
-                f" ({rope_types(model)}): the first of {p.tokens} tokens, in chunks of {p.chunk}, would not be what"
+                f"{type(model).__name__} rotates the same positions otherwise once a prompt has more than"
+                f" {counted(most, 'token')}"
+                f" ({rope_types(model)}): the first of {counted(p.tokens, 'token')}, in chunks of {p.chunk},"
+                f" would not be what"
                 " they are in the whole prompt"
             )
 

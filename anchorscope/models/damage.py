@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from anchorscope.errors import InputError
+from anchorscope.shown import counted
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -185,7 +186,10 @@ def check_settings(config: Mapping[str, Any], where: str) -> None:
             _check_count(key, settings[key], where)
         heads, kv_heads = settings.get("num_attention_heads"), settings.get("num_key_value_heads")
         if isinstance(heads, int) and isinstance(kv_heads, int) and heads % kv_heads:
-            raise InputError(f"{where}: {heads} query heads cannot share {kv_heads} kv heads, they do not divide")
+            raise InputError(
+                f"{where}: {counted(heads, 'query head')} cannot share {counted(kv_heads, 'kv head')}, they do"
+                f" not divide"
+            )
 
 
 def _check_count(key: str, value: Any, where: str) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from anchorscope.errors import InputError
 from anchorscope.models.gguf_metadata import contents
 from anchorscope.models.gguf_rope import ROPE_KEYS, ROPE_TENSORS, Rope, rope_parameters
+from anchorscope.shown import counted
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -172,7 +173,8 @@ def _refuse_unknown(file: Gguf) -> None:
         good = tensor.name in SHARED_TENSORS if block is None else int(block[1]) < count and block[2] in known
         if not good:
             raise InputError(
-                f"{file.where}: the tensor {tensor.name} has no place in a model of {count} layers of transformers'"
+                f"{file.where}: the tensor {tensor.name} has no place in a model of {counted(count, 'layer')}"
+                f" of transformers'"
                 f" {file.architecture}: its loader would ignore it, so give the model as safetensors"
             )
 
@@ -212,7 +214,9 @@ def _windows(file: Gguf) -> dict[str, Any]:
     else:
         local = [(i + 1) % pattern != 0 for i in range(count)]
     if len(local) != count:
-        raise InputError(f"{file.where}: the pattern of sliding windows has {len(local)} layers, not {count}")
+        raise InputError(
+            f"{file.where}: the pattern of sliding windows has {counted(len(local), 'layer')}, not {count}"
+        )
     types = ["sliding_attention" if x else "full_attention" for x in local]
     return {"sliding_window": file.need("attention.sliding_window"), "layer_types": types}
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from anchorscope.errors import InputError
+from anchorscope.shown import counted
 
 FREQUENCIES, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 ROPE_TENSORS = (FREQUENCIES, LONG, SHORT)
@@ -77,7 +78,7 @@ def rope_parameters(rope: Rope) -> dict[str, Any]:
         kind = "linear"
     for name, factors in rope.tensors.items():
         if len(factors) != rope.rotated // 2 or not all(math.isfinite(x) and x > 0 for x in factors):
-            raise InputError(f"{rope.where}: {name} does not hold {rope.rotated // 2} positive factors")
+            raise InputError(f"{rope.where}: {name} does not hold {counted(rope.rotated // 2, 'positive factor')}")
     if LONG in rope.tensors or SHORT in rope.tensors:
         return base | _longrope(rope)
     if FREQUENCIES in rope.tensors:

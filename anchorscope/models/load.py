@@ -18,6 +18,7 @@ from anchorscope.models.config import check_config
 from anchorscope.models.facts import name_of
 from anchorscope.models.gguf_config import Gguf, agree
 from anchorscope.models.gguf_metadata import open_gguf
+from anchorscope.models.hub import closed
 from anchorscope.models.locate import Place, guarded, load_tokenizer, locate, no_conversion
 from anchorscope.models.weights import check_materialized, check_report
 
@@ -115,13 +116,14 @@ def load_model(
     from transformers import AutoConfig
 
     file = None if place.gguf is None else Gguf.read(open_gguf(place.gguf), place.gguf)
-    config = guarded(place, lambda: AutoConfig.from_pretrained(place.folder, **common))
-    check_config(config, source)
-    metadata = {} if file is None else agree(config, file)
-    tokenizer = load_tokenizer(place, common, notify)
-    with no_conversion():
-        options = {"config": config, "dtype": dtype, "device_map": {"": str(where)}, **common}
-        model, report = guarded(place, lambda: _weights(place, options))
+    with closed(place.unreached):
+        config = guarded(place, lambda: AutoConfig.from_pretrained(place.folder, **common))
+        check_config(config, source)
+        metadata = {} if file is None else agree(config, file)
+        tokenizer = load_tokenizer(place, common, notify)
+        with no_conversion():
+            options = {"config": config, "dtype": dtype, "device_map": {"": str(where)}, **common}
+            model, report = guarded(place, lambda: _weights(place, options))
     unexpected = check_report(report, source, notify)
     check_materialized(model, source)
     model.eval()

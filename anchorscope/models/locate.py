@@ -14,7 +14,9 @@ from anchorscope.devices import is_out_of_memory
 from anchorscope.errors import AnchorScopeError, InputError, MissingBackendError, RunFailure, first_line, type_and_line
 from anchorscope.models.damage import check_folder, has_tokenizer
 from anchorscope.models.gguf_metadata import open_gguf
+from anchorscope.models.hub import hub_options, hub_sentence
 from anchorscope.models.presets import PRESETS, preset_file
+from anchorscope.parse import closest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,6 +46,11 @@ class Place:
     gguf: Path | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def unreached(self) -> bool:
+        """Whether it is a model of the hub, and the hub cannot be reached."""
+        return not self.local and "local_files_only" in self.options
+
 
 def locate(source: str, revision: str | None, notify: Callable[[str], None]) -> Place:
     """Find a model, and look at its files where they are on this machine.
@@ -57,12 +64,9 @@ def locate(source: str, revision: str | None, notify: Callable[[str], None]) -> 
         InputError: there is no such model, or its files are damaged.
     """
     path, name = Path(source), Path(source).name
-    if source in PRESETS:
-        path, name = preset_file(source, notify), source
-    try:
-        there, folder = path.exists(), path.is_dir()
-    except (OSError, ValueError) as error:  # too long a name, a null byte, no permission
-        raise InputError(f"model {source[:200]!r} cannot be looked up ({getattr(error, 'strerror', error)})") from None
+    if (preset := named_preset(source)) is not None:
+        path, name = preset_file(preset, notify), preset
+    there, folder = _exists(path, source)
     if folder:
         if not (path / "config.json").exists():
             raise InputError(_no_config(path, source))
@@ -76,10 +80,38 @@ def locate(source: str, revision: str | None, notify: Callable[[str], None]) -> 
     if there:
         raise InputError(f"model {source} is neither a folder nor a .gguf file")
     if HUB_ID.fullmatch(source):
-        return Place(source, source, source, False, options={} if revision is None else {"revision": revision})
+        return Place(source, source, source, False, options=hub_options(source, revision, notify))
     raise InputError(
         f"model {source} does not exist here and is no Hugging Face id; presets are {', '.join(sorted(PRESETS))}"
     )
+
+
+def named_preset(source: str) -> str | None:
+    """Return the preset that a name means, in letters of any case; None for a path or a Hugging Face id.
+
+    Raises:
+        InputError: it is neither, but almost a preset's name.
+    """
+    if source in PRESETS:
+        return source
+    if "/" in source or os.sep in source or source.lower().endswith(".gguf") or any(_exists(Path(source), source)):
+        return None
+    if source.lower() in PRESETS:
+        return source.lower()
+    if (meant := closest(source, PRESETS)) is not None:
+        raise InputError(
+            f"model {source} is no file or folder here, and no preset: did you mean {meant}? A model of the Hugging"
+            " Face hub is written with its owner, like Qwen/Qwen3-8B"
+        )
+    return None
+
+
+def _exists(path: Path, source: str) -> tuple[bool, bool]:
+    """Return whether a path exists, and whether it is a folder."""
+    try:
+        return path.exists(), path.is_dir()
+    except (OSError, ValueError) as error:  # too long a name, a null byte, no permission
+        raise InputError(f"model {source[:200]!r} cannot be looked up ({getattr(error, 'strerror', error)})") from None
 
 
 def load_tokenizer(
@@ -147,7 +179,7 @@ def guarded(place: Place, load: Callable[[], T]) -> T:
         if "trust_remote_code" in str(error):
             raise InputError(_own_code(place.source)) from None
         if not place.local:
-            raise InputError(_hub_sentence(place.source, error)) from None
+            raise InputError(hub_sentence(place.source, error, place.unreached)) from None
         said = first_line(error) if isinstance(error, (OSError, ValueError, RuntimeError)) else type_and_line(error)
         raise InputError(f"model {place.source} cannot be loaded: {said}") from None
 
@@ -164,38 +196,6 @@ def no_conversion() -> Iterator[None]:
             os.environ.pop(CONVERSION, None)
         else:
             os.environ[CONVERSION] = before
-
-
-def _hub_sentence(source: str, error: BaseException) -> str:
-    """Say why a model of the hub cannot be loaded, judged by the errors behind transformers' own."""
-    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    causes = list(_causes(error))
-    if any(isinstance(c, GatedRepoError) for c in causes) or "gated" in str(error):
-        return f"model {source} is gated: ask for access on its page, then log in with `hf auth login`"
-    if any(isinstance(c, RepositoryNotFoundError) for c in causes) or "is not a valid model identifier" in str(error):
-        return f"model {source} is neither a folder here nor on the Hugging Face hub (or it is private): check its name"
-    if any(isinstance(c, (LocalEntryNotFoundError, ConnectionError, TimeoutError)) for c in causes) or any(
-        words in str(error) for words in ("couldn't connect", "cached files", "offline")
-    ):
-        return (
-            f"model {source} is not in the local cache and the Hugging Face hub cannot be reached: check the name and"
-            " the network, or give a folder or a .gguf file"
-        )
-    if "safetensors" in str(error) and ("does not appear to have" in str(error) or "no file named" in str(error)):
-        return (
-            f"model {source} offers no safetensors weights, and pickle (pytorch_model.bin), which can run any code, is"
-            " never read: use a revision with safetensors, or convert it where you trust it (save_pretrained)"
-        )
-    return f"model {source} cannot be loaded: {first_line(error)}"
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def _no_config(path: Path, source: str) -> str:

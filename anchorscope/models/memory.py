@@ -28,6 +28,7 @@ from anchorscope.models.placement import model_device
 from anchorscope.models.prefill import keeps_few_rows, prefill, prefill_module
 from anchorscope.models.watch import filled, module_hooks
 from anchorscope.proof import SCORED
+from anchorscope.shown import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -233,7 +234,7 @@ class Forecast:
         smaller = f"a --chunk below {self.chunk}" if self.chunk else "--chunk 2048 (the prompt in pieces)"
         if fits >= self.curve.tokens or fits < 2:
             return f"try {smaller}, fewer --tokens, or --model-dtype bf16"
-        return f"about {fits} tokens fit {how}; try {smaller}, --tokens {fits}, or --model-dtype bf16"
+        return f"about {counted(fits, 'token')} fit {how}; try {smaller}, --tokens {fits}, or --model-dtype bf16"
 
 
 def forecast(

@@ -18,6 +18,7 @@ from torch import nn
 from anchorscope.errors import InputError
 from anchorscope.models.config import text_config
 from anchorscope.models.watch import module_hooks
+from anchorscope.shown import counted
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -56,11 +57,13 @@ class Positions:
         """
         if self.limit is not None and tokens > self.limit:
             raise InputError(
-                f"prompt {name} has {tokens} tokens and the model {self.limit} positions: give {option} {self.limit}"
+                f"prompt {name} has {counted(tokens, 'token')} and the model {counted(self.limit, 'position')}:"
+                f" give {option} {self.limit}"
             )
         if self.trained is not None and tokens > self.trained:
             tell(
-                f"warning: prompt {name} has {tokens} tokens and the model is made for {self.trained}: its positions"
+                f"warning: prompt {name} has {counted(tokens, 'token')} and the model is made for"
+                f" {self.trained}: its positions"
                 " reach further, but what it does there may be poor"
             )
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from anchorscope.errors import InputError, MissingBackendError
 from anchorscope.files import MAX_PROMPT_BYTES, read_stream, visible
+from anchorscope.shown import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -145,13 +146,14 @@ def tokenize(
     if tokens is not None:
         if whole < tokens:
             notify(
-                f"warning: prompt {prompt.name} has {whole} tokens, fewer than the {tokens} asked for: it is used whole"
+                f"warning: prompt {prompt.name} has {counted(whole, 'token')}, fewer than the {tokens} asked"
+                f" for: it is used whole"
             )
         elif whole > tokens:
-            notify(f"warning: prompt {prompt.name} has {whole} tokens and is cut to the first {tokens}")
+            notify(f"warning: prompt {prompt.name} has {counted(whole, 'token')} and is cut to the first {tokens}")
         ids = ids[:tokens]
     if len(ids) < 2:
-        raise InputError(f"prompt {prompt.name} has {len(ids)} tokens: at least 2 are needed")
+        raise InputError(f"prompt {prompt.name} has {counted(len(ids), 'token')}: at least 2 are needed")
     if positions is not None:
         positions.check(prompt.name, len(ids), notify)
     bad = next((i for i in ids if not 0 <= i < (vocabulary or i + 1)), None)

@@ -8,7 +8,7 @@ from typing import Any
 from anchorscope.errors import DumpError
 from anchorscope.report.blocks import Block, cards, chart, facts, remarks, table
 from anchorscope.report.sections import Section
-from anchorscope.shown import exact_theta, share_text, threads_text
+from anchorscope.shown import counted, exact_theta, share_text, threads_text
 
 _TIMING = {"median_ms": float, "p20_ms": float, "p80_ms": float}
 _SHARE = (float, None)
@@ -73,7 +73,7 @@ CPU = "These times are a CPU's: they tell how that CPU does, and nothing about a
 def failures(report: Report) -> list[str]:
     """Checks that failed, in sentences."""
     return [
-        f"The check of {row['source']} at {row['n']:,} tokens failed, so no speed-up is stated there"
+        f"The check of {row['source']} at {counted(row['n'], 'token')} failed, so no speed-up is stated there"
         + (f": {row['check']['reason']}" if row["check"]["reason"] else ".")
         for row in report["rows"]
         if not row["check"]["passed"]
@@ -111,7 +111,8 @@ def _lead(report: Report) -> str:
     s, first = report["settings"], report["rows"][0]
     what = "planted input" if s["input"] == "planted" else "the tensors of a dump"
     return (
-        f"Timed on {machine(report)}: {what}, {first['heads']} query heads and {first['kv_heads']} kv heads of"
+        f"Timed on {machine(report)}: {what}, {counted(first['heads'], 'query head')} and"
+        f" {counted(first['kv_heads'], 'kv head')} of"
         f" {first['head_dim']} dimensions, {s['dtype']}, groups of {s['block']} x {s['step']}, back end {s['backend']}."
     )
 
@@ -133,7 +134,7 @@ def _cards(report: Report) -> Iterator[Block]:
     """The speed-up at every length, with what it kept."""
     items = []
     for row in report["rows"]:
-        name = f"{row['n']:,} tokens" + ("" if row["source"] == "planted" else f", {row['source']}")
+        name = counted(row["n"], "token") + ("" if row["source"] == "planted" else f", {row['source']}")
         if (found := headline(row)) is None:
             why = "the check failed" if not row["check"]["passed"] else "no dense baseline ran"
             items.append((name, "no speed-up", why))

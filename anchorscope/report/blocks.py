@@ -136,8 +136,3 @@ def whole(value: float | None, digits: int = 3) -> str:
 def interval(ends: Sequence[float] | None, digits: int = 3) -> str:
     """A 95% interval of shares or scores: "0.44 to 1.00"; "-" where there is none."""
     return "-" if ends is None else " to ".join(f"{x:.{digits}f}" for x in ends)
-
-
-def count(number: int, noun: str) -> str:
-    """ "1 head", "2 heads"."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

@@ -7,9 +7,9 @@ from typing import Any
 
 from anchorscope.anchors import MAX_HEADS, MAX_LAYERS
 from anchorscope.errors import DumpError
-from anchorscope.report.blocks import Block, Cell, cards, chart, count, facts, grid, grids, remarks, table, whole
+from anchorscope.report.blocks import Block, Cell, cards, chart, facts, grid, grids, remarks, table, whole
 from anchorscope.report.sections import MODEL, Section
-from anchorscope.shown import exact_theta, share_text, theta_text
+from anchorscope.shown import counted, exact_theta, share_text, theta_text
 
 STATISTICS = {"mean": "recall", "p05": "p05", "last": "last"}  # its column of a head
 IN_WORDS = {"mean": "mean recall", "p05": "recall of the worst 5% of queries", "last": "recall of the last block"}
@@ -155,8 +155,8 @@ def blocks(report: Report) -> list[Block]:
 def _lead(report: Report) -> str:
     held = sum(p["held_out"] for p in report["prompts"])
     fitted = len(report["prompts"]) - held
-    checked = f"checked on {count(held, 'other prompt')}" if held else "checked on no other prompt"
-    return f"Asked for: {aim(report['settings'])}. Thetas were fitted on {count(fitted, 'prompt')} and {checked}."
+    checked = f"checked on {counted(held, 'other prompt')}" if held else "checked on no other prompt"
+    return f"Asked for: {aim(report['settings'])}. Thetas were fitted on {counted(fitted, 'prompt')} and {checked}."
 
 
 def _cards(report: Report) -> Block:

@@ -8,7 +8,7 @@ from typing import Any
 from anchorscope.report.blocks import Block, Cell, cards, chart, facts, grid, grids, interval, remarks, table, whole
 from anchorscope.report.sections import MODEL, Section
 from anchorscope.shapes import Row
-from anchorscope.shown import share_text, theta_text
+from anchorscope.shown import counted, share_text, theta_text
 
 _SHARE = (float, None)
 _THETA = (float, "inf", "-inf", None)
@@ -262,7 +262,10 @@ def _needles(report: Report) -> Iterator[Block]:
             cells = []
             for t in (t for t in mine if t["arm"] == arm):
                 score, place = t[f"score_{side}"], (depths.index(t["depth"]), lengths.index(t["length"]))
-                about = f"depth {t['depth']:g}, {t['length']:,} tokens: {score:.4g} of {t['samples']} samples found"
+                about = (
+                    f"depth {t['depth']:g}, {t['length']:,} tokens: {score:.4g} of"
+                    f" {counted(t['samples'], 'sample')} found"
+                )
                 lost = side == "sparse" and score < t["score_dense"]
                 cells.append(Cell(*place, score, whole(score, 2) if score else "0", about, lost))
             name = f"{task}: {'dense' if side == 'dense' else arm}"

@@ -16,6 +16,7 @@ from typing import Any
 from anchorscope.errors import DumpError, InputError
 from anchorscope.files import MAX_JSON_BYTES, member, read_csv, read_json
 from anchorscope.shapes import check
+from anchorscope.shown import counted
 
 _RUN = {
     "started": (str, None, ...),
@@ -217,7 +218,7 @@ def _table(folder: Path, kind: Kind) -> Table:
             raise DumpError(f"{path} has no column {name!r}: run the command that wrote it again")
     for number, line in enumerate(lines[1:], 2):
         if len(line) != len(columns):
-            raise DumpError(f"{path}, line {number}: {len(line)} fields instead of {len(columns)}")
+            raise DumpError(f"{path}, line {number}: {counted(len(line), 'field')} instead of {len(columns)}")
     return Table(path, identity if isinstance(identity, str) else None, about, columns, lines[1:])
 
 

@@ -9,11 +9,11 @@ import numpy as np
 
 from anchorscope.profiles import HeadProfile
 from anchorscope.report import benches, calibrations, evaluations
-from anchorscope.report.blocks import Block, cards, count, remarks
+from anchorscope.report.blocks import Block, cards, remarks
 from anchorscope.report.curves import curve_at
 from anchorscope.report.read import Run
 from anchorscope.report.sections import Result
-from anchorscope.shown import share_text, theta_text
+from anchorscope.shown import counted, share_text, theta_text
 
 CAVEATS = 3
 NEAR = 0.1  # a bench of a length that differs by less speaks for a prompt
@@ -75,7 +75,7 @@ def _plan(analyses: Analyses, calibrated: Sequence[Any]) -> dict[str, Any] | Non
     if calibrated:
         report = calibrated[0]
         part = report[calibrations.part_of(report)]
-        dense = f"{report['dense_heads']} of {count(len(report['heads']), 'head')} dense"
+        dense = f"{report['dense_heads']} of {counted(len(report['heads']), 'head')} dense"
         groups = calibrations.kinds_of_groups(report)
         return {"theta": "a theta per head", "groups": groups, "density": part["density"], "note": dense}
     for run, profiles, grid in analyses:
@@ -112,7 +112,7 @@ def _configuration(plan: Mapping[str, Any] | None, calibrated: Sequence[Any]) ->
     promised = "none" if s["target"] is None else share_text(s["target"], 2)
     yield ("recall promised", promised, calibrations.aim(s))
     if judged is not None:
-        missed = f"{judged['heads_missed']} of {count(len(report['heads']), 'head')} below it"
+        missed = f"{judged['heads_missed']} of {counted(len(report['heads']), 'head')} below it"
         yield ("recall kept", share_text(judged["pooled"], below=judged["target"]), f"on held-out prompts; {missed}")
     elif held is not None:
         yield ("recall kept", share_text(held["recall"]), "on held-out prompts")
@@ -178,7 +178,7 @@ def _caveats(analyses: Analyses, found: Mapping[str, Sequence[Any]], prompts: Ma
         if report["held_out"] is None:
             yield "No prompt was held out: whether the recall holds on other prompts was not checked."
         elif judged is not None and judged["heads_missed"]:
-            missed = f"{judged['heads_missed']} of {count(len(report['heads']), 'head')}"
+            missed = f"{judged['heads_missed']} of {counted(len(report['heads']), 'head')}"
             yield f"On held-out prompts {missed} keep less than the promised {judged['target']:g}."
         yield from (f"Calibration: {text}." for text in report["warnings"] if "layers are calibrated" in text)
     if any(_foreign(b, analyses, calibrated) for b in timed):

@@ -14,6 +14,7 @@ from anchorscope.models.calls import AttentionInputs
 from anchorscope.models.check import Unrepresentable, check_call, check_output, visible_window
 from anchorscope.models.language import Language
 from anchorscope.params import AnchorParams
+from anchorscope.shown import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -63,7 +64,8 @@ class Assignment:
         found = self.config[call.layer]
         if found is not None and len(found.thetas) != heads:
             raise InputError(
-                f"these anchors have {len(found.thetas)} heads in layer {call.layer}, but {call.name} has {heads}"
+                f"these anchors have {counted(len(found.thetas), 'head')} in layer {call.layer}, but"
+                f" {call.name} has {heads}"
             )
         return found
 

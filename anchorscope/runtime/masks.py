@@ -14,6 +14,7 @@ from torch import Tensor
 
 from anchorscope.models.calls import AttentionInputs
 from anchorscope.models.check import Unrepresentable, causal_mask, refuse, visible
+from anchorscope.shown import counted
 
 CHUNK = 1 << 24  # elements of a mask that are compared at a time, which bounds the extra memory
 
@@ -108,7 +109,7 @@ def _unmasked(call: AttentionInputs) -> CallPositions:
     if call.mask is not None:
         raise refuse(call, f"its mask is a {type(call.mask).__name__}, which is not read (use sdpa)")
     if keys != n and "flash" not in call.implementation and call.implementation != "sdpa":
-        raise refuse(call, f"{keys} keys for {n} queries come without a mask")
+        raise refuse(call, f"{counted(keys, 'key')} for {counted(n, 'query', 'queries')} come without a mask")
     return assumed(call)
 
 
@@ -116,7 +117,11 @@ def _masked(call: AttentionInputs, mask: Tensor, window: int | None) -> CallPosi
     batch, _, n, _ = call.q.shape
     keys = call.k.shape[2]
     if mask.shape[1] != 1 or mask.shape[0] not in (1, batch) or mask.shape[2:] != (n, keys):
-        raise refuse(call, f"its mask {tuple(mask.shape)} is not one for all heads, of {n} queries and {keys} keys")
+        raise refuse(
+            call,
+            f"its mask {tuple(mask.shape)} is not one for all heads, of {counted(n, 'query', 'queries')} and"
+            f" {counted(keys, 'key')}",
+        )
     step = max(1, CHUNK // (len(mask) * keys))
     parts = [(begin, mask[:, 0, begin : begin + step]) for begin in range(0, n, step)]
     seen = torch.zeros(len(mask), keys, dtype=torch.bool, device=mask.device)

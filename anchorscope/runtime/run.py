@@ -15,6 +15,7 @@ from anchorscope.models.hook import divert, register
 from anchorscope.models.language import Language
 from anchorscope.models.load import pretrained, require_transformers
 from anchorscope.models.proof import prove_model
+from anchorscope.parse import check_word
 from anchorscope.runtime.assignment import Assignment, Configuration
 from anchorscope.runtime.attend import SparseRun, outer_contexts
 
@@ -63,8 +64,7 @@ def sparse_attention(
         MissingBackendError: transformers is missing, or there is no GPU for "triton".
     """
     require_transformers()
-    if backend not in BACKENDS:
-        raise InputError(f"backend {backend!r} is unknown; use one of {', '.join(BACKENDS)}")
+    check_word("backend", backend, BACKENDS)
     model = _loaded(model)
     for sentence in prove_model(model).warnings:
         warnings.warn(sentence, stacklevel=3)  # the caller's line, above this generator and its context manager
@@ -119,8 +119,7 @@ def register_attention(
         MissingBackendError: transformers is missing.
     """
     require_transformers()
-    if backend not in BACKENDS:
-        raise InputError(f"backend {backend!r} is unknown; use one of {', '.join(BACKENDS)}")
+    check_word("backend", backend, BACKENDS)
     config = os.environ.get(VARIABLE) if config is None else config
     if config is None or config == "":
         raise InputError(

@@ -20,7 +20,6 @@ from anchorscope.bench import BenchConfig, cases, check_out, compare, load_resul
 from anchorscope.bench.backends import SparseBackend, resolve_backend
 from anchorscope.bench.figures import figure_density, figure_time
 from anchorscope.cli.app import main
-from anchorscope.cli.bench import parse_lengths
 from anchorscope.dumps import write_dump
 from anchorscope.errors import InputError
 from anchorscope.kernels import reference
@@ -357,7 +356,7 @@ def test_bad_older_result(tmp_path: Path, content: str | None, message: str) -> 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--block 0", "block must be"),
+        ("--block 0", "--block 0 is out of range"),
         ("--step 0", "step must be"),
         ("--theta abc", "--theta"),
         ("--theta nan", "--theta"),
@@ -368,15 +367,15 @@ def test_bad_older_result(tmp_path: Path, content: str | None, message: str) -> 
         ("--lengths 0", "out of range"),
         ("--lengths 4k,4096", "twice"),
         ("--lengths 9999999", "out of range"),
-        ("--heads 3 --kv-heads 2", "not a multiple"),
+        ("--heads 3 --kv-heads 2", "cannot share 2 kv heads evenly"),
         ("--heads 0", "heads must be at least 1"),
         ("--head-dim 8", "head dimension of at least 17"),
-        ("--dtype fp8", "dtype must be one of"),
+        ("--dtype fp8", "--dtype 'fp8' is unknown; use bf16"),
         ("--device tpu", "--device"),
-        ("--backend cuda", "backend must be one of"),
-        ("--dense fast", "dense back ends must be among"),
+        ("--backend cuda", "--backend 'cuda' is unknown; use auto"),
+        ("--dense fast", "--dense 'fast' is unknown"),
         ("--repeats 0", "repeats must be at least 1"),
-        ("--period 0", "period must be at least 1"),
+        ("--period 0", "--period 0 is out of range"),
         ("--layers 3", "planted input has no layers"),
         ("--against missing.json", "cannot be read"),
     ],
@@ -440,7 +439,3 @@ def test_a_result_can_be_saved_later(tmp_path: Path, small: dict[str, Any]) -> N
     assert load_result(tmp_path / "o")["command"] == "again"
     with pytest.warns(DeprecationWarning, match="checks its"), pytest.raises(InputError, match="add --overwrite"):
         check_out(tmp_path / "o")
-
-
-def test_parse_lengths() -> None:
-    assert parse_lengths("4096, 16k,1K") == (4096, 16384, 1024)

@@ -289,7 +289,7 @@ def test_unknown_models_and_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (str(tmp_path / "x.gguf"), "does not exist"),
         ("no such/model at all", "no Hugging Face id"),
         ("./no-such-folder", "does not exist here"),
-        ("nobody/nothing-of-that-name", "not in the local cache and the Hugging Face hub cannot be reached"),
+        ("nobody/nothing-of-that-name", "not in the local cache .*HF_HUB_OFFLINE is set"),
     ):
         with pytest.raises(InputError, match=message):
             capture_model(source, [prompt()], tmp_path / "d", notify=quiet)

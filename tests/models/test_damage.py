@@ -13,6 +13,7 @@ from tiny_models import load, saved
 
 from anchorscope.cli.app import main
 from anchorscope.errors import InputError, RunFailure
+from anchorscope.models import hub
 
 
 def settings(**changes: Any) -> Any:
@@ -185,7 +186,7 @@ def test_a_model_that_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     [
         ("does not appear to have a file named model.safetensors", "never read.*safetensors|safetensors.*never read"),
         ("You are trying to access a gated repo.", "is gated"),
-        ("We couldn't connect to 'https://huggingface.co'", "hub cannot be reached"),
+        ("We couldn't connect to 'https://huggingface.co'", "hub .* cannot be reached"),
         ("a/b is not a valid model identifier", "check its name"),
     ],
 )
@@ -201,6 +202,7 @@ def test_models_of_the_hub(monkeypatch: pytest.MonkeyPatch, offered: str, words:
     def config(*_: Any, **__: Any) -> Any:
         return transformers.LlamaConfig()
 
+    monkeypatch.setattr(hub, "reachable", lambda: True)
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", config)
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", say)
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", say)
