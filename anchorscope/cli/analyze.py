@@ -26,13 +26,18 @@ def analyze(
     dump: opt.DumpFolder,
     out: opt.Out,
     theta: Annotated[
-        str, typer.Option(help="Thetas in nats: 12, or 6,8,10, or 0:20:0.5; inf is dense. Figures use the first.")
+        str,
+        typer.Option(
+            help="Thetas in nats: 12, or 6,8,10, or 0:20:0.5; inf is dense. Figures use the first.", metavar="NATS"
+        ),
     ] = "12",
     block: opt.Block = 128,
     step: opt.Step = 16,
     init: opt.Init = None,
     lookback: opt.Lookback = None,
-    target_recall: Annotated[float, typer.Option(help="Recall each head should reach.")] = 0.95,
+    target_recall: Annotated[
+        float, opt.share("--target-recall", "Recall that each head should reach, as a share of attention mass.")
+    ] = 0.95,
     layers: opt.Layers = "all",
     heads: opt.Heads = "all",
     prompts: opt.Prompts = "all",

@@ -14,7 +14,6 @@ from types import FrameType
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from anchorscope._version import __version__
 from anchorscope.cli.analyze import analyze, figures
@@ -24,11 +23,13 @@ from anchorscope.cli.capture import capture
 from anchorscope.cli.compare import compare
 from anchorscope.cli.evaluate import evaluate
 from anchorscope.cli.heads import heads
+from anchorscope.cli.help import HelpfulCommand, HelpfulGroup
 from anchorscope.cli.info import info
 from anchorscope.cli.report import report
 from anchorscope.errors import AnchorScopeError
 from anchorscope.files import visible
 
+UsageError: Any = typer.BadParameter.__mro__[1]  # its home has moved between versions
 AGAIN = 0.05  # seconds until an interruption that Python dropped is raised again
 INTERRUPTED = "interrupted; nothing unfinished looks complete"
 
@@ -37,7 +38,7 @@ class _Stopped(Exception):
     """Ctrl-C or a request to end, on its way past typer, which would drop the sentence."""
 
 
-class _Program(TyperGroup):
+class _Program(HelpfulGroup):
     """The commands; an interruption keeps its sentence."""
 
     def invoke(self, ctx: Any) -> Any:
@@ -52,24 +53,17 @@ app = typer.Typer(
     cls=_Program,
     name="anchorscope",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    context_settings={"help_option_names": ["-h", "--help"]},
     help=(
         "See what your attention heads keep: recall against sparsity of anchor attention, per head, on your model and"
         " your prompts."
     ),
 )
-app.command()(capture)
-app.command()(info)
-app.command()(analyze)
-app.command()(figures)
-app.command()(compare)
-app.command()(heads)
-app.command()(calibrate)
-app.command()(report)
-app.command()(evaluate)
-app.command()(bench)
+for command in (capture, info, analyze, figures, compare, heads, calibrate, report, evaluate, bench):
+    app.command(cls=HelpfulCommand)(command)
 
 
 def _print_version(value: bool) -> None:
@@ -101,7 +95,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str] | None, received: Sequence[int]) -> int:
     try:
-        app(list(sys.argv[1:] if argv is None else argv), prog_name="anchorscope")
+        given = list(sys.argv[1:] if argv is None else argv)
+        code = app(given, prog_name="anchorscope", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except UsageError as error:
+        return _misused(error)
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
         if code == 130:
@@ -131,7 +129,16 @@ def _run(argv: Sequence[str] | None, received: Sequence[int]) -> int:
             " ANCHORSCOPE_DEBUG=1 anchorscope ...",
             error,
         )
-    return 0
+
+
+def _misused(error: Any) -> int:
+    """Say what is wrong with a command line, in one sentence; without any command, show the help."""
+    page = error.format_message()
+    if "Usage: " in page:
+        print(page, file=sys.stderr)
+        return int(error.exit_code)
+    command = error.ctx.command_path if error.ctx is not None else "anchorscope"
+    return _complain(f"{page.rstrip('.')}; see {command} --help", code=int(error.exit_code))
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import typer
 
 from anchorscope.cli import options as opt
 from anchorscope.cli.common import announce, note, progress_bar, stdout_console, warn
+from anchorscope.cli.help import completes
 from anchorscope.cli.tables import new_table, optional
 from anchorscope.errors import InputError, RunFailure
 from anchorscope.files import human_bytes
@@ -33,38 +34,70 @@ def bench(
     ] = None,
     lengths: Annotated[
         str | None,
-        typer.Option(help="Tokens, like 4096,8192 or 4k,8k. (default: 16k-128k, CPU 2k-8k; of a dump whole prompts)"),
+        typer.Option(
+            help="Lengths in tokens, like 4096,8192 or 4k,8k. (default: 16k to 128k, CPU 2k to 8k; with a dump whole"
+            " prompts)",
+            metavar="TOKENS,...",
+        ),
     ] = None,
-    heads: Annotated[int | None, typer.Option(help="Query heads of planted input. (default: 32; CPU 4)")] = None,
-    kv_heads: Annotated[int | None, typer.Option(help="Kv heads of planted input. (default: 8; CPU 1)")] = None,
+    heads: Annotated[
+        int | None, typer.Option(help="Query heads of planted input. (default: 32; CPU 4)", metavar="N")
+    ] = None,
+    kv_heads: Annotated[
+        int | None, typer.Option(help="Kv heads of planted input. (default: 8; CPU 1)", metavar="N")
+    ] = None,
     head_dim: Annotated[
-        int | None, typer.Option(help="Head dimension of planted input. (default: 128; CPU 64)")
+        int | None, typer.Option(help="Head dimension of planted input. (default: 128; CPU 64)", metavar="N")
     ] = None,
     theta: Annotated[
         str | None,
-        typer.Option(help="Thetas in nats: 6, or 4,6,8, or 0:12:2; inf is dense. (default: planted 6, dump 12)"),
+        typer.Option(
+            help="Thetas in nats: 6, or 4,6,8, or 0:12:2; inf is dense. (default: planted 6, dump 12)", metavar="NATS"
+        ),
     ] = None,
     block: opt.Block = 128,
     step: opt.Step = 16,
     init: opt.Init = None,
     lookback: opt.Lookback = None,
-    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32. (default: bf16; CPU fp32)")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="What is computed in: bf16, fp16 or fp32. (default: bf16, fp16 of a dump in it; CPU fp32)",
+            metavar="DTYPE",
+            autocompletion=completes(lambda: opt.DTYPES),
+        ),
+    ] = None,
     device: opt.Device = "auto",
     backend: opt.Backend = "auto",
     dense: Annotated[
         str | None,
-        typer.Option(help="Baselines: flash,cudnn,efficient,flex,math. (default: all but math; CPU flash)"),
+        typer.Option(
+            help="Dense baselines, separated by commas: flash, cudnn, efficient, flex, math. (default: all but math;"
+            " CPU flash)",
+            metavar="NAMES",
+            autocompletion=completes(lambda: ("flash", "cudnn", "efficient", "flex", "math")),
+        ),
     ] = None,
-    layers: Annotated[str | None, typer.Option(help="Layers of the dump, like 0,5,10-15. (default: all)")] = None,
-    repeats: Annotated[int | None, typer.Option(help="Timed repetitions. (default: 3 to 20 by time)")] = None,
+    layers: Annotated[
+        str | None, typer.Option(help="Layers of the dump, like 0,5,10-15. (default: all)", metavar="LIST")
+    ] = None,
+    repeats: Annotated[
+        int | None, typer.Option(help="Timed repetitions. (default: 3 to 20 by time)", metavar="N")
+    ] = None,
     period: Annotated[
         int | None, opt.token_count("--period", "Queries that share one planted direction. (default: block * step)")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of planted input. (default: 0)")] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Folder for bench.json and figures.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of planted input. (default: 0)", metavar="N")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder for bench.json and figures. (default: none, tables only)", metavar="OUT"),
+    ] = None,
     overwrite: Annotated[bool, opt.overwrites("an earlier bench in OUT")] = False,
     against: Annotated[
-        Path | None, typer.Option(help="bench.json of an earlier bench: print the ratio of every time.")
+        Path | None,
+        typer.Option(
+            help="bench.json of an earlier bench: print the ratio of every time. (default: none)", metavar="FILE"
+        ),
     ] = None,
     as_json: Annotated[bool, opt.prints_json("the result as JSON")] = False,
 ) -> None:

@@ -10,6 +10,7 @@ import typer
 
 from anchorscope.cli import options as opt
 from anchorscope.cli.common import announce, progress_bar, stdout_console, warn_of_model
+from anchorscope.cli.help import completes
 from anchorscope.cli.tables import new_table, print_places
 from anchorscope.shown import counted, share_text, theta_text
 
@@ -28,38 +29,66 @@ def calibrate(
     ],
     out: opt.Out,
     target_recall: Annotated[
-        float | None, typer.Option(help="Value the statistic should reach at least cost. (default: 0.95)")
+        float | None,
+        opt.share("--target-recall", "Recall, by the statistic, to reach at least cost. (default: 0.95)"),
     ] = None,
     budget_density: Annotated[
-        float | None, typer.Option(help="Mean density over all heads to get the best recall for, in place of a target.")
+        float | None,
+        opt.share(
+            "--budget-density",
+            "Mean density over all heads to get the best recall for, in place of a target. (default: none)",
+        ),
     ] = None,
     by: Annotated[
-        str, typer.Option(help="Who shares a theta and is promised the target: head, layer or model.")
+        str,
+        typer.Option(
+            help="Who shares a theta and is promised the target: head, layer or model.",
+            metavar="NAME",
+            autocompletion=completes(lambda: ("head", "layer", "model")),
+        ),
     ] = "head",
     statistic: Annotated[
-        str, typer.Option(help="Recall to promise: mean, p05 (worst 5% of queries) or last (last block).")
+        str,
+        typer.Option(
+            help="Recall to promise: mean, p05 (worst 5% of queries) or last (last block).",
+            metavar="NAME",
+            autocompletion=completes(lambda: ("mean", "p05", "last")),
+        ),
     ] = "mean",
     holdout: Annotated[
-        str, typer.Option(help="Share of the prompts that only check the promise, or their names: a,b.")
+        str,
+        typer.Option(
+            help="Share of the prompts that only check the promise, or their names: a,b.", metavar="SHARE|NAMES"
+        ),
     ] = "0.3",
-    seed: Annotated[int, typer.Option(help="Changes which prompts a share holds out.")] = 0,
+    seed: Annotated[int, typer.Option(help="Changes which prompts a share holds out.", metavar="N")] = 0,
     groups: Annotated[
         str | None,
-        typer.Option(help="Kinds of groups, block x step, one per layer is chosen. (default: 64x8,128x4,128x16)"),
+        typer.Option(
+            help="Kinds of groups, block (tokens) x step (blocks), one chosen per layer. (default: 64x8,128x4,128x16)",
+            metavar="BxS,...",
+        ),
     ] = None,
     minimise: Annotated[
-        str, typer.Option(help="What a target should cost the least of: density, or time by --costs.")
+        str,
+        typer.Option(
+            help="What a target should cost the least of: density, or time by --costs.",
+            metavar="NAME",
+            autocompletion=completes(lambda: ("density", "time")),
+        ),
     ] = "density",
     costs: Annotated[
         list[Path] | None,
-        typer.Option(help="bench.json of `anchorscope bench`; once per kind of group.", metavar="FILE"),
+        typer.Option(help="bench.json of `anchorscope bench`; once per kind of group. (default: none)", metavar="FILE"),
     ] = None,
-    dense_above: Annotated[float, typer.Option(help="Density from which on a head runs dense.")] = 0.9,
+    dense_above: Annotated[float, opt.share("--dense-above", "Density from which on a head runs dense.")] = 0.9,
     theta: Annotated[
         str | None,
-        typer.Option(help="Thetas to measure p05 and last at, nats. (default: -inf,0:16:0.25,inf)"),
+        typer.Option(help="Thetas in nats to measure p05 and last at. (default: -inf,0:16:0.25,inf)", metavar="NATS"),
     ] = None,
-    layers: Annotated[str, typer.Option(help="Layers to calibrate, like 0,5,10-15; others run dense.")] = "all",
+    layers: Annotated[
+        str, typer.Option(help="Layers to calibrate, like 0,5,10-15, or all; others run dense.", metavar="LIST")
+    ] = "all",
     backend: opt.Backend = "auto",
     device: opt.Device = "auto",
     no_figures: opt.NoFigures = False,

@@ -14,6 +14,7 @@ import typer
 
 from anchorscope.cli import options as opt
 from anchorscope.cli.common import live_bar, note, quiet_loading, refuse_both
+from anchorscope.cli.help import completes
 from anchorscope.errors import InputError
 from anchorscope.files import MAX_PROMPT_BYTES, human_bytes, read_stdin, visible
 from anchorscope.parse import check_word
@@ -35,19 +36,20 @@ def capture(
         list[str] | None,
         typer.Option(
             "--prompt",
-            help="UTF-8 text file, or - for standard input; repeat it for several.",
+            help="UTF-8 text file, or - for standard input; repeat it for several. (default: none)",
             metavar="FILE",
         ),
     ] = None,
     text: Annotated[
         list[str] | None,
-        typer.Option("--text", help="A prompt given as is; repeat it for several.", metavar="TEXT"),
+        typer.Option("--text", help="A prompt given as is; repeat it for several. (default: none)", metavar="TEXT"),
     ] = None,
     token_ids: Annotated[
         list[str] | None,
         typer.Option(
             "--token-ids",
-            help="File of token ids, a JSON list or numbers, or - for standard input; repeat it for several.",
+            help="File of token ids, a JSON list or numbers, or - for standard input; repeat it for several."
+            " (default: none)",
             metavar="FILE",
         ),
     ] = None,
@@ -59,9 +61,18 @@ def capture(
         int | None,
         opt.token_count("--tokens", "Prompt length N, like 4k; longer prompts are cut. (default: whole prompts)", 2),
     ] = None,
-    layers: Annotated[str, typer.Option(help="Layers to keep, like 0,5,10-15.")] = "all",
-    kv_heads: Annotated[str, typer.Option(help="Kv heads to keep, with their query heads, like 0,2.")] = "all",
-    dtype: Annotated[str | None, typer.Option(help="What is stored: bf16, fp16 or fp32. (default: the run's)")] = None,
+    layers: Annotated[str, typer.Option(help="Layers to keep, like 0,5,10-15, or all.", metavar="LIST")] = "all",
+    kv_heads: Annotated[
+        str, typer.Option(help="Kv heads to keep, with their query heads, like 0,2, or all.", metavar="LIST")
+    ] = "all",
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="What is stored: bf16, fp16 or fp32. (default: the run's)",
+            metavar="DTYPE",
+            autocompletion=completes(lambda: opt.DTYPES),
+        ),
+    ] = None,
     model_dtype: opt.ModelDtype = None,
     device: opt.Device = "auto",
     chunk: Annotated[

@@ -10,6 +10,7 @@ import typer
 
 from anchorscope.cli import options as opt
 from anchorscope.cli.common import announce, chosen, progress_bar, stdout_console, warn, warn_of_model
+from anchorscope.cli.help import completes
 from anchorscope.cli.tables import new_table, print_places
 from anchorscope.errors import InputError
 from anchorscope.shown import counted, share_text
@@ -18,29 +19,48 @@ if TYPE_CHECKING:
     from anchorscope.compare import Comparison
 
 
+def _method_names() -> list[str]:
+    from anchorscope.methods import known_methods
+
+    return ["all", *known_methods()]
+
+
 def compare(
     dump: Annotated[
         Path | None, typer.Argument(help="Dump folder written by `capture` or `write_dump`.", metavar="DIR")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Folder for the results; new, or an unfinished run to continue.")
+        Path | None,
+        typer.Option("--out", help="Folder for the results; new, or an unfinished run to continue.", metavar="OUT"),
     ] = None,
-    methods: Annotated[str, typer.Option(help="Methods, separated by commas, or all.")] = "all",
+    methods: Annotated[
+        str,
+        typer.Option(
+            help="Methods, separated by commas, or all; --list names them.",
+            metavar="NAMES",
+            autocompletion=completes(_method_names),
+        ),
+    ] = "all",
     settings: Annotated[
         list[str] | None,
         typer.Option(
             "--set",
-            help="Settings, like anchor.block=64,anchor.step=4; the swept one takes a/b/c or low:high:step.",
+            help="Settings, like anchor.block=64,anchor.step=4; the swept one takes a/b/c or low:high:step. (default:"
+            " those of --list)",
             metavar="METHOD.NAME=VALUE",
         ),
     ] = None,
     labels: Annotated[
         list[str] | None,
         typer.Option(
-            "--as", help="One per --set: show that variant under this label, beside the others.", metavar="LABEL"
+            "--as",
+            help="One per --set: show that variant under this label, beside the others. (default: in their place)",
+            metavar="LABEL",
         ),
     ] = None,
-    target_recall: Annotated[float, typer.Option(help="Recall that the figures are about.")] = 0.95,
+    target_recall: Annotated[
+        float, opt.share("--target-recall", "Recall that the figures are about, as a share of attention mass.")
+    ] = 0.95,
     layers: opt.Layers = "all",
     heads: opt.Heads = "all",
     prompts: opt.Prompts = "all",

@@ -10,6 +10,7 @@ import typer
 
 from anchorscope.cli import options as opt
 from anchorscope.cli.common import announce, note, progress_bar, quiet_loading, stdout_console
+from anchorscope.cli.help import completes
 from anchorscope.cli.tables import clean_name, new_table, print_places
 from anchorscope.errors import InputError
 from anchorscope.shown import counted, share_text
@@ -19,24 +20,35 @@ if TYPE_CHECKING:
     from anchorscope.evaluation import Evaluation
 
 
+def _task_names() -> list[str]:
+    from anchorscope.evaluation.tasks import PERPLEXITY, TASKS
+
+    return [*TASKS, PERPLEXITY]
+
+
 def evaluate(
     model: opt.Model,
     out: opt.Out,
     prompt: Annotated[
         list[str] | None,
-        typer.Option("--prompt", help="UTF-8 text file; repeat it for several.", metavar="FILE"),
+        typer.Option("--prompt", help="UTF-8 text file; repeat it for several. (default: none)", metavar="FILE"),
     ] = None,
     task: Annotated[
         str,
         typer.Option(
-            help="needle, multi-needle, variable-tracking, common-words, perplexity (of the project's own text);"
-            " separated by commas."
+            help="Tasks, separated by commas: needle, multi-needle, variable-tracking, common-words, perplexity (of the"
+            " project's own text). (default: none)",
+            metavar="NAMES",
+            show_default=False,
+            autocompletion=completes(_task_names),
         ),
     ] = "",
     config: Annotated[
         list[Path] | None,
         typer.Option(
-            "--config", help="anchors.json of `calibrate`; repeat it for several sparse arms.", metavar="FILE"
+            "--config",
+            help="anchors.json of `calibrate`; repeat it for several sparse arms. (default: none, give --theta)",
+            metavar="FILE",
         ),
     ] = None,
     names: Annotated[
@@ -45,17 +57,27 @@ def evaluate(
     ] = None,
     theta: Annotated[
         str | None,
-        typer.Option(help="Theta in nats for all heads, in place of --config; several make several arms."),
+        typer.Option(
+            help="Theta in nats for all heads, in place of --config; several make several arms. (default: none)",
+            metavar="NATS",
+        ),
     ] = None,
-    block: Annotated[int, opt.token_count("--block", "With --theta: queries pooled together, in tokens.")] = 128,
-    step: Annotated[int, typer.Option(help="With --theta: query blocks that share one selection.")] = 16,
+    block: Annotated[int, opt.token_count("--block", "With --theta: queries pooled together.")] = 128,
+    step: Annotated[
+        int, typer.Option(help="With --theta: query blocks that share one selection.", metavar="BLOCKS")
+    ] = 16,
     lengths: Annotated[
         str | None,
-        typer.Option(help="Tokens, like 2048,8192. (default: whole prompts; tasks at 2048,4096,8192)"),
+        typer.Option(
+            help="Lengths in tokens, like 2048,8192 or 2k,8k. (default: whole prompts; tasks at 2048,4096,8192)",
+            metavar="TOKENS,...",
+        ),
     ] = None,
-    depths: Annotated[str, typer.Option(help="Where the needle stands, as shares of the text.")] = "0,0.25,0.5,0.75,1",
-    samples: Annotated[int, typer.Option(help="Questions per task, length and depth.")] = 4,
-    seed: Annotated[int, typer.Option(help="Seed of the tasks and of the intervals.")] = 0,
+    depths: Annotated[
+        str, typer.Option(help="Where the needle stands, as shares of the text.", metavar="SHARES")
+    ] = "0,0.25,0.5,0.75,1",
+    samples: Annotated[int, typer.Option(help="Questions per task, length and depth.", metavar="N")] = 4,
+    seed: Annotated[int, typer.Option(help="Seed of the tasks and of the intervals.", metavar="N")] = 0,
     chunk: Annotated[
         int | None, opt.token_count("--chunk", "Tokens prefilled at a time. (default: prompts 2048; tasks whole)")
     ] = None,

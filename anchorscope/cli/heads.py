@@ -22,7 +22,9 @@ MOST_ROWS = 24  # heads listed one by one; more are summed up by layer
 def heads(
     dump: opt.DumpFolder,
     out: opt.Out,
-    theta: Annotated[str, typer.Option(help="Theta of the stripes whose overlap is measured, in nats.")] = "12",
+    theta: Annotated[
+        str, typer.Option(help="Theta of the stripes whose overlap is measured, in nats.", metavar="NATS")
+    ] = "12",
     block: opt.Block = 128,
     step: opt.Step = 4,
     layers: opt.Layers = "all",

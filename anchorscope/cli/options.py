@@ -12,12 +12,27 @@ from typing import Annotated, Any
 
 import typer
 
+from anchorscope.cli.help import completes
 from anchorscope.errors import BadOption, InputError
 from anchorscope.parse import parse_tokens
 
+# Words that a shell completes without loading what knows them; a test keeps them true.
+DTYPES = ("bf16", "fp16", "fp32")
+PRESETS = ("smollm2",)
+
+
+def share(option: str, text: str) -> Any:
+    """An option that takes a share from 0 to 1.
+
+    Args:
+        option: its name: "--target-recall".
+        text: its help.
+    """
+    return typer.Option(option, help=text, metavar="SHARE")
+
 
 def token_count(option: str, text: str, least: int = 1) -> Any:
-    """An option that takes a number of tokens, written as 4096 or 4k.
+    """An option that takes a number of tokens, written as 4096 or 4k (4,096).
 
     Args:
         option: its name: "--block".
@@ -43,39 +58,74 @@ def _tokens_of(option: str, least: int) -> Callable[[str | int], int]:
 DumpFolder = Annotated[Path, typer.Argument(help="Dump folder written by `capture` or `write_dump`.", metavar="DIR")]
 Model = Annotated[
     str,
-    typer.Option("--model", help="Hugging Face id, local folder, .gguf file, or the preset smollm2.", metavar="M"),
+    typer.Option(
+        "--model",
+        help="Hugging Face id, like Qwen/Qwen3-8B; local folder; .gguf file; or the preset smollm2.",
+        metavar="MODEL",
+        autocompletion=completes(lambda: PRESETS),
+    ),
 ]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hugging Face id.")]
+Revision = Annotated[
+    str | None,
+    typer.Option(help="Branch, tag or commit of a Hugging Face id. (default: its main branch)", metavar="REVISION"),
+]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that comes with the model. Read it first.")
 ]
 ModelDtype = Annotated[
     str | None,
-    typer.Option(help="What the model computes in: bf16, fp16, fp32. (default: its checkpoint's; fp32 for GGUF)"),
+    typer.Option(
+        help="What the model computes in: bf16, fp16 or fp32. (default: its checkpoint's; fp32 for GGUF)",
+        metavar="DTYPE",
+        autocompletion=completes(lambda: DTYPES),
+    ),
 ]
 Tokenizer = Annotated[
     Path | None,
-    typer.Option(help="tokenizer.json, its folder, or a GGUF model: shows tokens as text, not as ids.", metavar="PATH"),
+    typer.Option(
+        help="tokenizer.json, its folder, or a GGUF model: shows tokens as text. (default: as ids)", metavar="PATH"
+    ),
 ]
 
 # Which part of it
-Layers = Annotated[str, typer.Option(help="Layers, like 0,5,10-15.")]
-Heads = Annotated[str, typer.Option(help="Query heads, like 0,2-4.")]
-Prompts = Annotated[str, typer.Option(help="Prompt names, separated by commas.")]
+Layers = Annotated[str, typer.Option(help="Layers, like 0,5,10-15, or all.", metavar="LIST")]
+Heads = Annotated[str, typer.Option(help="Query heads, like 0,2-4, or all.", metavar="LIST")]
+Prompts = Annotated[str, typer.Option(help="Prompt names, separated by commas, or all.", metavar="NAMES")]
 
 # What is computed, and where
-Block = Annotated[int, token_count("--block", "Queries pooled together, in tokens, like 128 or 4k.")]
+Block = Annotated[int, token_count("--block", "Queries pooled together.")]
 Step = Annotated[int, typer.Option(help="Query blocks that share one selection of stripes.", metavar="BLOCKS")]
 Init = Annotated[int | None, token_count("--init", "First tokens always kept. (default: block)", 0)]
 Lookback = Annotated[int | None, token_count("--lookback", "Tokens before a group always kept. (default: block)", 0)]
-Backend = Annotated[str, typer.Option(help="Back end: auto, torch or triton.")]
-Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda or cuda:1.")]
+Backend = Annotated[
+    str,
+    typer.Option(
+        help="Back end: auto (triton on a CUDA GPU, else torch), torch or triton.",
+        metavar="NAME",
+        autocompletion=completes(lambda: ("auto", "torch", "triton")),
+    ),
+]
+Device = Annotated[
+    str,
+    typer.Option(
+        help="Where to compute: auto (a CUDA GPU if there is one), cpu, cuda, or the second GPU with cuda:1.",
+        metavar="DEVICE",
+        autocompletion=completes(lambda: ("auto", "cpu", "cuda")),
+    ),
+]
 
 # What is written
-Out = Annotated[Path, typer.Option("--out", help="Folder for the results; new, or an unfinished run to continue.")]
+Out = Annotated[
+    Path,
+    typer.Option("--out", help="Folder for the results; new, or an unfinished run to continue.", metavar="OUT"),
+]
 NoFigures = Annotated[bool, typer.Option("--no-figures", help="Write tables only.")]
 HeatMaps = Annotated[
-    str | None, typer.Option(help="Heat maps to draw: layer:head,... or all. (default: worst, median, best)")
+    str | None,
+    typer.Option(
+        help="Heat maps to draw: layer:head pairs like 5:0,15:3, or all. (default: worst, median, best)",
+        metavar="PAIRS",
+    ),
 ]
 
 

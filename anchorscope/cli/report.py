@@ -24,15 +24,22 @@ def report(
         list[Path],
         typer.Argument(
             help="Folders of `analyze`, `calibrate`, `evaluate`, `bench`, and of `compare` and `heads` with analyses.",
-            metavar="OUT...",
+            metavar="OUT",
         ),
     ],
     html: Annotated[
         Path | None,
-        typer.Option("--html", help="The file to write. (default: report.html in the first analysis, or first folder)"),
+        typer.Option(
+            "--html",
+            help="The file to write. (default: report.html in the first analysis, or first folder)",
+            metavar="FILE",
+        ),
     ] = None,
     dump: Annotated[
-        list[Path] | None, typer.Option(help="Dump the analyses came from, for its tokens; may be repeated.")
+        list[Path] | None,
+        typer.Option(
+            help="Dump the analyses came from, for its tokens; may be repeated. (default: none)", metavar="DIR"
+        ),
     ] = None,
     tokenizer: opt.Tokenizer = None,
     open_page: Annotated[bool, typer.Option("--open", help="Show the page in the browser.")] = False,
