@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
+from collections.abc import Sequence
 
 import torch
 
@@ -38,6 +40,42 @@ def resolve_device(name: str) -> torch.device:
 def _found(count: int) -> str:
     """How many GPUs there are, in words."""
     return f"{'is' if count == 1 else 'are'} {counted(count, 'CUDA GPU')}, numbered from 0"
+
+
+def resolve_devices(device: str, devices: Sequence[str] | str | None) -> tuple[torch.device, ...]:
+    """Where a run computes: the one device of `--device`, or the GPUs of `--devices`, the first of them first.
+
+    Args:
+        device: see `resolve_device`.
+        devices: None, "all", or CUDA GPUs as a list or as text between commas.
+
+    Raises:
+        InputError: a device besides "auto" and a list of devices together; an empty or malformed list, a device twice,
+            GPUs of several kinds, whose results differ by rounding.
+        MissingBackendError: CUDA is absent, or has no such GPU.
+    """
+    if devices is None:
+        return (resolve_device(device),)
+    if device != "auto":
+        raise InputError("--device and --devices contradict each other: give one of them")
+    text = devices if isinstance(devices, str) else ",".join(devices)
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if not re.fullmatch(r"cuda:[0-9]{1,4}", name) and text != "all":
+            raise InputError(f"--devices {text!r} is malformed: {name!r} is no CUDA GPU; write all, or cuda:0,cuda:1")
+    if not torch.cuda.is_available():
+        raise MissingBackendError(f"--devices {text}: this torch sees no CUDA GPU; use --device cpu")
+    count = torch.cuda.device_count()
+    indices = range(count) if text == "all" else [int(name.removeprefix("cuda:")) for name in names]
+    if absent := [i for i in indices if i >= count]:
+        raise MissingBackendError(f"--devices {text}: there is no cuda:{absent[0]}; there {_found(count)}")
+    if len(set(indices)) < len(indices):
+        raise InputError(f"--devices {text!r} names a device twice")
+    kinds = {torch.cuda.get_device_name(i): i for i in reversed(indices)}
+    if len(kinds) > 1:
+        named = " and ".join(f"cuda:{i} ({kind})" for kind, i in sorted(kinds.items(), key=lambda x: x[1]))
+        raise InputError(f"--devices {text}: {named} round differently; name GPUs of one kind, so that results agree")
+    return tuple(torch.device("cuda", i) for i in indices)
 
 
 def resolve_backend_name(name: str, device: torch.device) -> str:
@@ -75,3 +113,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _ALLOCATOR_WORDS)
+
+
+# How torch, its libraries and Triton begin when a GPU or its driver failed; a program cannot use that GPU any more.
+_FAILURE_WORDS = ("CUDA error", "CUDA driver error", "cuDNN error", "CUBLAS_STATUS", "Triton Error [CUDA]")
+
+
+def is_device_failure(error: BaseException) -> bool:
+    """Whether a GPU failed (lost, reset, an illegal access), rather than what was asked of it."""
+    kind = getattr(torch, "AcceleratorError", None)
+    if kind is not None and isinstance(error, kind):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _FAILURE_WORDS)

@@ -10,6 +10,7 @@ import numpy as np
 
 from anchorscope.analysis.accumulate import CURVE_THETAS, POSITION_BINS
 from anchorscope.analysis.backends import Backend, resolve_backend
+from anchorscope.devices import resolve_devices
 from anchorscope.dumps import Dump
 from anchorscope.errors import InputError
 from anchorscope.heads.request import HeadsPlan, HeadsRequest
@@ -60,7 +61,8 @@ class AnalyzeRequest(DumpRequest):
         if not thetas or any(np.isnan(thetas)):
             raise InputError("thetas must hold at least one number and no NaN")
         check_target(self.target_recall)
-        backend = resolve_backend(self.backend, self.device)
+        devices = resolve_devices(self.device, self.devices)
+        backend = resolve_backend(self.backend, str(devices[0]))
         source, units = self.choose()
         _check_heatmaps(self.heatmaps, units)
         settings: dict[str, Any] = {
@@ -85,6 +87,7 @@ class AnalyzeRequest(DumpRequest):
             identity={"dump": source.identity, "settings": settings, "profiles": [u.name for u in units]},
             source=source,
             device=backend.device,
+            devices=devices if len(devices) > 1 else (),
             workers=workers,
             memory=max(memory, kinds.memory if kinds else 0),
             disk=_disk_bytes(units, params, len(thetas)) + (kinds.disk if kinds else 0),

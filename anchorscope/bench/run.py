@@ -108,7 +108,7 @@ def _measure(command: BenchCommand) -> BenchResult:
     rows: list[MeasuredRow] = []
     total, done = sum(case.work for case in command.plan.units), 0
 
-    def tick(work: int, detail: str = "") -> None:
+    def tick(work: int, detail: str = "", unit: str = "") -> None:
         nonlocal done
         done += work
         command.options.report(Progress(command.stage, done, total, detail))

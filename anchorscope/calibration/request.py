@@ -49,7 +49,7 @@ class CalibrateRequest:
         thetas: nats at which row statistics of dumps are measured; every quarter from 0 to 16 by default.
         holdout: share of the prompts to hold out, or their names; 0 checks nothing.
         seed: changes which prompts a share holds out.
-        backend, device: of the analyses, as in `analyze`.
+        backend, device, devices: of the analyses, as in `analyze`.
     """
 
     sources: Sequence[Path | str] | Path | str
@@ -67,6 +67,7 @@ class CalibrateRequest:
     seed: int = 0
     backend: str = "auto"
     device: str = "auto"
+    devices: Sequence[str] | str | None = None
 
     def plan(self) -> CalibrationPlan:
         """Check the request and say what it will take.
@@ -114,6 +115,7 @@ class CalibrateRequest:
             units=units,
             identity={"sources": list(sources.identity), "settings": settings},
             device=analyses[0].device if analyses else torch.device("cpu"),
+            devices=analyses[0].devices if analyses else (),
             memory=max([curves, *(plan.memory for plan in analyses)]),
             disk=sum(plan.disk for plan in analyses) + 1_500 * len(sources.heads) + 100_000,
             pictures=PICTURE_BYTES,
@@ -152,6 +154,7 @@ class CalibrateRequest:
             prompts=unit.prompts,
             backend=self.backend,
             device=self.device,
+            devices=self.devices,
             heatmaps=[],
         ).plan()
 
@@ -210,7 +213,7 @@ def _seconds(plans: Sequence[AnalysisPlan]) -> float:
         begin = time.perf_counter()
         plan.backend.engine(q, k, v, shape)
         took.append(time.perf_counter() - begin)
-    work = sum(j.work * j.entry.head_dim / p.workers for p in plans for j in p.units)
+    work = sum(j.work * j.entry.head_dim / p.workers for p in plans for j in p.units) / max(1, len(plan.devices))
     return took[-1] * work / (n * (n + 1) / 2 * entry.head_dim)
 
 

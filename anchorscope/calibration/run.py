@@ -7,7 +7,7 @@ kept, so another target needs no new measurement. Everything after that is numpy
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -105,8 +105,8 @@ class CalibrateCommand(BaseCommand[AnalysisUnit, Measured]):
         super().__init__(plan, options)
         self._curves: dict[str, Measured] = {}  # reading thousands of profiles once is enough
 
-    def executor(self) -> Executor:
-        return InTurn(self.plan.device)
+    def workforce(self) -> Executor:
+        return InTurn(self.plan.device)  # the heads of each analysis are shared out, see `make`
 
     def files(self, root: Path, unit: AnalysisUnit) -> tuple[Path, ...]:
         return ()  # the analysis itself says what it measures again
@@ -121,6 +121,7 @@ class CalibrateCommand(BaseCommand[AnalysisUnit, Measured]):
                 done = event.work
 
         how = RunOptions(figures=False, overwrite=self.options.overwrite, resume=True, progress=forward)
+        how = replace(how, notify=self.options.notify, executor=self.options.executor)
         analyze_plan(unit.analysis, root / ANALYSIS / unit.folder, how)
 
     def holds(self, root: Path, unit: AnalysisUnit) -> bool:

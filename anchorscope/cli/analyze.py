@@ -44,6 +44,7 @@ def analyze(
     heatmap: opt.HeatMaps = None,
     backend: opt.Backend = "auto",
     device: opt.Device = "auto",
+    devices: opt.Devices = None,
     no_diagnose: Annotated[
         bool, typer.Option("--no-diagnose", help="Skip OUT/heads: what kind of head each one is.")
     ] = False,
@@ -81,6 +82,7 @@ def analyze(
         **picked,
         backend=backend,
         device=device,
+        devices=devices,
         heatmaps=pairs,
         diagnose=not no_diagnose,
     )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from anchorscope.cli import options as opt
-from anchorscope.cli.common import announce, progress_bar, stdout_console, warn_of_model
+from anchorscope.cli.common import announce, progress_bar, stdout_console, warn, warn_of_model
 from anchorscope.cli.help import completes
 from anchorscope.cli.tables import new_table, print_places
 from anchorscope.shown import counted, share_text, theta_text
@@ -91,6 +91,7 @@ def calibrate(
     ] = "all",
     backend: opt.Backend = "auto",
     device: opt.Device = "auto",
+    devices: opt.Devices = None,
     no_figures: opt.NoFigures = False,
     overwrite: Annotated[bool, opt.overwrites("an earlier calibration in OUT; its analyses are used again")] = False,
     as_json: Annotated[bool, opt.prints_json("calibration.json")] = False,
@@ -126,6 +127,7 @@ def calibrate(
         seed=seed,
         backend=backend,
         device=device,
+        devices=devices,
     )
     if plan.units:
         engine = plan.units[0].analysis.backend
@@ -139,7 +141,7 @@ def calibrate(
     for source in {unit.dump.identity: unit.dump for unit in plan.units}.values():
         warn_of_model(source)
     with progress_bar() as bar:
-        result = run(sources, out, figures=not no_figures, overwrite=overwrite, progress=bar, plan=plan)
+        result = run(sources, out, figures=not no_figures, overwrite=overwrite, progress=bar, notify=warn, plan=plan)
     if as_json:
         sys.stdout.write((result.path / "calibration.json").read_text(encoding="utf-8"))
         return

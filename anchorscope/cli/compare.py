@@ -65,6 +65,7 @@ def compare(
     heads: opt.Heads = "all",
     prompts: opt.Prompts = "all",
     device: opt.Device = "auto",
+    devices: opt.Devices = None,
     no_figures: opt.NoFigures = False,
     overwrite: Annotated[bool, opt.overwrites("an earlier comparison in OUT")] = False,
     as_json: Annotated[bool, opt.prints_json("compare.json")] = False,
@@ -97,6 +98,7 @@ def compare(
         target_recall=target_recall,
         **picked,
         device=device,
+        devices=devices,
     )
     settings_count = sum(len(c.sweep) for c in lineup)
     what = ", ".join(

@@ -32,6 +32,7 @@ def heads(
     prompts: opt.Prompts = "all",
     tokenizer: opt.Tokenizer = None,
     device: opt.Device = "auto",
+    devices: opt.Devices = None,
     no_figures: opt.NoFigures = False,
     overwrite: Annotated[bool, opt.overwrites("an earlier run in OUT")] = False,
     as_json: Annotated[bool, opt.prints_json("heads.json")] = False,
@@ -66,6 +67,7 @@ def heads(
         theta=thetas[0],
         **picked,
         device=device,
+        devices=devices,
     )
     announce(plan, counted(plan.heads, "head"), figures=not no_figures)
     warn_of_model(source, picked["prompts"])

@@ -113,6 +113,13 @@ Device = Annotated[
         autocompletion=completes(lambda: ("auto", "cpu", "cuda")),
     ),
 ]
+Devices = Annotated[
+    str | None,
+    typer.Option(
+        help="GPUs of this machine that share the work: all, or cuda:0,cuda:1. (default: --device alone)",
+        metavar="LIST",
+    ),
+]
 
 # What is written
 Out = Annotated[

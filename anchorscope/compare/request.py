@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from anchorscope.compare.score import BATCH_BYTES, LAST_ROWS
-from anchorscope.devices import resolve_device
+from anchorscope.devices import resolve_devices
 from anchorscope.errors import InputError
 from anchorscope.methods import Contender, line_up
 from anchorscope.methods.head import chunk_rows
@@ -47,7 +47,8 @@ class CompareRequest(DumpRequest):
         if len(set(labels)) < len(labels):
             raise InputError("two methods of the line-up have the same label; give each its own")
         check_target(self.target_recall)
-        where = resolve_device(self.device)
+        devices = resolve_devices(self.device, self.devices)
+        where = devices[0]
         source, units = self.choose()
         settings: dict[str, Any] = {
             "methods": [_described(c) for c in lineup],
@@ -66,6 +67,7 @@ class CompareRequest(DumpRequest):
             identity={"dump": source.identity, "settings": settings, "scores": [f"{u.stem}.json" for u in units]},
             source=source,
             device=where,
+            devices=devices if len(devices) > 1 else (),
             workers=workers,
             memory=workers * each + max(u.entry.bytes for u in units),
             disk=len(units) * (selections * 250 + 200) + 20_000,  # scores and rows of methods.csv, as measured

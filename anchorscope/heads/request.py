@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from anchorscope.devices import resolve_device
+from anchorscope.devices import resolve_devices
 from anchorscope.dumps import Entry
 from anchorscope.errors import InputError
 from anchorscope.heads import diagnostics
@@ -49,7 +49,8 @@ class HeadsRequest(DumpRequest):
         if math.isnan(self.theta):
             raise InputError("theta must be a number of nats (inf and -inf are legal), not NaN")
         params = self.params or AnchorParams(BLOCK, STEP)
-        where = resolve_device(self.device)
+        devices = resolve_devices(self.device, self.devices)
+        where = devices[0]
         source, heads = self.choose()
         units = _layers(source, heads)
         settings: dict[str, Any] = {
@@ -74,6 +75,7 @@ class HeadsRequest(DumpRequest):
             identity={"dump": source.identity, "settings": settings, "parts": [x.name for x in units]},
             source=source,
             device=where,
+            devices=devices if len(devices) > 1 else (),
             workers=workers,
             memory=workers * each + kept + 2 * max(x.entry.bytes for x in units),
             # heads.json, parts and rows of the table, as measured; stripe tokens where there can be stripes

@@ -28,12 +28,12 @@ U = TypeVar("U", bound=Unit)
 
 
 class Tick(Protocol):
-    """Is told of progress within a unit."""
+    """Is told of progress within a unit: of the unit whose stem is given, where several are at work."""
 
-    def __call__(self, work: int, detail: str = "") -> None: ...
+    def __call__(self, work: int, detail: str = "", unit: str = "") -> None: ...
 
 
-def no_tick(work: int, detail: str = "") -> None:
+def no_tick(work: int, detail: str = "", unit: str = "") -> None:
     """Nobody wants to know."""
 
 
@@ -77,10 +77,11 @@ class Work(Generic[U]):
 
     Attributes:
         units: the units, in order.
-        measure: measures one and writes its part; may run in any thread.
+        measure: measures one and writes its part; may run in any thread. `life.Make` may be sent to other processes.
         finished: is told of every unit that is done, in the main thread.
         source: where the tensors of heads come from.
         tick: see `Context.tick`.
+        tell: is told sentences for the user, in the main thread.
     """
 
     units: Sequence[U]
@@ -88,6 +89,7 @@ class Work(Generic[U]):
     finished: Callable[[U], None] = lambda unit: None
     source: Source | None = None
     tick: Tick = no_tick
+    tell: Callable[[str], None] = lambda sentence: None
 
     def with_tensors(self) -> Iterator[tuple[U, LayerTensors | None]]:
         """Every head with its layer's tensors, which heads of one layer share; other units find their own."""
@@ -108,7 +110,7 @@ def threads_for(units: Sequence[object], each: int) -> int:
 
 
 class Executor(Protocol):
-    """Carries out the units of a run; implement this for several GPUs or a cluster."""
+    """Carries out the units of a run: `pool.Devices` does on several GPUs."""
 
     def run(self, work: Work[U]) -> None:
         """Measure all units, or raise what the first failing measurement raised."""

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, overload
 
 import torch
 
@@ -20,9 +21,13 @@ from anchorscope.errors import RunFailure
 from anchorscope.files import again_remark, human_bytes, read_part, write_atomic, write_part
 from anchorscope.runs.executors import Context, Executor, Threads, Work
 from anchorscope.runs.folder import Run, RunFolder
+from anchorscope.runs.pool import Devices
 from anchorscope.runs.progress import Progress, ProgressCallback
 from anchorscope.runs.sources import Source
 from anchorscope.runs.units import Unit
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 U = TypeVar("U", bound=Unit)
 T = TypeVar("T")
@@ -39,6 +44,7 @@ class Plan(Generic[U]):
         settings: the request as JSON values, for the report.
         source: where tensors come from; None where a command reads none.
         device: where to compute.
+        devices: GPUs that share the units, `device` first; empty where one device does all.
         workers: units measured at the same time.
         memory: bytes of working memory, besides the libraries themselves.
         disk: bytes that tables, parts and report need, about.
@@ -52,6 +58,7 @@ class Plan(Generic[U]):
     settings: dict[str, Any] = field(default_factory=dict)
     source: Source | None = field(default=None, repr=False)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    devices: tuple[torch.device, ...] = ()
     workers: int = 1
     memory: int = 0
     disk: int = 0
@@ -76,7 +83,8 @@ class Plan(Generic[U]):
 
     def memory_words(self) -> str:
         """The working memory, in words."""
-        return f"{human_bytes(self.memory)} of {'memory' if self.device.type == 'cpu' else 'GPU memory'}"
+        each = f" on each of {len(self.devices)} GPUs" if self.devices else ""
+        return f"{human_bytes(self.memory)} of {'memory' if self.device.type == 'cpu' else 'GPU memory'}{each}"
 
 
 @dataclass(frozen=True)
@@ -89,7 +97,7 @@ class RunOptions:
         resume: accept a finished run of the same request too, and measure nothing again.
         progress: called as work proceeds.
         notify: told sentences for the user: parts that cannot be used again, warnings.
-        executor: who measures; by default threads of this process.
+        executor: who measures; by default this process, or one for each of the plan's devices.
     """
 
     figures: bool = True
@@ -157,6 +165,10 @@ class BaseCommand(ABC, Generic[U, T]):
         self.plan = plan
         self.options = options or RunOptions()
 
+    def on(self, device: torch.device) -> Self:
+        """The same command on another device, as a value that another process can be sent: it reports to nobody."""
+        return type(self)(replace(self.plan, device=device, devices=()), RunOptions())
+
     # every command
 
     @abstractmethod
@@ -194,8 +206,12 @@ class BaseCommand(ABC, Generic[U, T]):
         return {"figures": self.options.figures}
 
     def executor(self) -> Executor:
-        """Who measures, if the caller does not say."""
+        """Who measures on one device, if the caller does not say."""
         return Threads(self.plan.device, self.plan.workers)
+
+    def workforce(self) -> Executor:
+        """Who measures: whom the caller says, or `executor`."""
+        return self.options.executor or self.executor()
 
     def files(self, root: Path, unit: U) -> tuple[Path, ...]:
         """The files that hold a unit's part."""
@@ -257,6 +273,26 @@ class Parts(Sequence[T], Generic[U, T]):
         return (self[i] for i in range(len(self)))
 
 
+@dataclass(frozen=True)
+class Make(Generic[U]):
+    """Makes the parts of a command in a folder; what `executors.Work.measure` is in a run.
+
+    Attributes:
+        command: the command.
+        root: its folder.
+    """
+
+    command: BaseCommand[U, Any]
+    root: Path
+
+    def __call__(self, unit: U, context: Context) -> None:
+        self.command.make(self.root, unit, context)
+
+    def on(self, device: torch.device) -> Make[U]:
+        """The same on another device; see `BaseCommand.on`."""
+        return Make(self.command.on(device), self.root.absolute())
+
+
 def run(command: BaseCommand[U, T], out: Path | str) -> Finished:
     """Carry out a command's plan in a folder that is new, empty, or holds an unfinished run of the same request.
 
@@ -265,6 +301,22 @@ def run(command: BaseCommand[U, T], out: Path | str) -> Finished:
         RunFailure: the disk is full, or memory runs out.
         Interrupted: Ctrl-C; says what is kept.
     """
+    with _workforce(command):
+        return _run(command, out)
+
+
+@contextmanager
+def _workforce(command: BaseCommand[U, T]) -> Iterator[None]:
+    """Let an executor on the plan's devices work for the command and for all that it starts, and end it after that."""
+    if command.options.executor is not None or not command.plan.devices:
+        yield
+        return
+    with Devices(command.plan.devices) as executor:
+        command.options = replace(command.options, executor=executor)
+        yield
+
+
+def _run(command: BaseCommand[U, T], out: Path | str) -> Finished:
     plan, folder, options = command.plan, command.folder, command.options
     disk = plan.disk + (plan.pictures if options.figures else 0)
     how: dict[str, Any] = {"disk": disk, "overwrite": options.overwrite, "resume": options.resume}
@@ -291,22 +343,26 @@ def _measure(command: BaseCommand[U, T], root: Path) -> None:
         options.tell(remark)
     total = sum(unit.work for unit in plan.units)
     done = total - sum(unit.work for unit in missing)
-    within = 0  # of the unit at work
+    within: dict[str, int] = {}  # of the units at work, by stem; under no name where one is at a time
     options.report(Progress(command.stage, done, total))
 
-    def tick(work: int, detail: str = "") -> None:
-        nonlocal within
-        within += work
-        options.report(Progress(command.stage, min(done + within, total), total, detail))
+    def report(detail: str) -> None:
+        options.report(Progress(command.stage, min(done + sum(within.values()), total), total, detail))
+
+    def tick(work: int, detail: str = "", unit: str = "") -> None:
+        within[unit] = within.get(unit, 0) + work
+        report(detail)
 
     def finished(unit: U) -> None:
-        nonlocal done, within
-        done, within = done + unit.work, 0
-        options.report(Progress(command.stage, done, total, unit.label))
+        nonlocal done
+        done += unit.work
+        for name in ("", unit.stem):
+            within.pop(name, None)
+        report(unit.label)
 
-    work = Work(missing, lambda unit, context: command.make(root, unit, context), finished, plan.source, tick)
+    work = Work(missing, Make(command, root), finished, plan.source, tick, options.tell)
     try:
-        (options.executor or command.executor()).run(work)
+        command.workforce().run(work)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise

@@ -68,6 +68,7 @@ class DumpRequest:
         layers, heads: original indices; None means all in the dump.
         prompts: prompt names; None means all.
         device: "auto", "cpu", "cuda" or "cuda:i".
+        devices: GPUs to share the work, instead of `device`: "all", or their names; see `devices.resolve_devices`.
     """
 
     dump: Dump | Path | str
@@ -76,6 +77,7 @@ class DumpRequest:
     heads: Sequence[int] | None = None
     prompts: Sequence[str] | None = None
     device: str = "auto"
+    devices: Sequence[str] | str | None = None
 
     def choose(self) -> tuple[Dump, tuple[HeadUnit, ...]]:
         """The open dump, and its heads that are asked for, by prompt, layer and head.

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import anchorscope
-from anchorscope.devices import is_out_of_memory
-from anchorscope.errors import InputError, RunFailure
+from anchorscope.cli.app import main
+from anchorscope.devices import is_device_failure, is_out_of_memory, resolve_device, resolve_devices
+from anchorscope.errors import InputError, MissingBackendError, RunFailure
 from anchorscope.runs.environment import full_precision, hardware_name, versions
 from anchorscope.shown import threads_text
 
@@ -164,3 +165,75 @@ def test_provenance_is_said_in_one_way(dump, tmp_path):
     for report in reports.values():
         assert report["versions"] == versions()
         assert report["hardware"] == "CPU, 1 thread"
+
+
+def with_gpus(monkeypatch, *names):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(names))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(names))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: names[i])
+
+
+def test_devices_are_gpus_of_one_kind(monkeypatch):
+    with_gpus(monkeypatch, "H200", "H200", "H200", "A100")
+    assert resolve_devices("cpu", None) == (torch.device("cpu"),) == (resolve_device("cpu"),)
+    two = (torch.device("cuda:2"), torch.device("cuda:0"))
+    assert resolve_devices("auto", "cuda:2, cuda:0") == resolve_devices("auto", ["cuda:2", "cuda:0"]) == two
+    with pytest.raises(InputError, match=r"cuda:0 \(H200\) and cuda:3 \(A100\) round differently; name GPUs of one"):
+        resolve_devices("auto", "all")
+    with_gpus(monkeypatch, "H200", "H200")
+    assert resolve_devices("auto", "all") == (torch.device("cuda:0"), torch.device("cuda:1"))
+
+
+@pytest.mark.parametrize(
+    ("device", "devices", "sentence"),
+    [
+        ("cuda:0", "all", "--device and --devices contradict each other: give one of them"),
+        ("auto", "cuda:7", "there is no cuda:7; there are 2 CUDA GPUs, numbered from 0"),
+        ("auto", ["cuda:0", "cuda:2"], "there is no cuda:2"),
+        ("auto", "cuda:1,cuda:1", "'cuda:1,cuda:1' names a device twice"),
+        ("auto", "cuda:1,cuda:01", "names a device twice"),
+        ("auto", "cpu,cpu", "'cpu' is no CUDA GPU; write all, or cuda:0,cuda:1"),
+        ("auto", "cuda,cuda:1", "'cuda' is no CUDA GPU"),
+        ("auto", "cuda:0,", "'' is no CUDA GPU"),
+        ("auto", "", "'' is no CUDA GPU"),
+        ("auto", [], "'' is no CUDA GPU"),
+        ("auto", "0,1", "'0' is no CUDA GPU"),
+        ("auto", "all,cuda:0", "'all' is no CUDA GPU"),
+        ("auto", "cuda:-1", "'cuda:-1' is no CUDA GPU"),
+        ("auto", "cuda:\u0661", "is no CUDA GPU"),
+    ],
+)
+def test_devices_that_make_no_sense_are_refused(monkeypatch, device, devices, sentence):
+    with_gpus(monkeypatch, "H200", "H200")
+    with pytest.raises(InputError, match=sentence.replace("(", r"\(")):
+        resolve_devices(device, devices)
+
+
+@pytest.mark.parametrize("command", ["analyze", "heads", "compare", "calibrate"])
+def test_every_command_on_heads_takes_devices(command, tmp_path, capsys, monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    q, k = torch.randn(1, 32, 8, generator=g), torch.randn(1, 32, 8, generator=g)
+    names = [{"prompt": p, "layer": 0, "q": q, "k": k, "v": k, "scale": 0.5} for p in ("a", "b")]
+    anchorscope.write_dump(tmp_path / "d", names)
+    words = [command, str(tmp_path / "d"), "--out", str(tmp_path / "o")]
+    with_gpus(monkeypatch)
+    assert main([*words, "--devices", "all"]) == 2
+    assert capsys.readouterr().err == "error: --devices all: this torch sees no CUDA GPU; use --device cpu\n"
+    assert main([*words, "--devices", "cuda:0", "--device", "cpu"]) == 2
+    assert "--device and --devices contradict each other" in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+    with pytest.raises(MissingBackendError):
+        anchorscope.AnalyzeRequest(tmp_path / "d", devices="all").plan()
+
+
+@pytest.mark.parametrize(
+    ("error", "failed"),
+    [
+        (RuntimeError("CUDA error: device-side assert triggered"), True),
+        (RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"), True),
+        (RuntimeError("shape mismatch"), False),
+        (ValueError("CUDA error: of somebody else"), False),
+    ],
+)
+def test_a_gpu_that_failed_is_recognized(error, failed):
+    assert is_device_failure(error) is failed
