@@ -10,13 +10,11 @@ import typer
 
 from anchorscope.cli import options as opt
 from anchorscope.cli.common import announce, chosen, progress_bar, refuse_both, stdout_console, warn, warn_of_model
-from anchorscope.cli.tables import boxed_table, print_places
+from anchorscope.cli.tables import FittingTable, boxed_table, clean_name, print_places
 from anchorscope.errors import InputError
 from anchorscope.shown import counted, exact_theta, share_text, theta_text
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from anchorscope.analysis.run import Analysis
 
 SHORT_ROWS = 10
@@ -143,7 +141,8 @@ def print_summary(result: Analysis) -> None:
     theta = exact_theta(settings["theta"][0])
 
     console.print(f"theta {theta}, groups of {settings['block']} x {settings['step']}, means over prompts and heads")
-    table = boxed_table(("layer", "recall", "worst", "head", "sparsity", "stripes", "out.err."))
+    names = ("layer", "recall", "worst", "head", "sparsity", "stripes", "out.err.")
+    table = boxed_table(names, drop=("stripes", "out.err.", "head", "worst"))
     for item in report["by_layer"]:
         table.add_row(str(item["layer"]), *_layer_cells(item["thetas"][0]))
     table.add_section()
@@ -174,7 +173,8 @@ def print_summary(result: Analysis) -> None:
     if result.diagnosis is not None:
         counts = result.diagnosis.report["summary"]["all"]["classes"]
         line = ", ".join(f"{n} {name}" for name, n in counts.items() if n) or "prompts too short to tell"
-        console.print(f"Kinds of head: {line}; details in {result.diagnosis.path}", soft_wrap=True, highlight=False)
+        console.print(f"Kinds of head: {line}.")
+        console.print(f"Details: {result.diagnosis.path}", soft_wrap=True)
     print_places(console, "Tables and profiles", result.path, result.figures)
 
 
@@ -190,8 +190,9 @@ def _layer_cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def _theta_table(report: dict[str, Any]) -> Table:
-    table = boxed_table(("theta", "recall", "p05", "last rows", "worst", "density", "out.err."))
+def _theta_table(report: dict[str, Any]) -> FittingTable:
+    names = ("theta", "recall", "p05", "last rows", "worst", "density", "out.err.")
+    table = boxed_table(names, drop=("out.err.", "last rows", "p05", "worst"))
     for row in report["overall"]:
         table.add_row(
             exact_theta(row["theta"]),
@@ -205,13 +206,13 @@ def _theta_table(report: dict[str, Any]) -> Table:
     return table
 
 
-def _short_table(rows: list[dict[str, Any]], target: float) -> Table:
+def _short_table(rows: list[dict[str, Any]], target: float) -> FittingTable:
     names = ("prompt", "layer", "head", "recall", "density", "theta needed", "density then")
-    table = boxed_table(names, left=("prompt",))
-    table.columns[0].max_width = 18
+    single = ("prompt",) if len({row["prompt"] for row in rows}) == 1 else ()
+    table = boxed_table(names, fold=("prompt",), drop=("density then", *single, "theta needed", "density"))
     for row in rows:
         table.add_row(
-            row["prompt"],
+            clean_name(row["prompt"], 18),
             str(row["layer"]),
             str(row["head"]),
             share_text(row["recall"], below=target),

@@ -20,6 +20,7 @@ from anchorscope.cli.analyze import analyze, figures
 from anchorscope.cli.bench import bench
 from anchorscope.cli.calibrate import calibrate
 from anchorscope.cli.capture import capture
+from anchorscope.cli.common import say
 from anchorscope.cli.compare import compare
 from anchorscope.cli.evaluate import evaluate
 from anchorscope.cli.heads import heads
@@ -180,7 +181,7 @@ def _signals() -> Iterator[list[int]]:
 
 
 def _complain(sentence: str, error: BaseException | None = None, code: int = 1) -> int:
-    print(f"error: {visible(sentence, 2000)}", file=sys.stderr)
+    say(f"error: {visible(sentence, 2000)}")
     if error is not None and os.environ.get("ANCHORSCOPE_DEBUG") == "1":
         traceback.print_exception(error)
     return code

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,14 +14,12 @@ import typer
 from anchorscope.cli import options as opt
 from anchorscope.cli.common import announce, note, progress_bar, stdout_console, warn
 from anchorscope.cli.help import completes
-from anchorscope.cli.tables import new_table, optional
+from anchorscope.cli.tables import FittingTable, new_table, optional
 from anchorscope.errors import InputError, RunFailure
 from anchorscope.files import human_bytes
 from anchorscope.shown import counted, exact_theta, share_text, threads_text
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from anchorscope.bench import BenchPlan
 
 RATIO_ROWS = 40
@@ -217,8 +216,9 @@ def print_result(data: dict[str, Any]) -> None:
             console.print(f"{len(ratios) - RATIO_ROWS} more in bench.json (--out) or --json")
 
 
-def _table(title: str, names: list[str]) -> Table:
-    return new_table(names, title=title, left=("back end", "time", ""), pad_edge=False, show_edge=False)
+def _table(title: str, names: list[str], drop: Sequence[str]) -> FittingTable:
+    texts = [name for name in names if name in ("back end", "time")]
+    return new_table(names, title=title, left=("",), fold=texts, drop=drop, pad_edge=False, show_edge=False)
 
 
 def _sections(data: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -246,8 +246,9 @@ def _bytes(count: int | None) -> str:
     return "-" if count is None else human_bytes(count)
 
 
-def _dense_table(data: dict[str, Any]) -> Table:
-    table = _table("Dense attention, causal", ["N", "back end", "ms", "spread", "TFLOP/s", "memory", "error"])
+def _dense_table(data: dict[str, Any]) -> FittingTable:
+    names = ["N", "back end", "ms", "spread", "TFLOP/s", "memory", "error"]
+    table = _table("Dense attention, causal", names, ("TFLOP/s", "spread", "memory", "error"))
     for label, row in _sections(data):
         for dense in row["dense"]:
             time = dense["timing"]
@@ -278,9 +279,9 @@ def _absent_notes(data: dict[str, Any]) -> list[str]:
     ]
 
 
-def _time_table(data: dict[str, Any]) -> Table:
+def _time_table(data: dict[str, Any]) -> FittingTable:
     names = ["N", "theta", "anchor", "identif.", "sparse", "whole", "spread", "first", "speed-up"]
-    table = _table("Anchor attention, milliseconds", names)
+    table = _table("Anchor attention, milliseconds", names, ("first", "spread", "identif.", "anchor", "sparse"))
     for label, row in _sections(data):
         for sparse in row["sparse"]:
             stages, whole = sparse["stages"], sparse["whole"]
@@ -297,9 +298,9 @@ def _time_table(data: dict[str, Any]) -> Table:
     return table
 
 
-def _quality_table(data: dict[str, Any]) -> Table:
+def _quality_table(data: dict[str, Any]) -> FittingTable:
     names = ["N", "theta", "recall", "density", "stripes", "error", "effic.", "TFLOP/s", "memory"]
-    table = _table("What that kept and cost", names)
+    table = _table("What that kept and cost", names, ("memory", "TFLOP/s", "effic.", "stripes", "error"))
     for label, row in _sections(data):
         for sparse in row["sparse"]:
             table.add_row(
@@ -317,8 +318,8 @@ def _quality_table(data: dict[str, Any]) -> Table:
     return table
 
 
-def _ratio_table(data: dict[str, Any]) -> Table:
-    table = _table("Against the older result", ["N", "time", "old ms", "new ms", "new/old", ""])
+def _ratio_table(data: dict[str, Any]) -> FittingTable:
+    table = _table("Against the older result", ["N", "time", "old ms", "new ms", "new/old", ""], ("new ms", "old ms"))
     numbers = _numbers(data)
     for ratio in data["against"]["ratios"][:RATIO_ROWS]:
         label = f"#{numbers[ratio['source']]} {ratio['n']:,}" if len(numbers) > 1 else f"{ratio['n']:,}"

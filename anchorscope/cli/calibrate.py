@@ -11,12 +11,11 @@ import typer
 from anchorscope.cli import options as opt
 from anchorscope.cli.common import announce, progress_bar, stdout_console, warn, warn_of_model
 from anchorscope.cli.help import completes
-from anchorscope.cli.tables import new_table, print_places
+from anchorscope.cli.tables import FittingTable, new_table, print_places
 from anchorscope.shown import counted, share_text, theta_text
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
     from anchorscope.calibration import Calibration
 
@@ -179,8 +178,9 @@ def print_summary(result: Calibration) -> None:
     print_places(console, "Anchors", result.path / "anchors.json", result.figures)
 
 
-def _layer_table(report: dict[str, Any]) -> Table:
-    table = new_table(("layer", "groups", "theta", "dense", "density", "fitted", "held out", "short"))
+def _layer_table(report: dict[str, Any]) -> FittingTable:
+    names = ("layer", "groups", "theta", "dense", "density", "fitted", "held out", "short")
+    table = new_table(names, drop=("dense", "fitted", "short", "groups", "theta"))
     for row in report["layers"]:
         low, high = row["theta_min"], row["theta_max"]
         thetas = "-" if low is None else theta_text(low) if low == high else f"{theta_text(low)} to {theta_text(high)}"
@@ -197,9 +197,10 @@ def _layer_table(report: dict[str, Any]) -> Table:
     return table
 
 
-def _pooled_table(report: dict[str, Any]) -> Table:
+def _pooled_table(report: dict[str, Any]) -> FittingTable:
     timed = report["fitted"]["time"] is not None
-    table = new_table(("all heads", "recall", "p05", "last", "worst head", "density", *(["time"] if timed else [])))
+    names = ("all heads", "recall", "p05", "last", "worst head", "density", *(["time"] if timed else []))
+    table = new_table(names, drop=(*(["time"] if timed else []), "last", "p05", "worst head"))
     for name, part in (("fitted", "fitted"), ("held out", "held_out")):
         row = report[part]
         if row is not None:
@@ -239,7 +240,8 @@ def _print_comparison(console: Console, report: dict[str, Any]) -> None:
     table = new_table(
         ("", "theta", report["settings"]["statistic"], "worst head", "5% of heads", "density"),
         title=f"Against one theta for all heads at equal density ({where} prompts)",
-        left=("",),
+        fold=("",),
+        drop=("5% of heads", "theta", "worst head"),
     )
     for row in found["at_choice"]:
         name = row["method"]
@@ -259,11 +261,12 @@ def _print_comparison(console: Console, report: dict[str, Any]) -> None:
         )
 
 
-def _length_table(report: dict[str, Any]) -> Table:
+def _length_table(report: dict[str, Any]) -> FittingTable:
     cells = report["lengths"]
     tokens = sorted({c["tokens"] for c in cells})
     title = "Recall, density, share of heads short, by prompt length"
-    table = new_table(["fitted at", *(f"at {n:,}" for n in tokens)], title=title)
+    names = ["fitted at", *(f"at {n:,}" for n in tokens)]
+    table = new_table(names, title=title, drop=names[1:-1])
     for fit in sorted({c["fit_tokens"] for c in cells}):
         row = [next(c for c in cells if (c["fit_tokens"], c["tokens"]) == (fit, n)) for n in tokens]
         table.add_row(

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from anchorscope.cli.tables import FittingTable
 from anchorscope.errors import InputError
 from anchorscope.files import visible
 
@@ -39,6 +42,10 @@ def _console(*, stderr: bool) -> Console:
     from rich.console import Console
 
     class PlainConsole(Console):
+        def print(self, *objects: Any, **options: Any) -> None:
+            wide = any(isinstance(x, FittingTable) for x in objects)  # a pipe has room for all of its columns
+            super().print(*objects, **{"crop": not wide, **options})
+
         def render_str(self, text: str, **options: Any) -> Text:
             options.update(emoji=False, markup=False, highlight=False)
             return super().render_str("\n".join(visible(line) for line in text.split("\n")), **options)
@@ -48,12 +55,23 @@ def _console(*, stderr: bool) -> Console:
 
 def note(sentence: str) -> None:
     """A remark on stderr."""
-    print(visible(sentence), file=sys.stderr)
+    say(visible(sentence))
 
 
 def warn(sentence: str) -> None:
     """A warning on stderr."""
-    print(f"warning: {visible(sentence)}", file=sys.stderr)
+    say(f"warning: {visible(sentence)}")
+
+
+def say(sentence: str) -> None:
+    """A line on stderr; on a terminal it takes several, broken between words."""
+    if sys.stderr.isatty():
+        columns = shutil.get_terminal_size().columns
+        lines = [
+            textwrap.fill(x, columns, break_long_words=False, break_on_hyphens=False) for x in sentence.split("\n")
+        ]
+        sentence = "\n".join(lines)
+    print(sentence, file=sys.stderr)
 
 
 def announce(plan: Plan[Any], what: str, *, figures: bool) -> None:

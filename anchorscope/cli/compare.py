@@ -11,7 +11,7 @@ import typer
 from anchorscope.cli import options as opt
 from anchorscope.cli.common import announce, chosen, progress_bar, stdout_console, warn, warn_of_model
 from anchorscope.cli.help import completes
-from anchorscope.cli.tables import new_table, print_places
+from anchorscope.cli.tables import clean_name, new_table, print_places
 from anchorscope.errors import InputError
 from anchorscope.shown import counted, share_text
 
@@ -130,8 +130,8 @@ def print_summary(result: Comparison) -> None:
         ["method", *(f"{kind}\n{r:g}" for kind in ("shared", "own") for r in shown), "search\ncost"],
         title=f"density needed (interpolated between settings), {counted(report['heads'], 'head')}",
         left=("method",),
+        drop=("search\ncost", *(f"{kind}\n{r:g}" for r in shown if r != target for kind in ("shared", "own"))),
     )
-    table.columns[0].max_width = 22
 
     def order(label: str) -> tuple[bool, float]:
         density = _at(own[label], target)["density"]
@@ -143,12 +143,11 @@ def print_summary(result: Comparison) -> None:
             table.add_section()
         cells = [share_text(_at(rows[label], r)["density"]) for rows in (shared, own) for r in shown]
         cost = _at(own[label], target)["identify_cost"]
-        table.add_row(label, *cells, share_text(cost))
+        table.add_row(clean_name(label, 22), *cells, share_text(cost))
     console.print(table)
     console.print(
-        "shared: one setting for all heads, recall their mean; own: each head reaches\n"
-        "the recall at its own setting; -: not reached. search cost: arithmetic of\n"
-        f"identification where each head reaches {target:g}, share of dense."
+        "shared: one setting for all heads, recall their mean; own: each head reaches the recall at its own setting; -:"
+        f" not reached. search cost: arithmetic of identification where each head reaches {target:g}, share of dense."
     )
     print_places(console, "Tables", result.path, result.figures)
 

@@ -191,6 +191,7 @@ def _print_prompts(console: Any, prompts: list[dict[str, Any]], chunk: int | Non
         ["prompt", "arm", "tokens", "den-\nsity", "recall", "dense\nppl", "change", "95%", "KL", "same\ntop 1"],
         title="Prompts: sparse against dense",
         left=("prompt", "arm"),
+        drop=("same\ntop 1", "KL", "dense\nppl", "95%", "tokens"),
         padding=0,
     )
     for r in prompts:
@@ -217,6 +218,7 @@ def _print_tasks(console: Any, tasks: list[dict[str, Any]], chunk: int | None) -
         ["task", "arm", "tokens", "n", "den-\nsity", *scores, "95%", "dense\nlogp", "sparse\nlogp"],
         title="Tasks: score, and log-probability of the answer (nats per token)",
         left=("task", "arm"),
+        drop=("dense\nlogp", "sparse\nlogp", "n", "95%", "tokens"),
         padding=0,
     )
     for r in tasks:

@@ -14,6 +14,8 @@ from anchorscope.errors import InputError
 from anchorscope.shown import counted, share_text
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from anchorscope.heads import Diagnosis
 
 MOST_ROWS = 24  # heads listed one by one; more are summed up by layer
@@ -101,7 +103,8 @@ def print_summary(result: Diagnosis) -> None:
         names += ["sink", "hid-\nden", "last\n128", "win-\ndow", "keys", *([] if single else ["dist."])]
         names += ["next\ngroup", "same\nkv", "prev.\nlayer"]
         title = f"{clean_name(prompt, 36)}: " + ", ".join(f"{n} {k}" for k, n in counts.items())
-        table = new_table(names, title=title, left=("class",))
+        least = ("prev.\nlayer", "same\nkv", "next\ngroup", "dist.", "keys", "hid-\nden", "last\n128")
+        table = new_table(names, title=title, left=("class",), drop=[x for x in least if x in names])
         groups = [[h] for h in rows] if single else _by_layer(rows)
         for group in groups:
             kinds = "/".join(str(sum(h["class"] == k for h in group)) for k in counts)
@@ -119,20 +122,17 @@ def print_summary(result: Diagnosis) -> None:
                 _layer_overlap(group),
             )
         console.print(table)
-        _print_tokens(rows)
+        _print_tokens(console, rows)
     console.print(
-        "sink: mass on the first 4 tokens; hidden: on sinks further in; last 128: on the\n"
-        "last 128 keys; window: recall of the first 64 and last 256 keys; keys: effective\n"
-        "number, median. next group, same kv, prev. layer: Jaccard overlap of stripes\n"
-        "with the next group, the kv head's other heads, the same head one layer before;\n"
-        "0.40 <5: no such layer is in the dump, it is with layer 5, which says little\n"
-        "about consecutive layers.",
-        soft_wrap=True,
+        "sink: mass on the first 4 tokens; hidden: on sinks further in; last 128: on the last 128 keys; window: recall"
+        " of the first 64 and last 256 keys; keys: effective number, median. next group, same kv, prev. layer: Jaccard"
+        " overlap of stripes with the next group, the kv head's other heads, the same head one layer before; 0.40 <5:"
+        " no such layer is in the dump, it is with layer 5, which says little about consecutive layers."
     )
     print_places(console, "Tables", result.path, result.figures)
 
 
-def _print_tokens(rows: list[dict[str, Any]]) -> None:
+def _print_tokens(console: Console, rows: list[dict[str, Any]]) -> None:
     """The stripes that later queries attend to most, a line for each of the three heads that need most beyond the
     window.
     """
@@ -140,7 +140,7 @@ def _print_tokens(rows: list[dict[str, Any]]) -> None:
     for h in ranked[:3]:
         line = f"layer {h['layer']}, head {h['head']} keeps"
         for item in _by_text(h["stripe_tokens"]):
-            if len(line) + 2 + len(item) > 80:
+            if len(line) + 2 + len(item) > console.width:
                 break
             line += f"  {item}"
         if h["stripe_tokens"]:

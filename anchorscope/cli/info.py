@@ -10,7 +10,7 @@ import typer
 
 from anchorscope.cli import options as opt
 from anchorscope.cli.common import live_bar, stdout_console, warn_of_model
-from anchorscope.cli.tables import new_table
+from anchorscope.cli.tables import new_table, print_facts
 from anchorscope.errors import DumpError
 from anchorscope.files import human_bytes, visible
 from anchorscope.shown import counted
@@ -115,8 +115,7 @@ def _show(result: Verification) -> None:
         "size": f"{size} in {counted(len(dump.entries), 'file')}",
         "state": result.state + ("" if result.complete else ", unfinished"),
     }
-    for key, value in lines.items():
-        console.print(f"{key:<8} {visible(value, 600)}", soft_wrap=True, markup=False)
+    print_facts(console, lines)
 
     # one row for each kind of layer of a prompt: hybrids and windows show at a glance
     groups: dict[tuple[str, ...], list[int]] = {}
@@ -133,7 +132,13 @@ def _show(result: Verification) -> None:
         )
         groups.setdefault(kind_of, []).append(e.layer)
     titles = ("prompt", "tokens", "heads/kv", "d", "dtype", "V", "window", "cap", "layers")
-    table = new_table(titles, fold=("prompt", "layers"), padding=(0, 1), pad_edge=False)
+    table = new_table(
+        titles,
+        fold=("prompt", "layers"),
+        drop=("cap", "window", "V", "d", "dtype"),
+        padding=(0, 1),
+        pad_edge=False,
+    )
     for cells, layers in groups.items():
         table.add_row(*cells, describe_indices(layers))
     if groups:
@@ -153,12 +158,12 @@ def _show_proof(console: Console, dump: Dump) -> None:
     """What shows that the model is what it claims to be: what its loader reported, and what it predicts."""
     known = dump.manifest.get("proof")
     if known is not None:
-        console.print(f"loader   {visible(_loader_words(known.get('loader')), 600)}", soft_wrap=True, markup=False)
+        print_facts(console, {"loader": _loader_words(known.get("loader"))})
     proofs = [(p.name, p.proof) for p in dump.prompts if p.proof is not None]
     if not proofs:
         return
     titles = ("prompt", "predicted", "run of", "perplexity", "top 1", "")
-    table = new_table(titles, fold=("prompt", ""), padding=(0, 1), pad_edge=False)
+    table = new_table(titles, fold=("prompt", ""), drop=("run of", "predicted"), padding=(0, 1), pad_edge=False)
     for name, proof in proofs[:SHOWN_PROOFS]:
         cells = ("-", "-", f"not scored: {visible(proof.reason or '')}")
         if proof.perplexity is not None:
