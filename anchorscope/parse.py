@@ -162,10 +162,16 @@ def parse_shares(text: str, option: str) -> tuple[float, ...]:
     return tuple(sorted(found))
 
 
-def closest(word: str, known: Iterable[str]) -> str | None:
-    """The known word that a misspelt one probably means, whatever its case and signs; None if none is close."""
+def closest(word: str, known: Iterable[str], alike: float = 0.5) -> str | None:
+    """The known word that a misspelt one probably means, whatever its case and signs; None if none is close.
+
+    Args:
+        word: what was written.
+        known: the words that there are.
+        alike: share of the letters that must agree.
+    """
     names = {_letters(name): name for name in known}
-    found = difflib.get_close_matches(_letters(word), names, n=1, cutoff=0.6)
+    found = difflib.get_close_matches(_letters(word), names, n=1, cutoff=alike)
     return names[found[0]] if found else None
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 FOLDED = 12  # columns of text that take several lines are not made narrower than this
+PIPED = 40  # and in a pipe, which has no width of its own, not wider than this
 
 
 class FittingTable:
@@ -67,9 +68,9 @@ class FittingTable:
             if limit is None or self._width(console, names) <= limit:
                 break
             names.remove(name)
-        table = self._table(names)
+        table = self._table(names, PIPED if limit is None else None)
         if limit is None:
-            table.width = max(self._width(console, names), min(options.max_width, self._width(console, names, None)))
+            table.width = self._width(console, names, PIPED)
         yield table
         if missing := [" ".join(name.replace("-\n", "").split()) for name in self.columns if name not in names]:
             yield Text(f"columns left out: {', '.join(missing)}; wider terminal or --json")

@@ -98,7 +98,7 @@ def named_preset(source: str) -> str | None:
         return None
     if source.lower() in PRESETS:
         return source.lower()
-    if (meant := closest(source, PRESETS)) is not None:
+    if (meant := closest(source, PRESETS, alike=0.6)) is not None:
         raise InputError(
             f"model {source} is no file or folder here, and no preset: did you mean {meant}? A model of the Hugging"
             " Face hub is written with its owner, like Qwen/Qwen3-8B"

@@ -155,6 +155,7 @@ def test_missing_hardware_is_named(capsys, dump, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     refused(
         capsys,
         "Triton is not installed",

@@ -295,12 +295,12 @@ def test_settings_and_labels():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("sparse",), "no method 'sparse'; there are anchor, "),
+        (("sparse",), "method 'sparse' is unknown"),
         (("anchor,",), "empty element"),
         (("anchor", ["block=3"]), "malformed"),
         (("anchor", ["anchor.block"]), "malformed"),
-        (("anchor", ["anker.block=3"]), "no method 'anker'"),
-        (("anchor", ["anchor.blok=3"]), "no parameter 'blok'; it has theta, block"),
+        (("anchor", ["anker.block=3"]), r"method 'anker' is unknown \(did you mean anchor\?\)"),
+        (("anchor", ["anchor.blok=3"]), r"parameter 'blok' is unknown \(did you mean block\?\); use theta, block"),
         (("anchor", ["anchor.block=x"]), "'x' is not a number"),
         (("anchor", ["anchor.block=nan"]), "must be a number"),
         (("anchor", ["anchor.block=2.5"]), "whole number"),
@@ -438,7 +438,7 @@ def test_set_and_as(dump, tmp_path):
     [
         ([], "needs a dump"),
         (["DUMP"], "needs a dump"),
-        (["DUMP", "--out", "OUT", "--methods", "best"], "no method 'best'"),
+        (["DUMP", "--out", "OUT", "--methods", "best"], "method 'best' is unknown"),
         (["DUMP", "--out", "OUT", "--layers", "9"], "--layers: 9 does not exist"),
         (["nowhere", "--out", "OUT"], "nowhere"),
     ],

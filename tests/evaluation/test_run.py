@@ -277,7 +277,7 @@ def test_a_plan_says_what_a_run_takes(finished, model, tokenizer, tmp_path, monk
         ({"arms": {"dense": 1.0}}, "cannot be called dense"),
         ({"arms": {"a": math.nan}}, "arm a: theta must be a number of nats"),
         ({"prompts": []}, "nothing to evaluate"),
-        ({"tasks": ["needles"]}, "task 'needles' is unknown; there are needle, multi-needle"),
+        ({"tasks": ["needles"]}, r"task 'needles' is unknown \(did you mean needle\?\); use needle, multi-needle"),
         ({"tasks": ["needle", "needle"]}, "named twice"),
         ({"lengths": [1]}, "at least 2 tokens, not 1"),
         ({"lengths": [700]}, "prompt p has 650 tokens, fewer than the length 700"),
@@ -420,12 +420,12 @@ def test_the_command_line(model_folder, tmp_path, capsys):
         (["--theta", "nan", "--task", "needle"], "'nan' is not a number of nats"),
         (["--theta", "1", "--task", "hay"], "task 'hay' is unknown"),
         (["--theta", "1", "--prompt", "no.txt"], "prompt no.txt does not exist"),
-        (["--theta", "1", "--task", "needle", "--lengths", "2k"], "--lengths '2k' must be whole numbers"),
-        (["--theta", "1", "--task", "needle", "--depths", "half"], "--depths 'half' must be numbers"),
-        (["--theta", "1", "--task", "needle", "--depths", "2"], "between 0 and 1"),
+        (["--theta", "1", "--task", "needle", "--lengths", "2kk"], "--lengths '2kk' is no number of tokens"),
+        (["--theta", "1", "--task", "needle", "--depths", "half"], "--depths: 'half' is not a share from 0 to 1"),
+        (["--theta", "1", "--task", "needle", "--depths", "2"], "--depths: '2' is not a share from 0 to 1"),
         (["--config", "none.json", "--task", "needle"], "none.json cannot be read"),
-        (["--theta", "1", "--task", "needle", "--model-dtype", "int8"], "must be bf16, fp16 or fp32"),
-        (["--theta", "1", "--task", "needle", "--block", "0"], "block must be a whole number"),
+        (["--theta", "1", "--task", "needle", "--model-dtype", "int8"], "--model-dtype 'int8' is unknown; use bf16, fp16 or fp32"),
+        (["--theta", "1", "--task", "needle", "--block", "0"], "--block 0 is out of range"),
     ],
 )
 def test_command_line_mistakes(model_folder, tmp_path, capsys, options, message):
@@ -445,4 +445,4 @@ def test_names_of_arms(model_folder, tmp_path, capsys):
     assert command(model_folder, tmp_path / "o", *both) == 2
     assert "two arms are called a: tell them apart with --as" in capsys.readouterr().err
     assert command(model_folder, tmp_path / "o", *both, "--as", "one") == 2
-    assert "--as is given 1 times for 2 --config" in capsys.readouterr().err
+    assert "--as is given 1 time for 2 --config" in capsys.readouterr().err

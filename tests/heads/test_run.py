@@ -399,7 +399,7 @@ def test_more_heads_than_rows_are_summed_up_by_layer(tmp_path):
     [
         (("--theta", "6,8"), "lists 2 thetas"),
         (("--theta", "many"), "not a number"),
-        (("--block", "0"), "block must be"),
+        (("--block", "0"), "--block 0 is out of range"),
         (("--layers", "3"), "does not exist"),
         (("--heads", "9"), "does not exist"),
         (("--prompts", "poem"), "no prompt 'poem'"),
