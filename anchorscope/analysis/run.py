@@ -25,6 +25,8 @@ from anchorscope.analysis.tables import (
     short_of_target,
     summarize,
 )
+from anchorscope.analysis.words import FILE as TOKENS
+from anchorscope.analysis.words import tokens_json
 from anchorscope.dumps import Dump
 from anchorscope.errors import DumpError, InputError
 from anchorscope.files import MAX_JSON_BYTES, csv_text, human_bytes, member, read_json
@@ -55,7 +57,7 @@ FOLDER = RunFolder(
     version=REPORT_VERSION,
     state=STATE,
     report=REPORT,
-    tables=("heads.csv", "curves.csv"),
+    tables=("heads.csv", "curves.csv", TOKENS),
     parts=((PROFILES, "*.safetensors"), (FIGURES, "*.png")),
     kept=("measured heads", f"{PROFILES}/*.safetensors"),
 )
@@ -185,6 +187,8 @@ class AnalyzeCommand(BaseCommand[HeadUnit, HeadProfile]):
             head_rows.extend(heads_rows(profile))
             curve_rows.extend(curves_rows(profile))
         tables = {"heads.csv": csv_text(HEADS_COLUMNS, head_rows), "curves.csv": csv_text(CURVES_COLUMNS, curve_rows)}
+        if (texts := tokens_json(self.plan.dump, self.plan.settings["prompts"])) is not None:
+            tables[TOKENS] = texts
         return Summary(_report(self.plan, lines, run.state["started"]), tables, tuple(lines))
 
     def asked(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 
 from anchorscope.capture.recorder import LayerShape, ShapeProbe, Storage
 from anchorscope.dtypes import torch_dtype
-from anchorscope.dumps.writer import prompt_record
+from anchorscope.dumps.writer import prompt_record, texts_record
 from anchorscope.errors import InputError
 from anchorscope.models.chunking import check_chunks
 from anchorscope.models.config import text_config
@@ -25,6 +25,7 @@ from anchorscope.models.prefill import Prefill, prefill
 from anchorscope.models.prompts import PromptInput, TokenizedPrompt, prompt_from_file, tokenize, unique_names
 from anchorscope.models.proof import prove_model
 from anchorscope.proof import ModelProof
+from anchorscope.tokens import tokenizer_texts
 
 if TYPE_CHECKING:
     import os
@@ -229,7 +230,14 @@ class CapturePlan:
                 prompt_record(p.name, len(p.token_ids), text=p.text, token_ids=p.token_ids) for p in self.prompts
             ],
             "proof": self.known.to_json(),
+            **self._texts(),
         }
+
+    def _texts(self) -> dict[str, Any]:
+        """What the tokens of the prompts say, where a tokenizer knows it."""
+        tokenizer = self.loaded.tokenizer
+        used = {i for p in self.prompts for i in p.token_ids}
+        return {} if tokenizer is None else texts_record(tokenizer_texts(tokenizer, used), used)
 
 
 def probe(model: PreTrainedModel, token_ids: Sequence[int], layers: Sequence[int] | None) -> dict[int, LayerShape]:

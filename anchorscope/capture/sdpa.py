@@ -19,11 +19,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from anchorscope.capture.recorder import Recorder
-from anchorscope.dumps.writer import DumpWriter, prompt_record
+from anchorscope.dumps.writer import DumpWriter, prompt_record, texts_record
 from anchorscope.errors import InputError
 from anchorscope.models.calls import AttentionCall
 from anchorscope.models.check import check_call
 from anchorscope.shown import counted
+from anchorscope.tokens import tokenizer_texts
 
 
 class _Sdpa(nn.Module):
@@ -38,6 +39,7 @@ def capture_sdpa(
     layers: Sequence[int] | None = None,
     token_ids: Sequence[int] | None = None,
     text: str | None = None,
+    tokenizer: Any = None,
     overwrite: bool = False,
 ) -> Iterator[list[int]]:
     """Write a dump of the `scaled_dot_product_attention` calls that one forward makes inside the context.
@@ -46,25 +48,25 @@ def capture_sdpa(
         out: the dump's folder.
         prompt: the prompt's name in the dump.
         layers: which calls to keep, counted from 0; all by default.
-        token_ids: the prompt's token ids, if they are to be recorded.
-        text: the prompt's text, if it is to be recorded.
+        token_ids, text: the prompt's token ids and text, if they are to be recorded.
+        tokenizer: a transformers tokenizer, so that results show words for `token_ids`.
         overwrite: replace a dump that is there.
 
     Yields:
-        The numbers of the calls captured so far. The dump is complete when the context has been left.
+        The numbers of the calls captured so far; the dump is complete when the context has been left.
 
     Raises:
-        InputError: no call was made, Q, K and V cannot represent one, a call has a batch, calls have different lengths
-            (a second forward, or one with a cache), or the folder cannot be used.
+        InputError: no call was made, one has a batch or is not determined by Q, K and V, calls differ in length (a
+            second forward, or one with a cache), or the folder cannot be used.
         RunFailure: the disk is full or failed.
     """
     functional: Any = nn.functional
-    original: Callable[..., Tensor] = functional.scaled_dot_product_attention
+    original = functional.scaled_dot_product_attention
     with contextlib.ExitStack() as stack:
 
         def begin(tokens: int) -> DumpWriter:
-            record = prompt_record(prompt, tokens, text=text, token_ids=token_ids)
-            return stack.enter_context(DumpWriter(out, {"model": None, "prompts": [record]}, overwrite=overwrite))
+            header = _header(tokenizer, prompt_record(prompt, tokens, text=text, token_ids=token_ids))
+            return stack.enter_context(DumpWriter(out, header, overwrite=overwrite))
 
         calls = _Calls(begin, prompt, layers)
 
@@ -91,6 +93,13 @@ def capture_sdpa(
         finally:
             functional.scaled_dot_product_attention = original
         calls.finish()
+
+
+def _header(tokenizer: Any, record: dict[str, Any]) -> dict[str, Any]:
+    """The manifest without its entries."""
+    ids = record.get("token_ids", ())
+    texts = None if tokenizer is None else tokenizer_texts(tokenizer, ids)
+    return {"model": None, "prompts": [record], **texts_record(texts, ids)}
 
 
 class _Calls:

@@ -174,6 +174,11 @@ def print_summary(result: Analysis) -> None:
         counts = result.diagnosis.report["summary"]["all"]["classes"]
         line = ", ".join(f"{n} {name}" for name, n in counts.items() if n) or "prompts too short to tell"
         console.print(f"Kinds of head: {line}.")
+        from anchorscope.cli.heads import print_lines, token_lines
+
+        heads = result.diagnosis.report["heads"]
+        if any("token" in item for head in heads for item in head["stripe_tokens"]):
+            print_lines(token_lines(heads, console.width))
         console.print(f"Details: {result.diagnosis.path}", soft_wrap=True)
     print_places(console, "Tables and profiles", result.path, result.figures)
 

@@ -14,8 +14,6 @@ from anchorscope.errors import InputError
 from anchorscope.shown import counted, share_text
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from anchorscope.heads import Diagnosis
 
 MOST_ROWS = 24  # heads listed one by one; more are summed up by layer
@@ -54,9 +52,9 @@ def heads(
     params = AnchorParams(block, step)
     pieces = None
     if tokenizer is not None:
-        from anchorscope.tokens import load_pieces
+        from anchorscope.tokens import load_vocabulary
 
-        pieces = load_pieces(tokenizer)
+        pieces = load_vocabulary(tokenizer)
 
     from anchorscope.dumps import open_dump
     from anchorscope.heads import diagnose, plan_heads
@@ -122,7 +120,8 @@ def print_summary(result: Diagnosis) -> None:
                 _layer_overlap(group),
             )
         console.print(table)
-        _print_tokens(console, rows)
+        if lines := token_lines(rows, console.width):
+            print_lines([*lines, ""])
     console.print(
         "sink: mass on the first 4 tokens; hidden: on sinks further in; last 128: on the last 128 keys; window: recall"
         " of the first 64 and last 256 keys; keys: effective number, median. next group, same kv, prev. layer: Jaccard"
@@ -132,35 +131,40 @@ def print_summary(result: Diagnosis) -> None:
     print_places(console, "Tables", result.path, result.figures)
 
 
-def _print_tokens(console: Console, rows: list[dict[str, Any]]) -> None:
+def token_lines(rows: list[dict[str, Any]], width: int) -> list[str]:
     """The stripes that later queries attend to most, a line for each of the three heads that need most beyond the
     window.
+
+    Args:
+        rows: heads as in heads.json; their prompts are named where there are several.
+        width: columns of the terminal.
     """
+    from rich.cells import cell_len
+
+    from anchorscope.heads.tables import by_token, places
+
+    prompts = {h["prompt"] for h in rows}
     ranked = sorted((h for h in rows if h["window_recall"] is not None), key=lambda h: h["window_recall"])
+    lines = []
     for h in ranked[:3]:
-        line = f"layer {h['layer']}, head {h['head']} keeps"
-        for item in _by_text(h["stripe_tokens"]):
-            if len(line) + 2 + len(item) > console.width:
+        line = f"{clean_name(h['prompt'], 16)}, " if len(prompts) > 1 else ""
+        line += f"layer {h['layer']}, head {h['head']} keeps"
+        found = by_token(h["stripe_tokens"])
+        # without a name, every position stands for itself
+        items = [x for name, where in found.items() for x in ([f"{name} {places(where)}"] if name else map(str, where))]
+        for item in items:
+            if cell_len(line) + 2 + cell_len(item) > width:
                 break
             line += f"  {item}"
-        if h["stripe_tokens"]:
-            print(line)
-    if ranked:
-        print()
+        lines += [line] if items else []
+    return lines
 
 
-def _by_text(tokens: list[dict[str, Any]]) -> list[str]:
-    """Positions by token: `' the' 254,2369,521,1685,+6` with a vocabulary, `#260 254,2369` with ids, else `254`."""
-    places: dict[str, list[str]] = {}
-    for token in tokens:
-        name = f"#{token['token_id']}" if "token_id" in token else ""
-        name = f"{token['token'][:16]!r}" if "token" in token else name
-        # Without a name, every position stands for itself.
-        places.setdefault(name or str(token["position"]), []).append(str(token["position"]) if name else "")
-    return [
-        f"{name} {','.join(where[:4])}".strip() + (f",+{len(where) - 4}" if len(where) > 4 else "")
-        for name, where in places.items()
-    ]
+def print_lines(lines: list[str]) -> None:
+    """Foreign text on standard output; what its encoding lacks is escaped."""
+    encoding = sys.stdout.encoding or "utf-8"
+    for line in lines:
+        print(line.encode(encoding, "backslashreplace").decode(encoding))
 
 
 def _by_layer(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:

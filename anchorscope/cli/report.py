@@ -84,15 +84,15 @@ def _extent(sources: Sources) -> str:
     return ", ".join(found)
 
 
-def _tokens(sources: Sources, dumps: Sequence[Path], tokenizer: Path | None) -> dict[tuple[str, str], list[str]]:
+def _tokens(sources: Sources, dumps: Sequence[Path], tokenizer: Path | None) -> dict[tuple[str, str], list[bytes]]:
     """Token texts by (dump identity, prompt) of the dumps given."""
     if not dumps:
         return {}
     from anchorscope.dumps import open_dump
-    from anchorscope.tokens import load_pieces, token_texts
+    from anchorscope.tokens import Vocabulary, load_vocabulary
 
-    pieces = None if tokenizer is None else load_pieces(tokenizer)
-    found: dict[tuple[str, str], list[str]] = {}
+    named = None if tokenizer is None else load_vocabulary(tokenizer)
+    found: dict[tuple[str, str], list[bytes]] = {}
     for path in dumps:
         source = open_dump(path)
         if source.identity not in {r.identity for r in sources.runs}:
@@ -100,7 +100,8 @@ def _tokens(sources: Sources, dumps: Sequence[Path], tokenizer: Path | None) -> 
         warn_of_model(source)
         for prompt in source.prompts:
             if prompt.token_ids is not None:
-                found[source.identity, prompt.name] = token_texts(prompt.token_ids, pieces)
+                known = named or source.vocabulary or Vocabulary({})
+                found[source.identity, prompt.name] = [known.piece(i) for i in prompt.token_ids]
         if not any(identity == source.identity for identity, _ in found):
             note(f"{path} records no token ids: the page shows positions only")
     return found

@@ -9,9 +9,10 @@ from anchorscope.dtypes import dtype_name
 from anchorscope.dumps.format import is_name
 from anchorscope.dumps.layer import LayerSpec
 from anchorscope.dumps.reader import Dump
-from anchorscope.dumps.writer import DumpWriter, prompt_record
+from anchorscope.dumps.writer import DumpWriter, prompt_record, texts_record
 from anchorscope.errors import InputError
 from anchorscope.shown import counted
+from anchorscope.tokens import tokenizer_texts
 
 if TYPE_CHECKING:
     import os
@@ -28,6 +29,8 @@ def write_dump(
     *,
     model: Mapping[str, Any] | None = None,
     prompts: Mapping[str, Mapping[str, Any]] | None = None,
+    token_texts: Mapping[int, str | bytes] | None = None,
+    tokenizer: Any = None,
     overwrite: bool = False,
 ) -> Dump:
     """Write Q, K and V from any source as a dump that every AnchorScope command reads.
@@ -40,6 +43,9 @@ def write_dump(
             not repeated, causal.
         model: anything worth recording about the model (JSON values).
         prompts: optional `text` and `token_ids` by prompt name.
+        token_texts: text of token ids, so that results show words: a string, or UTF-8 bytes where a token is a part of
+            a character. Only ids that the prompts use are kept.
+        tokenizer: a transformers tokenizer that knows the texts, in place of `token_texts`.
         overwrite: replace a dump that is there.
 
     Returns:
@@ -58,10 +64,13 @@ def write_dump(
     if unknown := sorted(extra.keys() - lengths.keys()):
         raise InputError(f"prompts names {unknown[0]!r}, which no entry uses")
     dtypes = {dtype_name(found["q"].dtype) for found in tensors}
+    records = [prompt_record(name, n, **extra.get(name, {})) for name, n in lengths.items()]
+    used = {i for record in records for i in record.get("token_ids", ())}
     header = {
         "model": None if model is None else dict(model),
         "dtype": dtypes.pop() if len(dtypes) == 1 else None,
-        "prompts": [prompt_record(name, n, **extra.get(name, {})) for name, n in lengths.items()],
+        "prompts": records,
+        **texts_record(token_texts if tokenizer is None else tokenizer_texts(tokenizer, used), used),
     }
     with DumpWriter(path, header, overwrite=overwrite) as writer:
         for item, found in zip(items, tensors, strict=True):

@@ -20,10 +20,12 @@ from anchorscope.errors import DumpError, InputError
 from anchorscope.files import member, read_json, visible
 from anchorscope.proof import PromptProof
 from anchorscope.shown import counted
+from anchorscope.vocabulary import Vocabulary
 
 FORMAT = "anchorscope-dump"
 VERSION = 1
 MANIFEST = "manifest.json"
+TOKEN_TEXTS = "token_texts"
 MAX_MANIFEST_BYTES = 1 << 29  # token ids and texts of many long prompts fit; a hostile file does not fill the memory
 DTYPES = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}  # safetensors' names -> ours
 DTYPE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
@@ -222,6 +224,20 @@ def parse_prompts(manifest: dict[str, Any], folder: Path) -> list[Prompt]:
             raise damaged(f"{where} ({name}): {error}") from None
         prompts.append(Prompt(name, tokens or 0, ids, item.get("text"), item.get("sha256"), proof))
     return prompts
+
+
+def parse_token_texts(manifest: dict[str, Any], folder: Path) -> Vocabulary | None:
+    """What the tokens of the prompts say, if the manifest tells.
+
+    Raises:
+        DumpError: it is malformed.
+    """
+    if manifest.get(TOKEN_TEXTS) is None:
+        return None
+    try:
+        return Vocabulary.from_json(manifest[TOKEN_TEXTS])
+    except ValueError as error:
+        raise damaged(f"{folder / MANIFEST}: {TOKEN_TEXTS} {error}") from None
 
 
 def parse_entry(item: object, index: int, folder: Path, prompts: dict[str, Prompt]) -> Entry:

@@ -16,6 +16,7 @@ from anchorscope.dumps.format import (
     damaged,
     parse_entry,
     parse_prompts,
+    parse_token_texts,
     read_manifest,
 )
 from anchorscope.errors import DumpError, InputError
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     import os
 
     from torch import Tensor
+
+    from anchorscope.vocabulary import Vocabulary
 
 HASH_CHUNK = 1 << 20
 
@@ -68,16 +71,23 @@ class Dump:
         manifest: `manifest.json` as parsed.
         prompts: the prompts, in the manifest's order.
         entries: one per (prompt, layer), in the manifest's order.
+        vocabulary: text of the tokens of the prompts, or None if it was not recorded.
         identity: SHA-256 of the canonical manifest (it covers the tensors through their checksums).
     """
 
     def __init__(
-        self, path: Path, manifest: dict[str, Any], prompts: tuple[Prompt, ...], entries: tuple[Entry, ...]
+        self,
+        path: Path,
+        manifest: dict[str, Any],
+        prompts: tuple[Prompt, ...],
+        entries: tuple[Entry, ...],
+        vocabulary: Vocabulary | None = None,
     ) -> None:
         self.path = path
         self.manifest = manifest
         self.prompts = prompts
         self.entries = entries
+        self.vocabulary = vocabulary
         self.identity = canonical_sha256(manifest)
         self._hashed: set[str] = set()
 
@@ -196,7 +206,7 @@ def _assemble(folder: Path, manifest: dict[str, Any], prompts: list[Prompt], ent
         if lengths.setdefault(entry.prompt, entry.tokens) != entry.tokens:
             raise damaged(f"{folder}: the layers of prompt {entry.prompt} differ in length")
     filled = tuple(p if p.tokens else replace(p, tokens=lengths.get(p.name, 0)) for p in prompts)
-    return Dump(folder, manifest, filled, tuple(entries))
+    return Dump(folder, manifest, filled, tuple(entries), parse_token_texts(manifest, folder))
 
 
 @dataclass(frozen=True)

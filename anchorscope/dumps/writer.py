@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -30,6 +30,7 @@ from anchorscope.dumps.folder import (
 from anchorscope.dumps.format import (
     FORMAT,
     MANIFEST,
+    TOKEN_TEXTS,
     VERSION,
     canonical_sha256,
     is_int,
@@ -43,6 +44,7 @@ from anchorscope.errors import InputError, RunFailure
 from anchorscope.locks import folder_lock
 from anchorscope.moved import moved
 from anchorscope.shown import counted
+from anchorscope.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -59,7 +61,7 @@ class DumpWriter:
     Args:
         path: the folder; created with its parents. It must be absent or empty, unless `overwrite` or `resume`.
         header: what the manifest says beside the entries: `prompts` (required, each with `name` and `tokens`),
-            `model`, `tokenizer`, and any settings. Resuming demands an equal header.
+            `model`, `tokenizer`, `token_texts`, and any settings. Resuming demands an equal header.
         overwrite: replace the dump that is there (never a folder that is not a dump).
         resume: continue an unfinished dump with the same header; whole layers are kept, everything else is redone.
         continues: the caller offers `resume`, so a full disk is no reason to lose what is finished.
@@ -205,6 +207,9 @@ class DumpWriter:
         fixed = ("created", "entries", "complete", "sha256")
         mine, theirs = ({k: v for k, v in m.items() if k not in fixed} for m in (self._manifest, old))
         theirs["prompts"] = [{k: v for k, v in p.items() if k != PROOF} for p in old["prompts"] if isinstance(p, dict)]
+        if TOKEN_TEXTS not in theirs:  # it was begun before token texts were recorded, or where they were not known
+            mine.pop(TOKEN_TEXTS, None)
+            self._manifest.pop(TOKEN_TEXTS, None)
         if mine != theirs:
             what = sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
             raise InputError(
@@ -248,6 +253,25 @@ def prompt_record(
     if text is not None:
         record["text"] = text
     return record
+
+
+def texts_record(texts: Vocabulary | Mapping[int, str | bytes] | None, used: Iterable[int]) -> dict[str, Any]:
+    """What the manifest says of the text of the ids used, to be merged into a header; empty if nothing is known.
+
+    Raises:
+        InputError: `texts` holds something else than text or bytes by token id.
+    """
+    if texts is None:
+        return {}
+    if not isinstance(texts, Vocabulary):
+        for i, text in texts.items():
+            if not is_int(i) or not isinstance(text, (str, bytes)):
+                raise InputError(
+                    f"token_texts must hold text or bytes by token id; token {i!r} is {type(text).__name__}"
+                )
+        texts = Vocabulary(texts)
+    found = texts.part(used).to_json()
+    return {TOKEN_TEXTS: found} if found else {}
 
 
 def _layout(manifest: Mapping[str, Any]) -> str:

@@ -19,6 +19,7 @@ from anchorscope.runs.sources import Source
 from anchorscope.runs.units import DumpRequest, HeadUnit
 from anchorscope.runs.values import jsonable
 from anchorscope.shown import counted
+from anchorscope.vocabulary import Vocabulary
 
 BLOCK, STEP, THETA = 128, 4, 12.0  # groups of 512: short prompts then have neighboring groups to compare
 NUMBERED_HEADS = 12  # maps with more heads are drawn without numbers
@@ -31,12 +32,12 @@ class HeadsRequest(DumpRequest):
     Attributes:
         params: groups and anchor region of the stripes whose overlap is measured; 128 x 4 by default.
         theta: threshold of those stripes, nats.
-        pieces: text of every token id (see `anchorscope.tokens`), so that heads.json can show tokens as text.
+        pieces: text of token ids (see `anchorscope.tokens`) in place of those that the dump holds.
     """
 
     params: AnchorParams | None = None
     theta: float = THETA
-    pieces: Sequence[str] | None = None
+    pieces: Vocabulary | Sequence[str] | None = None
 
     def plan(self) -> HeadsPlan:
         """Check the request and say what it will take.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -44,6 +44,7 @@ from anchorscope.runs.request import planned, split, takes
 from anchorscope.runs.units import HeadUnit, prompt_facts
 from anchorscope.shapes import fits
 from anchorscope.shown import counted
+from anchorscope.vocabulary import Vocabulary, as_vocabulary
 
 REPORT = "heads.json"
 TABLE = "diagnostics.csv"
@@ -191,8 +192,9 @@ class HeadsCommand(Command[LayerUnit, list[HeadRow]]):
 
     def summarize(self, parts: Parts[LayerUnit, list[HeadRow]], run: Run) -> Summary:
         rows = tuple(row for part in parts for row in part)
-        table = csv_text(COLUMNS, map(table_row, rows))
-        return Summary(_report(self.plan, run.state["started"], rows), {TABLE: table}, rows)
+        texts = _texts(self.plan)
+        table = csv_text(COLUMNS, (table_row(row, texts[row.prompt]) for row in rows))
+        return Summary(_report(self.plan, run.state["started"], rows, texts), {TABLE: table}, rows)
 
     def asked(self) -> dict[str, Any]:
         pieces = self.plan.request.pieces
@@ -256,9 +258,10 @@ def _rows(saved: dict[str, Any], identity: str) -> list[HeadRow] | None:
     return [row_from_json(x) for x in saved["heads"]]
 
 
-def _digest(pieces: Sequence[str]) -> str:
+def _digest(pieces: Vocabulary | Sequence[str]) -> str:
     """Names a vocabulary, so that a run with another one is not taken for the same."""
-    return hashlib.sha256(json.dumps(list(pieces)).encode()).hexdigest()
+    known = pieces.to_json() if isinstance(pieces, Vocabulary) else list(pieces)
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
 
 def _row(
@@ -312,10 +315,15 @@ def _stripe_tokens(stripes: HeadStripes, far_mass: np.ndarray) -> tuple[tuple[in
     return tuple((int(j), float(far_mass[j] / stripes.tokens), int(selected[j]), int(candidate[j])) for j in top)
 
 
-def _report(plan: HeadsPlan, started: str, rows: Sequence[HeadRow]) -> dict[str, Any]:
+def _texts(plan: HeadsPlan) -> dict[str, TokenText]:
+    """What is known about the tokens, by prompt; a tokenizer that was named counts before the dump's own words."""
+    pieces = plan.dump.vocabulary if plan.request.pieces is None else as_vocabulary(plan.request.pieces)
+    return {p.name: TokenText(p.token_ids, pieces) for p in plan.dump.prompts}
+
+
+def _report(plan: HeadsPlan, started: str, rows: Sequence[HeadRow], texts: Mapping[str, TokenText]) -> dict[str, Any]:
     """What heads.json holds."""
     prompts = [p for p in plan.dump.prompts if p.name in plan.settings["prompts"]]
-    texts = {p.name: TokenText(p.token_ids, plan.request.pieces) for p in prompts}
     return {
         "format": "anchorscope-heads",
         "version": VERSION,

@@ -12,9 +12,11 @@ from typing import Any
 from anchorscope.heads.diagnostics import CLASSES
 from anchorscope.runs.values import jsonable, number
 from anchorscope.shapes import Row
-from anchorscope.tokens import token_texts
+from anchorscope.vocabulary import Vocabulary, as_vocabulary
 
 CONTEXT = 24  # characters of the prompt shown on each side of a token
+NAME = 16  # characters shown of a token
+PLACES = 4  # positions shown of a token that occurs often
 
 
 @dataclass(frozen=True)
@@ -78,13 +80,21 @@ COLUMNS = (
     "kv_head",
     "class",
     *(f.name for f in dataclasses.fields(HeadRow)[5:] if f.name not in ("influential", "stripe_tokens")),
+    "hidden_sink_tokens",
+    "stripe_tokens",
 )
 
 
-def table_row(row: HeadRow) -> tuple[str, ...]:
-    """A row of diagnostics.csv; `hidden_sinks` there is their number."""
+def table_row(row: HeadRow, text: TokenText | None = None) -> tuple[str, ...]:
+    """A row of diagnostics.csv; `hidden_sinks` there is their number, `..._tokens` are their positions and words."""
+    text = text or TokenText()
     cells = [row.prompt, str(row.layer), str(row.head), str(row.kv_head), row.kind]
     for name in COLUMNS[5:]:
+        if name.endswith("_tokens"):
+            value = getattr(row, {"hidden_sink_tokens": "hidden_sinks"}.get(name, name))
+            found = by_token([{"position": x[0], **text.at(x[0])} for x in value])
+            cells.append("; ".join(f"{places(where)} {token}".strip() for token, where in found.items()))
+            continue
         value = getattr(row, name)
         if name in LISTS:
             cells.append(str(len(value)))
@@ -120,23 +130,56 @@ class TokenText:
 
     Attributes:
         ids: token ids, or None.
-        pieces: text of every id of the vocabulary, or None.
+        pieces: text of the ids of the vocabulary, or None.
     """
 
     ids: Sequence[int] | None = None
-    pieces: Sequence[str] | None = None
+    pieces: Vocabulary | Sequence[str] | None = None
 
     def at(self, position: int) -> dict[str, Any]:
         """`token_id`, and with a vocabulary `token` and `context` (text before and after), as far as known."""
-        ids, pieces = self.ids, self.pieces
+        ids, known = self.ids, as_vocabulary(self.pieces)
         if ids is None or position >= len(ids):
             return {}
-        if pieces is None:
+        if known is None:
             return {"token_id": ids[position]}
-        around = token_texts(ids[max(position - CONTEXT, 0) : position + 1 + CONTEXT], pieces)
-        here = min(position, CONTEXT)
-        before, after = "".join(around[:here])[-CONTEXT:], "".join(around[here + 1 :])[:CONTEXT]
-        return {"token_id": ids[position], "token": around[here], "context": [before, after]}
+        before = known.passage(ids[max(position - CONTEXT, 0) : position])[-CONTEXT:]
+        after = known.passage(ids[position + 1 : position + 1 + CONTEXT])[:CONTEXT]
+        return {"token_id": ids[position], "token": known.text(ids[position]), "context": [before, after]}
+
+
+def by_token(tokens: Sequence[dict[str, Any]]) -> dict[str, list[int]]:
+    """Positions by token as people read it: `' the'` where its text is known, `#260` where only its id is, else empty.
+
+    Two ids of the same text are told apart by their ids. Characters that would move or hide others are escaped.
+
+    Args:
+        tokens: `position`, and `token_id` and `token` as far as known.
+    """
+    ids: dict[str, set[int]] = {}
+    for token in tokens:
+        if "token" in token:
+            ids.setdefault(_quoted(token["token"]), set()).add(token["token_id"])
+    found: dict[str, list[int]] = {}
+    for token in tokens:
+        name = f"#{token['token_id']}" if "token_id" in token else ""
+        # `#7 ` is how a vocabulary calls an id that it does not know
+        if "token" in token and token["token"] != f"{name} ":
+            text = _quoted(token["token"])
+            name = text if len(ids[text]) == 1 else f"{text} {name}"
+        found.setdefault(name, []).append(token["position"])
+    return found
+
+
+def places(positions: Sequence[int], most: int = PLACES) -> str:
+    """Positions in a line: `254,2369,521,1685,+6`."""
+    text = ",".join(map(str, positions[:most]))
+    return text if len(positions) <= most else f"{text},+{len(positions) - most}"
+
+
+def _quoted(text: str) -> str:
+    """A token in quotes; what cannot be printed is escaped, so that nothing foreign reaches the terminal."""
+    return repr(text if len(text) <= NAME else f"{text[: NAME - 1]}…")
 
 
 def report_row(row: HeadRow, text: TokenText) -> dict[str, Any]:

@@ -32,9 +32,10 @@ from anchorscope.report.curves import pack_curves, theta_grid
 from anchorscope.report.glossary import GLOSSARY
 from anchorscope.report.heat import MARGIN_STEPS, MASS_FLOOR, MASS_STEPS, heat_shape, pack_heat
 from anchorscope.report.kinds import KINDS, SECTIONS, Sources, open_sources
-from anchorscope.report.pack import json_number, pack_bytes
+from anchorscope.report.pack import json_number
 from anchorscope.report.read import Run, Table
 from anchorscope.report.summary import summarize
+from anchorscope.report.words import pack_words, read_words
 
 PAGE_BYTES = 14_500_000  # what heat maps are fitted to
 PLOTLY_BYTES = 5_000_000
@@ -45,6 +46,7 @@ MAX_ASKED = 24  # thetas whose other columns of heads.csv are kept; recall and d
 SCRIPTS = (
     "core",
     "data",
+    "words",
     "state",
     "grid",
     "overview",
@@ -59,7 +61,7 @@ SCRIPTS = (
 COLOR_MAPS = ("viridis", "cividis", "magma", "PuOr")  # any color vision can read them
 
 Progress = Callable[[int, int], None]
-Tokens = Mapping[tuple[str, str], Sequence[str]]
+Tokens = Mapping[tuple[str, str], Sequence[str | bytes]]
 
 
 def write_report(
@@ -74,7 +76,7 @@ def write_report(
     Args:
         folders: result folders, or what `open_sources` made of them.
         out: the HTML file.
-        tokens: text of every token by (dump identity, prompt), as `anchorscope.tokens` gives it.
+        tokens: text (or UTF-8 bytes) of every token by (dump identity, prompt), in place of what the analyses hold.
         progress: called with (heads read, heads in all).
 
     Returns:
@@ -129,10 +131,12 @@ def build_data(sources: Sources, *, tokens: Tokens | None = None, progress: Prog
     sets: list[dict[str, Any]] = []
     files: list[list[Path]] = []
     for index, one in enumerate(measured):
+        texts: Mapping[str, Sequence[str | bytes]] = read_words(one.run.path, one.run.identity)
         for prompt in dict.fromkeys(p.prompt for p in one.profiles):
             key = f"{one.run.identity}/{prompt}"
-            if tokens is not None and (one.run.identity, prompt) in tokens:
-                words[key] = pack_bytes(json.dumps(list(tokens[one.run.identity, prompt])).encode())
+            pieces = (tokens or {}).get((one.run.identity, prompt), texts.get(prompt))
+            if pieces is not None:
+                words[key] = pack_words(pieces)
             sets.append({"run": index, **_pack_set(one, prompt, sources, key if key in words else None)})
             files.append([path for path, p in zip(one.run.profiles, one.profiles, strict=True) if p.prompt == prompt])
     runs = [_pack_run(one) for one in measured]

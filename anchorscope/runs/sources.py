@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from anchorscope.dumps import Dump, Entry, LayerTensors
 from anchorscope.dumps.format import Prompt
+from anchorscope.vocabulary import Vocabulary
 
 
 class Source(Protocol):
@@ -21,6 +22,7 @@ class Source(Protocol):
         identity: names the content, so that a run does not continue with other tensors.
         model: what is known of the model, or None.
         prompts: the prompts.
+        vocabulary: text of their tokens, or None.
         entries: one for each prompt and layer: shapes, scale, window, soft-cap.
     """
 
@@ -30,6 +32,8 @@ class Source(Protocol):
     def model(self) -> Mapping[str, Any] | None: ...
     @property
     def prompts(self) -> Sequence[Prompt]: ...
+    @property
+    def vocabulary(self) -> Vocabulary | None: ...
     @property
     def entries(self) -> Sequence[Entry]: ...
 

@@ -373,3 +373,50 @@ def test_tokenizer_text_is_cut_where_the_tokens_end(tmp_path: Path) -> None:
     assert (dump.prompts[0].name, dump.prompts[0].text) == ("count", "one two three")
     assert dump.prompts[0].token_ids == [3, 4, 5]
     assert open_dump(dump.path).manifest["tokenizer"] == {"class": type(tokenizer).__name__, "vocabulary": 6}
+
+
+def byte_capture(folder: Path, **more: Any) -> Any:
+    from byte_model import byte_model, byte_tokenizer
+
+    texts = [PromptInput("a", text="na\u00efve \u6f22, the end"), PromptInput("b", text="another text")]
+    return capture_model(byte_model(), texts, folder, tokenizer=byte_tokenizer(), notify=quiet, **more)
+
+
+def test_the_dump_says_what_its_tokens_say(tmp_path: Path) -> None:
+    dump = byte_capture(tmp_path / "d", layers=[0])
+    used = {i for p in dump.prompts for i in p.token_ids}
+    assert sorted(map(int, dump.manifest["token_texts"])) == sorted(used)
+    for p in dump.prompts:
+        assert dump.vocabulary.passage(p.token_ids) == f"<bos>{p.text}"
+    assert any(isinstance(x, list) for x in dump.manifest["token_texts"].values()), "parts of characters are bytes"
+
+
+def test_ids_without_a_tokenizer_stay_ids(tmp_path: Path) -> None:
+    dump = capture_model(tiny(), [prompt()], tmp_path / "d", layers=[0], notify=quiet)
+    assert dump.vocabulary is None
+    assert "token_texts" not in dump.manifest
+
+
+@pytest.mark.parametrize("begun_without", [False, True])
+def test_resume_keeps_the_texts_it_began_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun_without: bool
+) -> None:
+    """Also a capture that an earlier version began, whose manifest has none."""
+    from anchorscope.capture import request
+
+    def press(event: Any) -> None:
+        if event.done == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        if begun_without:
+            patch.setattr(request, "texts_record", lambda *_: {})
+        with pytest.raises(KeyboardInterrupt):
+            byte_capture(tmp_path / "d", progress=press)
+        straight = byte_capture(tmp_path / "e")
+    resumed = byte_capture(tmp_path / "d", resume=True)
+    assert (resumed.vocabulary is None) is begun_without
+    mine, theirs = (
+        {k: v for k, v in d.manifest.items() if k not in ("created", "sha256")} for d in (resumed, straight)
+    )
+    assert mine == theirs

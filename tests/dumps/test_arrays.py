@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from anchorscope.dumps import verify, write_dump
+from anchorscope.dumps import Dump, open_dump, verify, write_dump
 from anchorscope.errors import InputError, RunFailure
 
 from .entries import entry
@@ -108,3 +108,47 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path: Path, monkeypa
     with pytest.raises(RunFailure, match="disk is full"):
         write_dump(tmp_path / "d", [entry(layer=0), entry(layer=1, tokens=40)])
     assert list(tmp_path.iterdir()) == []
+
+
+def texts_dump(folder: Path, **more: object) -> Dump:
+    x = torch.randn(1, 4, 8, generator=torch.Generator().manual_seed(0))
+    entry = {"prompt": "p", "layer": 0, "q": x, "k": x, "scale": 1.0}
+    return write_dump(folder, [entry], prompts={"p": {"token_ids": [5, 1, 2, 5]}}, **more)  # type: ignore[arg-type]
+
+
+def test_token_texts_are_kept_for_the_ids_used(tmp_path: Path) -> None:
+    dump = texts_dump(tmp_path / "d", token_texts={5: " the", 1: b"\xc3", 2: b"\xa9", 99: "never"})
+    assert dump.manifest["token_texts"] == {"1": [0xC3], "2": [0xA9], "5": " the"}
+    again = open_dump(tmp_path / "d")
+    assert again.vocabulary is not None
+    assert again.vocabulary.passage(again.prompts[0].token_ids or []) == " the\u00e9 the"
+    assert verify(again).state == "verified"
+
+
+def test_a_tokenizer_tells_the_texts(tmp_path: Path) -> None:
+    class Words:
+        def convert_ids_to_tokens(self, i: int) -> str:
+            return f"\u2581{i}"
+
+        def convert_tokens_to_string(self, tokens: list[str]) -> str:
+            return "".join(tokens).replace("\u2581", " ")
+
+    dump = texts_dump(tmp_path / "d", tokenizer=Words())
+    assert dump.manifest["token_texts"] == {"1": " 1", "2": " 2", "5": " 5"}
+
+
+def test_a_dump_without_texts_is_what_it_was(tmp_path: Path) -> None:
+    """No new key where nothing is known, so that the same content keeps its identity."""
+    dump = texts_dump(tmp_path / "d")
+    assert "token_texts" not in dump.manifest
+    assert dump.vocabulary is None
+    with_texts = texts_dump(tmp_path / "e", token_texts={5: "x"})
+    assert with_texts.identity != dump.identity
+    assert [e.sha256 for e in with_texts.entries] == [e.sha256 for e in dump.entries]
+
+
+@pytest.mark.parametrize("texts", [{"5": "a"}, {5: 7}, {-1: "a"}])
+def test_texts_of_another_form_are_refused(tmp_path: Path, texts: dict[object, object]) -> None:
+    with pytest.raises(InputError, match="token_texts must hold text or bytes"):
+        texts_dump(tmp_path / "d", token_texts=texts)
+    assert not (tmp_path / "d").exists()

@@ -59,6 +59,10 @@ MANIFEST_FAULTS: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "heads repeated": (lambda m: m["entries"][0].update(kv_heads=[1, 1]), "ascending"),
     "checksum form": (lambda m: m["entries"][0].update(sha256="abc"), "64 hexadecimal"),
     "model list": (lambda m: m.update(model=[]), "model must be"),
+    "texts a list": (lambda m: m.update(token_texts=["a"]), "token_texts must be an object"),
+    "texts by name": (lambda m: m.update(token_texts={"a": "b"}), "token_texts has the key 'a'"),
+    "texts no text": (lambda m: m.update(token_texts={"1": {}}), "token_texts holds neither"),
+    "texts too long": (lambda m: m.update(token_texts={"1": "x" * 5000}), "more than 1024 bytes for token 1"),
     "complete text": (lambda m: m.update(complete="yes"), "complete must be"),
 }
 

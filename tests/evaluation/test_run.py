@@ -424,7 +424,10 @@ def test_the_command_line(model_folder, tmp_path, capsys):
         (["--theta", "1", "--task", "needle", "--depths", "half"], "--depths: 'half' is not a share from 0 to 1"),
         (["--theta", "1", "--task", "needle", "--depths", "2"], "--depths: '2' is not a share from 0 to 1"),
         (["--config", "none.json", "--task", "needle"], "none.json cannot be read"),
-        (["--theta", "1", "--task", "needle", "--model-dtype", "int8"], "--model-dtype 'int8' is unknown; use bf16, fp16 or fp32"),
+        (
+            ["--theta", "1", "--task", "needle", "--model-dtype", "int8"],
+            "--model-dtype 'int8' is unknown; use bf16, fp16 or fp32",
+        ),
         (["--theta", "1", "--task", "needle", "--block", "0"], "--block 0 is out of range"),
     ],
 )

@@ -15,7 +15,6 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from anchorscope.cli.heads import _by_text
 from anchorscope.cli.heads import heads as command
 from anchorscope.dumps import open_dump, write_dump
 from anchorscope.errors import AnchorScopeError, DumpError, InputError, RunFailure
@@ -23,7 +22,7 @@ from anchorscope.files import read_part, write_part
 from anchorscope.heads import diagnose, diagnose_head, head_stripes, load_diagnosis, overlap, plan_heads
 from anchorscope.heads import run as run_module
 from anchorscope.heads.figures import class_map, draw_all, metric_maps
-from anchorscope.heads.tables import COLUMNS, METRICS, HeadRow, TokenText
+from anchorscope.heads.tables import COLUMNS, METRICS, HeadRow, TokenText, by_token, places
 from anchorscope.methods import Head
 from anchorscope.params import AnchorParams
 from anchorscope.runs.values import number
@@ -150,6 +149,32 @@ def test_tokens_as_text(dump, tmp_path):
         before = "".join(names[i % 7] for i in range(j))[-24:]
         after = "".join(names[i % 7] for i in range(j + 1, N))[:24]
         assert t["context"] == [before, after]
+
+
+def test_the_words_of_the_dump_are_shown_and_a_tokenizer_wins_over_them(tmp_path):
+    q, k = torch.randn(2, N, D), torch.randn(1, N, D)
+    k[:, 40::31] += 2
+    entry = {"prompt": "story", "layer": 2, "q": q + 0.5, "k": k, "scale": 0.6}
+    ids = {"story": {"token_ids": [i % 7 for i in range(N)]}}
+    texts = {0: " the", 1: b"\xc3", 2: b"\xa9", 3: "\n", 4: "\x1b[31m", 5: "=1"}
+    write_dump(tmp_path / "d", [entry], prompts=ids, token_texts=texts)
+    how = {"params": PARAMS, "theta": THETA, "figures": False}
+    plain = diagnose(tmp_path / "d", tmp_path / "o", **how)
+    found = [t for h in plain.report["heads"] for t in h["stripe_tokens"]]
+    names = [" the", "<0xC3>", "<0xA9>", "\n", "\x1b[31m", "=1", "#6 "]
+    assert {t["token"] for t in found} <= set(names)
+    assert all(t["token"] == names[t["token_id"]] for t in found)
+    whole = "".join([" the", "\u00e9", "\n", "\x1b[31m", "=1", "#6 "] * 60)
+    assert all(t["context"][0] in whole for t in found if t["token_id"] not in (2,)), "bytes make characters"
+    cells = [r["stripe_tokens"] for r in read_table(tmp_path / "o")]
+    assert all(cell.isprintable() for cell in cells)
+    assert any("' the'" in cell for cell in cells)
+    named = diagnose(tmp_path / "d", tmp_path / "p", pieces=list("abcdefg"), **how)
+    assert {t["token"] for h in named.report["heads"] for t in h["stripe_tokens"]} <= set("abcdefg")
+    result = invoke(tmp_path / "d", "--out", tmp_path / "q", "--block", "16", "--step", "2", "--theta", "3")
+    assert result.exit_code == 0, result.output
+    assert "keeps  '" in result.stdout
+    assert "\x1b" not in result.stdout
 
 
 def test_token_text_at_the_edges():
@@ -362,6 +387,7 @@ def test_command_on_a_layer_of_the_sample(tmp_path):
     assert all(float(r["sink_1"]) > 0.4 for r in rows)
     assert all(r["hidden_sinks"] == "0" for r in rows)
     assert {r["previous_layer"] for r in rows} == {"5"}
+    assert re.search(r"keeps  '[^']+' \d", result.stdout), "words, which the dump holds, and no ids"
 
 
 def test_json_and_many_heads(dump, tmp_path):
@@ -378,9 +404,23 @@ def test_json_and_many_heads(dump, tmp_path):
 
 def test_tokens_in_the_terminal_are_gathered_by_text():
     many = [{"position": j, "token_id": 4, "token": " a"} for j in range(9, 15)]
-    assert _by_text([*many, {"position": 3, "token_id": 5, "token": "\n"}]) == ["' a' 9,10,11,12,+2", "'\\n' 3"]
-    assert _by_text([{"position": 7, "token_id": 4}, {"position": 8, "token_id": 4}]) == ["#4 7,8"]
-    assert _by_text([{"position": 7}, {"position": 8}]) == ["7", "8"]
+    assert by_token([*many, {"position": 3, "token_id": 5, "token": "\n"}]) == {"' a'": [*range(9, 15)], "'\\n'": [3]}
+    assert places(range(9, 15)) == "9,10,11,12,+2"
+    assert by_token([{"position": 7, "token_id": 4}, {"position": 8, "token_id": 4}]) == {"#4": [7, 8]}
+    assert by_token([{"position": 7}, {"position": 8}]) == {"": [7, 8]}
+
+
+def test_ids_stand_beside_words_that_do_not_tell_tokens_apart():
+    same = [{"position": j, "token_id": j % 2, "token": "a"} for j in range(3)]
+    assert by_token(same) == {"'a' #0": [0, 2], "'a' #1": [1]}
+    assert by_token([{"position": 4, "token_id": 9, "token": "#9 "}]) == {"#9": [4]}, "an id without text"
+
+
+@pytest.mark.parametrize("text", ["\x1b[31mred", "\u202egnol", "a\rb", "\u2066x", "\x00", "\u200b"])
+def test_what_a_token_says_cannot_move_or_hide_anything(text):
+    (name,) = by_token([{"position": 4, "token_id": 9, "token": text}])
+    assert name.isprintable()
+    assert "\\" in name
 
 
 def test_more_heads_than_rows_are_summed_up_by_layer(tmp_path):

@@ -41,6 +41,9 @@ def page(tmp_path_factory, run, profiles):
     second = write_run(folder / "other", later, model=HOSTILE)
     extras = [write_methods(folder / "methods", profiles), write_diagnostics(folder / "heads", profiles)]
     words = {(IDENTITY, p): [f"<i>{i}</i> " for i in range(4096)] for p in ("prose", HOSTILE)}
+    words[IDENTITY, HOSTILE] = [
+        (" the", b"\xf0\x9f", b"\x98\x80", "\u202egnol\n", b"\xe2", "\x1b[1m")[i % 6] for i in range(4096)
+    ]
     return write_report([run, second, *extras], folder / "page.html", tokens=words)
 
 
@@ -174,6 +177,25 @@ def test_tokens_under_the_pointer_are_text(shown):
     assert "<i>" in shown.text("#cell code")
     assert shown.js("return document.querySelectorAll('#cell i, #top i').length") == 0
     assert "<i>" in shown.text("#top tbody")
+
+
+def test_words_read_as_text_and_nothing_in_them_reorders_the_page(shown):
+    """Parts of characters are joined in a passage, bytes by themselves; marks of direction and controls are numbers."""
+    shown.choose("#set", "1")
+    shown.wait("document.querySelector('#top code')")
+    found = shown.js("return [...document.querySelectorAll('#top td.text code')].map((x) => x.textContent)")
+    tokens, around = found[::2], found[1::2]
+    assert set(tokens) <= {
+        "' the'",
+        "'<0xF0><0x9F>'",
+        "'<0x98><0x80>'",
+        "'\\u{202e}gnol\u21b5'",
+        "'<0xE2>'",
+        "'\\u{1b}[1m'",
+    }
+    assert any("\U0001f600" in text and "<0xE2>" in text for text in around)
+    assert not any("<0xF0>" in text and "\U0001f600" not in text for text in around)
+    assert not any(c in text for text in found for c in "\u202e\x1b\n")
 
 
 def test_heat_map_zooms_and_changes_with_theta(shown):

@@ -33,7 +33,7 @@ def invoke(*arguments):
     return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
-def make_dump(folder, tokens=2048):
+def make_dump(folder, tokens=2048, **more):
     """A dump with token ids, as `write_dump` writes it, and its identity."""
     import torch
 
@@ -44,6 +44,7 @@ def make_dump(folder, tokens=2048):
         folder,
         [{"prompt": "prose", "layer": 0, "q": q, "k": k, "v": k, "scale": 0.35}],
         prompts={"prose": {"token_ids": [i % 3 for i in range(tokens)]}},
+        **more,
     )
     return open_dump(folder).identity
 
@@ -88,6 +89,37 @@ def test_tokens_of_the_dump(tmp_path):
         words = json.loads(unpack(data["words"][data["sets"][0]["text"]]))
         assert words[:3] == expected
         assert len(words) == 2048
+
+
+def words_of(folder):
+    data = parsed((folder / "report.html").read_text(encoding="utf-8"))
+    name = data["sets"][0]["text"]
+    return None if name is None else json.loads(unpack(data["words"][name]))
+
+
+def test_words_of_the_analysis_need_no_dump(tmp_path):
+    """analyze keeps what the tokens say; a dump that is named, and its tokenizer, win over it."""
+    import shutil
+
+    from anchorscope.analysis.run import analyze
+    from anchorscope.params import AnchorParams
+
+    make_dump(tmp_path / "dump", 300, token_texts={0: " the", 1: b"\xc3", 2: b"\xa9<b>"})
+    analyze(tmp_path / "dump", tmp_path / "out", thetas=(4,), params=AnchorParams(16, 2), diagnose=False, figures=False)
+    shutil.copytree(tmp_path / "out", tmp_path / "copy")
+    assert invoke(tmp_path / "copy").exit_code == 0
+    assert words_of(tmp_path / "copy")[:3] == [" the", [0xC3], [0xA9, *b"<b>"]]
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"\u0120a": 0, "<b>": 1}}}))
+    done = invoke(tmp_path / "copy", "--dump", tmp_path / "dump", "--tokenizer", tmp_path)
+    assert done.exit_code == 0, done.exception
+    assert words_of(tmp_path / "copy")[:3] == [" a", "<b>", "#2 "]
+    file = tmp_path / "copy" / "tokens.json"
+    saved = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps({**saved, "dump": "another"}))
+    assert invoke(tmp_path / "copy").exit_code == 0
+    assert words_of(tmp_path / "copy") is None, "the words of another dump"
+    file.write_text(json.dumps({**saved, "token_texts": {"0": 7}}))
+    assert "token_texts holds neither" in str(invoke(tmp_path / "copy").exception)
 
 
 def test_mistakes_are_one_sentence(run, tmp_path):

@@ -69,8 +69,8 @@ async function showCell(r, c) {
   const words = margin === null ? "always kept, or not visible" : `smallest margin at most ${margin.toFixed(2)} nats: ${margin <= state.theta ? "has a stripe" : "no stripe"} at theta ${nats(state.theta)}`;
   const lines = [make("p", {}, `queries ${whole(q0)} to ${whole(q1 - 1)}, keys ${whole(k0)} to ${whole(k1 - 1)}: attention mass ${mass === null ? "none" : (10 ** mass).toExponential(1)}; ${words}`)];
   if (pieces) {
-    const part = (a, b, most) => pieces.slice(a, Math.min(b, a + most)).join("") + (b - a > most ? " ..." : "");
-    lines.push(make("p", { class: "tokens" }, "keys: ", make("code", {}, part(k0, k1, 96))), make("p", { class: "tokens" }, "queries begin: ", make("code", {}, part(q0, q1, 32))));
+    const part = (a, b, most) => shown(passage(pieces.slice(a, Math.min(b, a + most)))) + (b - a > most ? " ..." : "");
+    lines.push(make("p", { class: "tokens" }, "keys: ", wordsOf(part(k0, k1, 96))), make("p", { class: "tokens" }, "queries begin: ", wordsOf(part(q0, q1, 32))));
   }
   fill("cell", ...lines);
 }

@@ -34,7 +34,7 @@ function quantities() {
   for (const set of data.sets)
     for (const [c, column] of (set.diagnostics?.columns ?? []).entries()) {
       const id = `diagnostic:${column}`;
-      if (q[id]) continue;
+      if (q[id] || set.diagnostics.notes.includes(column)) continue;
       const texts = data.sets.flatMap((s) => {
         const where = s.diagnostics?.columns.indexOf(column) ?? -1;
         return where < 0 ? [] : Object.values(s.diagnostics.heads).map((row) => row[where]);
