@@ -45,12 +45,11 @@ def capture_sdpa(
     """Write a dump of the `scaled_dot_product_attention` calls that one forward makes inside the context.
 
     Args:
-        out: the dump's folder.
+        out, overwrite: the dump's folder, and whether a dump that is there is replaced.
         prompt: the prompt's name in the dump.
         layers: which calls to keep, counted from 0; all by default.
         token_ids, text: the prompt's token ids and text, if they are to be recorded.
         tokenizer: a transformers tokenizer, so that results show words for `token_ids`.
-        overwrite: replace a dump that is there.
 
     Yields:
         The numbers of the calls captured so far; the dump is complete when the context has been left.
