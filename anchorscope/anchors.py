@@ -93,6 +93,28 @@ class AnchorConfig:
         params = params or AnchorParams()
         return cls(tuple(LayerAnchors(i, params, (theta,) * query_heads) for i in sorted(set(layers))))
 
+    def coverage(self, heads: Mapping[int, int]) -> dict[str, Any]:
+        """How much of a model runs sparse, as JSON values; all that is not named runs dense.
+
+        Args:
+            heads: query heads of every attention layer of the model, by its index.
+
+        Returns:
+            `layers` and `heads` of the model, `sparse_layers` (with at least one sparse head), `sparse_heads`,
+            `dense_heads`, `sparse_share` (of the heads), `unnamed` (layers that run dense for want of a word).
+        """
+        sparse = {x.layer: x.dense.count(False) for x in self.layers if x.layer in heads}
+        total, count = sum(heads.values()), sum(sparse.values())
+        return {
+            "layers": len(heads),
+            "heads": total,
+            "sparse_layers": sum(n > 0 for n in sparse.values()),
+            "sparse_heads": count,
+            "dense_heads": total - count,
+            "sparse_share": count / total if total else 0.0,
+            "unnamed": sorted(heads.keys() - sparse.keys()),
+        }
+
     def check_model(self, facts: Mapping[str, Any], *, force: bool = False) -> None:
         """Make sure that this configuration is for that model.
 

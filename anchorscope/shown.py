@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 MOST_DIGITS = 7
 
@@ -59,6 +61,22 @@ def counted(number: int, noun: str, many: str | None = None) -> str:
         many: more of them; by default `noun` with an s.
     """
     return f"{number:,} {noun if number == 1 else many or noun + 's'}"
+
+
+def partly_sparse(coverage: Mapping[str, Any]) -> str | None:
+    """That only a part of the model runs sparse, in words that follow the configuration's name; None where all does.
+
+    Args:
+        coverage: see `AnchorConfig.coverage`.
+    """
+    if not coverage["dense_heads"]:
+        return None
+    share = share_text(100 * coverage["sparse_share"], 0, below=100)
+    text = f"{coverage['sparse_heads']:,} of the model's {counted(coverage['heads'], 'head')} sparse ({share}%)"
+    if coverage["unnamed"]:
+        named = coverage["layers"] - len(coverage["unnamed"])
+        text = f"{text}, naming {named} of {counted(coverage['layers'], 'layer')}"
+    return f"{text}; the rest runs dense"
 
 
 def threads_text(count: int) -> str:

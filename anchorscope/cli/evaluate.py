@@ -13,7 +13,7 @@ from anchorscope.cli.common import announce, note, progress_bar, quiet_loading, 
 from anchorscope.cli.help import completes
 from anchorscope.cli.tables import clean_name, new_table, print_places
 from anchorscope.errors import InputError
-from anchorscope.shown import counted, share_text
+from anchorscope.shown import counted, partly_sparse, share_text
 
 if TYPE_CHECKING:
     from anchorscope.anchors import AnchorConfig
@@ -179,11 +179,21 @@ def _arms(configs: list[Path], names: list[str], theta: str | None) -> dict[str,
 def print_summary(result: Evaluation) -> None:
     """The tables a run ends with, at most 80 columns wide."""
     console = stdout_console()
+    _print_coverage(console, result.report["arms"])
     if result.prompts:
         _print_prompts(console, result.prompts, result.report["settings"]["chunk"]["prompts"])
     if result.tasks:
         _print_tasks(console, result.tasks, result.report["settings"]["chunk"]["tasks"])
     print_places(console, "Tables", result.path, result.figures)
+
+
+def _print_coverage(console: Any, arms: list[dict[str, Any]]) -> None:
+    """Loudly, above the tables: the arms of which a part ran dense."""
+    from rich.text import Text
+
+    for arm in arms:
+        if (part := partly_sparse(arm["coverage"])) is not None:
+            console.print(Text(f"{clean_name(arm['name'], 24)} runs {part}.", style="bold"), soft_wrap=False)
 
 
 def _print_prompts(console: Any, prompts: list[dict[str, Any]], chunk: int | None) -> None:

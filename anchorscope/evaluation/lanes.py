@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import math
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -165,7 +167,10 @@ class Lane:
             )
         if self._cache is None:
             reset_rotations(self._model)
-        with attention as run:
+        with contextlib.ExitStack() as stack:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # the plan has said it
+                run = stack.enter_context(attention)
             before = self._now()
             logits = self._forward(ids, every, cached)
             self.work.seconds += self._now() - before

@@ -15,6 +15,7 @@ from anchorscope.evaluation.request import EvaluationPlan
 from anchorscope.evaluation.results import (
     ANSWER_COLUMNS,
     PROMPT_COLUMNS,
+    SHARE,
     TASK_COLUMNS,
     answer_result,
     answer_row,
@@ -57,7 +58,7 @@ def make_report(
         "model": plan.identity["request"]["model"],
         "settings": plan.settings,
         "environment": _environment(plan.device),
-        "arms": [{"name": arm.name, **_described(arm)} for arm in plan.sparse],
+        "arms": [{"name": arm.name, **_described(arm, plan.heads)} for arm in plan.sparse],
         "prompts": _prompt_results(plan, parts),
         "tasks": tasks,
         "depths": depths,
@@ -68,9 +69,14 @@ def make_report(
 
 def make_tables(report: Mapping[str, Any]) -> dict[str, str]:
     """The CSV files by name."""
+    shares = {arm["name"]: arm["coverage"]["sparse_share"] for arm in report["arms"]}
+
+    def rows(*names: str) -> list[dict[str, Any]]:
+        return [{**row, SHARE: shares[row["arm"]]} for name in names for row in report[name]]
+
     return {
-        PROMPTS: csv_text(PROMPT_COLUMNS, map(prompt_row, report["prompts"])),
-        TASKS: csv_text(TASK_COLUMNS, map(task_row, [*report["tasks"], *report["depths"]])),
+        PROMPTS: csv_text(PROMPT_COLUMNS, map(prompt_row, rows("prompts"))),
+        TASKS: csv_text(TASK_COLUMNS, map(task_row, rows("tasks", "depths"))),
         ANSWERS: csv_text(ANSWER_COLUMNS, map(answer_row, report["answers"])),
     }
 
@@ -135,7 +141,7 @@ def _task_results(
     return tasks, depths
 
 
-def _described(arm: Arm) -> dict[str, Any]:
+def _described(arm: Arm, heads: Mapping[int, int]) -> dict[str, Any]:
     """What a reader needs to recognize an arm; the whole of it is in its anchors.json."""
     assert arm.config is not None
     thetas = [t for x in arm.config.layers for t in x.thetas]
@@ -148,6 +154,7 @@ def _described(arm: Arm) -> dict[str, Any]:
         "theta_low": jsonable(known[0]) if known else None,
         "theta_high": jsonable(known[-1]) if known else None,
         "groups": sorted({f"{x.params.block}x{x.params.step}" for x in arm.config.layers}),
+        "coverage": arm.config.coverage(heads),
     }
 
 

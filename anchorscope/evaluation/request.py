@@ -38,7 +38,7 @@ from anchorscope.params import AnchorParams
 from anchorscope.parse import check_word
 from anchorscope.proof import ModelProof
 from anchorscope.runs.life import Plan
-from anchorscope.shown import counted
+from anchorscope.shown import counted, partly_sparse
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -118,7 +118,7 @@ class EvaluateRequest:
             tell(WARNING + sentence)
         facts, device = model_facts(loaded.model, loaded.name, loaded.revision), model_device(loaded.model)
         layers = attention_layers(loaded.model)
-        arms = self._arms(layers, facts)
+        arms = self._arms(layers, facts, tell)
         contents = self._contents(loaded, inputs, tell)
         prompts = [x.token_ids for x in contents if isinstance(x, LongPrompt)]
         samples = [x for x in contents if isinstance(x, Sample)]
@@ -141,6 +141,7 @@ class EvaluateRequest:
             warnings=tuple(warnings),
             loaded=loaded,
             sparse=arms,
+            heads=query_heads(layers),
             options=LaneOptions(None, backend, self.force, stepwise=chunks.stepwise),
             settings=settings,
             proof=proof,
@@ -190,7 +191,9 @@ class EvaluateRequest:
             notify=tell,
         )
 
-    def _arms(self, layers: Mapping[int, AttentionLayer], facts: Mapping[str, Any]) -> tuple[Arm, ...]:
+    def _arms(
+        self, layers: Mapping[int, AttentionLayer], facts: Mapping[str, Any], tell: Callable[[str], None]
+    ) -> tuple[Arm, ...]:
         """Every arm with a configuration that fits the model; a theta is for all layers without a sliding window."""
         ready = []
         for name, arm in (self.arms or {}).items():
@@ -202,6 +205,8 @@ class EvaluateRequest:
                 arm.check_model(facts, force=self.force)
             except InputError as error:
                 raise InputError(f"{name}: {error}") from None
+            if (part := partly_sparse(arm.coverage(query_heads(layers)))) is not None:
+                tell(f"{WARNING}{name} runs {part}: what it costs is what a partly sparse model costs")
             ready.append(Arm(name, arm))
         return tuple(ready)
 
@@ -245,6 +250,7 @@ class EvaluationPlan(Plan[EvaluationUnit]):
     Attributes:
         loaded: the model and its tokenizer.
         sparse: the sparse arms.
+        heads: query heads of every attention layer, by its index.
         options: how arms run; `options_of` says how they run a unit.
         settings: the request as JSON.
         proof: what the model's weights show.
@@ -254,6 +260,7 @@ class EvaluationPlan(Plan[EvaluationUnit]):
 
     loaded: LoadedModel = field(repr=False)
     sparse: tuple[Arm, ...]
+    heads: Mapping[int, int]
     options: LaneOptions
     settings: dict[str, Any]
     proof: ModelProof
@@ -296,6 +303,11 @@ class AttentionLayer:
 
     heads: int
     slides: bool
+
+
+def query_heads(layers: Mapping[int, AttentionLayer]) -> dict[int, int]:
+    """Query heads by layer."""
+    return {i: x.heads for i, x in sorted(layers.items())}
 
 
 def attention_layers(model: PreTrainedModel) -> dict[int, AttentionLayer]:

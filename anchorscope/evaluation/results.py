@@ -26,6 +26,7 @@ METRICS = ("perplexity_dense", "perplexity_sparse", "perplexity_ratio", "kl_mean
 WITH_INTERVAL = ("perplexity_ratio", "kl_mean", "top1_agreement")
 TIMES = ("prefill_seconds", "attention_seconds", "attention_share", "tokens_per_second")
 SCORES = ("score", "logprob")
+SHARE = "sparse_heads_share"  # of the model's query heads; the others ran dense
 PROMPT_COLUMNS = (
     "prompt",
     "length",
@@ -36,6 +37,7 @@ PROMPT_COLUMNS = (
     "density",
     *(f"last_half_{name}" for name in METRICS),
     *(f"{side}_{name}" for side in ("dense", "sparse") for name in TIMES),
+    SHARE,
 )
 TASK_COLUMNS = (
     "task",
@@ -50,6 +52,7 @@ TASK_COLUMNS = (
     "recall",
     "density",
     *(f"{side}_{name}" for side in ("dense", "sparse") for name in TIMES),
+    SHARE,
 )
 ANSWER_COLUMNS = ("task", "length", "depth", "sample", "arm", "expected", "answer", "score", "logprob")
 

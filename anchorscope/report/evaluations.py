@@ -8,7 +8,7 @@ from typing import Any
 from anchorscope.report.blocks import Block, Cell, cards, chart, facts, grid, grids, interval, remarks, table, whole
 from anchorscope.report.sections import MODEL, Section
 from anchorscope.shapes import Row
-from anchorscope.shown import counted, share_text, theta_text
+from anchorscope.shown import counted, partly_sparse, share_text, theta_text
 
 _SHARE = (float, None)
 _THETA = (float, "inf", "-inf", None)
@@ -50,6 +50,14 @@ SHAPE: dict[str, Any] = {
             "theta_low": _THETA,
             "theta_high": _THETA,
             "groups": [str],
+            "coverage": (
+                {
+                    **dict.fromkeys(("layers", "heads", "sparse_heads", "dense_heads"), int),
+                    "sparse_share": float,
+                    "unnamed": [int],
+                },
+                ...,
+            ),
         }
     ],
     "prompts": [
@@ -108,14 +116,21 @@ def doubts(report: Report) -> list[str]:
         if x["near_chance"]
     ]
     found += [str(text) for text in proof.get("warnings", ())]
+    return found + [
+        f"{arm['name']} runs {part}: these costs are those of a partly sparse model."
+        for arm in report["arms"]
+        if (part := _dense_part(report, arm)) is not None
+    ]
+
+
+def _dense_part(report: Report, arm: Mapping[str, Any]) -> str | None:
+    """That a part of the model ran dense in an arm, in words; evaluations of before counted layers alone."""
+    if "coverage" in arm:
+        return partly_sparse(arm["coverage"])
     depth = (report["model"] or {}).get("layers")
-    for arm in report["arms"]:
-        if isinstance(depth, int) and 0 <= arm["layers"] < depth:
-            found.append(
-                f"{arm['name']} names {arm['layers']} of the model's {depth} layers: the others ran dense, so these"
-                " costs are those of a partly sparse model."
-            )
-    return found
+    if not isinstance(depth, int) or not 0 <= arm["layers"] < depth:
+        return None
+    return f"{arm['layers']} of the model's {counted(depth, 'layer')} sparse; the rest runs dense"
 
 
 def on_cpu(report: Report) -> bool:

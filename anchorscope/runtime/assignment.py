@@ -14,7 +14,7 @@ from anchorscope.models.calls import AttentionInputs
 from anchorscope.models.check import Unrepresentable, check_call, check_output, visible_window
 from anchorscope.models.language import Language
 from anchorscope.params import AnchorParams
-from anchorscope.shown import counted
+from anchorscope.shown import counted, partly_sparse
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -78,8 +78,11 @@ class Assignment:
         if self.config is not None:
             self.config.check_model(facts, force=force)
 
-    def check(self, model: PreTrainedModel, force: bool) -> None:
+    def check(self, model: PreTrainedModel, force: bool) -> str | None:
         """Try the model on two tokens, and refuse layers that could not run or would not mean the same.
+
+        Returns:
+            What to warn of: that the configuration leaves layers out, which run dense; None where it names all.
 
         Raises:
             InputError: the configuration is for another model; a layer that it names (without one: any layer) makes
@@ -113,6 +116,11 @@ class Assignment:
             if reason is not None:
                 raise cannot(call, reason)
             self.layer(call)
+        heads = {i: call.q.shape[1] for i, (call, _) in trial.seen.items() if not call.window}
+        covered = None if self.config is None else self.config.coverage(heads)
+        if covered is None or not covered["unnamed"]:
+            return None  # heads without a theta were left dense on purpose
+        return f"these anchors run {partly_sparse(covered)}"
 
 
 class _Trial:

@@ -58,7 +58,8 @@ def sparse_attention(
 
     Raises:
         InputError: before the run, if the anchors do not fit the model or name attention that cannot run sparse, or
-            weights of the model have no values (some that no checkpoint held are a warning);
+            weights of the model have no values (some that no checkpoint held are a warning, and so are layers that
+            the anchors do not name);
             during it, for calls that the kernels would compute wrongly (packed or bidirectional masks, dropout). While
             another thread has a context open on the model.
         MissingBackendError: transformers is missing, or there is no GPU for "triton".
@@ -70,7 +71,9 @@ def sparse_attention(
         warnings.warn(sentence, stacklevel=3)  # the caller's line, above this generator and its context manager
     assignment = Assignment(config)
     with outer_contexts("pass"):
-        assignment.check(model, force)
+        doubt = assignment.check(model, force)
+    if doubt is not None:
+        warnings.warn(doubt, stacklevel=3)
     run = SparseRun(assignment, backend, measure, Language(model))
     with divert(model, run.attend):
         yield run

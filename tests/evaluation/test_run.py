@@ -15,7 +15,7 @@ import pytest
 import torch
 from byte_model import byte_model
 
-from anchorscope.anchors import AnchorConfig
+from anchorscope.anchors import AnchorConfig, LayerAnchors
 from anchorscope.cli import main
 from anchorscope.errors import DumpError, InputError, RunFailure
 from anchorscope.evaluation import EvaluateRequest, evaluate, load_evaluation, plan_evaluation, results
@@ -409,6 +409,37 @@ def test_the_command_line(model_folder, tmp_path, capsys):
     ]
     assert printed["prompts"][0]["recall"] is None
     assert not (tmp_path / "p" / "figures").exists()
+
+
+def test_the_part_that_runs_dense_is_said_everywhere(model_folder, tmp_path, capsys, recwarn):
+    """Layers that are not named, and heads without a theta: at the start, above the tables, in JSON and in CSV."""
+    text = tmp_path / "p.txt"
+    text.write_text("It was a bright cold day in April, and the clocks were striking thirteen. " * 4)
+    layer = LayerAnchors(1, PARAMS, (2.0, 2.0, None, None, 2.0, 2.0))
+    AnchorConfig((layer,)).save(tmp_path / "some.json")
+    AnchorConfig.uniform(2.0, [0, 1, 2], 6, PARAMS).save(tmp_path / "every.json")
+    options = ["--prompt", text, "--lengths", "200", "--no-figures", "--no-measure"]
+    options += ["--config", tmp_path / "some.json", "--config", tmp_path / "every.json"]
+    assert command(model_folder, tmp_path / "o", *options) == 0
+    said = capsys.readouterr()
+    part = "some runs 4 of the model's 18 heads sparse (22%), naming 1 of 3 layers"
+    assert f"warning: {part}; the rest runs dense" in said.err
+    assert part in " ".join(said.out.split())
+    assert "every runs" not in said.out + said.err
+    assert not [w for w in recwarn if "these anchors" in str(w.message)], "said once"
+    report = json.loads((tmp_path / "o" / "evaluation.json").read_text())
+    some, every = (arm["coverage"] for arm in report["arms"])
+    assert some == {
+        "layers": 3,
+        "heads": 18,
+        "sparse_layers": 1,
+        "sparse_heads": 4,
+        "dense_heads": 14,
+        "sparse_share": 4 / 18,
+        "unnamed": [0, 2],
+    }
+    assert (every["dense_heads"], every["sparse_share"], every["unnamed"]) == (0, 1.0, [])
+    assert [float(r["sparse_heads_share"]) for r in rows(tmp_path / "o" / "prompts.csv")] == [pytest.approx(4 / 18), 1]
 
 
 @pytest.mark.parametrize(

@@ -197,8 +197,24 @@ def test_what_speaks_against_an_evaluation_is_said(evaluation):
 
 
 def test_layers_that_a_configuration_leaves_out_are_named(edited, evaluation):
-    copy = edited(evaluation, "evaluation.json", lambda r: r["arms"][0].update(layers=1))
-    assert any("all names 1 of the model's 3 layers: the others ran dense" in t for t in warnings(section(copy)))
+    whole = json.loads((evaluation / "evaluation.json").read_text())["arms"][0]["coverage"]
+    part = {
+        **whole,
+        "sparse_heads": 5,
+        "dense_heads": whole["heads"] - 5,
+        "sparse_share": 5 / whole["heads"],
+        "unnamed": [1, 2],
+    }
+    copy = edited(evaluation, "evaluation.json", lambda r: r["arms"][0].update(coverage=part))
+    said = f"all runs 5 of the model's {n} heads sparse ({round(500 / n)}%), naming 1 of 3 layers"
+    assert any(said in t and "partly sparse model" in t for t in warnings(section(copy)))
+
+
+def test_evaluations_of_before_say_it_by_their_layers(edited, evaluation):
+    copy = edited(
+        evaluation, "evaluation.json", lambda r: (r["arms"][0].pop("coverage"), r["arms"][0].update(layers=1))
+    )
+    assert any("all runs 1 of the model's 3 layers sparse; the rest runs dense" in t for t in warnings(section(copy)))
 
 
 @pytest.mark.parametrize("ratio", [1.0, 1 + 1e-9, 1 - 1e-6, 1.08411, 0.97])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -419,3 +420,18 @@ def test_dtypes_are_kept() -> None:
         ours = logits(half, ids())
     assert ours.dtype == torch.bfloat16
     assert float(divergence(ours, own).mean()) < 1e-4
+
+
+def test_layers_that_the_anchors_leave_out_are_warned_of(model: Any) -> None:
+    """They run dense. Heads without a theta, in a layer that is named, were left dense on purpose."""
+    named = AnchorConfig((LayerAnchors(0, SMALL, MIXED),))
+    said = r"these anchors run 2 of the model's \d+ heads sparse \(\d+%\), naming 1 of \d layers; the rest runs dense"
+    with pytest.warns(UserWarning, match=said) as found, sparse_attention(model, named):
+        pass
+    assert found[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        every = sorted({x.layer for x in everywhere(model, 1.0).layers})
+        for config in (everywhere(model, 1.0), AnchorConfig(tuple(LayerAnchors(i, SMALL, MIXED) for i in every))):
+            with sparse_attention(model, config):
+                pass
