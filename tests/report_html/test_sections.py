@@ -198,13 +198,8 @@ def test_what_speaks_against_an_evaluation_is_said(evaluation):
 
 def test_layers_that_a_configuration_leaves_out_are_named(edited, evaluation):
     whole = json.loads((evaluation / "evaluation.json").read_text())["arms"][0]["coverage"]
-    part = {
-        **whole,
-        "sparse_heads": 5,
-        "dense_heads": whole["heads"] - 5,
-        "sparse_share": 5 / whole["heads"],
-        "unnamed": [1, 2],
-    }
+    n = whole["heads"]
+    part = {**whole, "sparse_heads": 5, "dense_heads": n - 5, "sparse_share": 5 / n, "unnamed": [1, 2]}
     copy = edited(evaluation, "evaluation.json", lambda r: r["arms"][0].update(coverage=part))
     said = f"all runs 5 of the model's {n} heads sparse ({round(500 / n)}%), naming 1 of 3 layers"
     assert any(said in t and "partly sparse model" in t for t in warnings(section(copy)))
