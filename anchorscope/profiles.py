@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,112 +22,44 @@ import safetensors
 import safetensors.numpy
 
 from anchorscope.errors import DumpError, InputError
+from anchorscope.figure_theta import find_theta
 from anchorscope.files import check_regular, parse_json, write_atomic
+from anchorscope.measured import (
+    ARRAYS,
+    HEAT,
+    MAX_COLUMNS,
+    MAX_ROWS,
+    MAX_STEPS,
+    MAX_TOP,
+    PER_THETA,
+    STEPS,
+    Measured,
+    check_arrays,
+    nothing,
+)
 from anchorscope.params import AnchorParams
-from anchorscope.shown import counted
+from anchorscope.shown import exact_theta
 
 FORMAT = "anchorscope-profile"
 VERSION = 1
-MAX_ROWS, MAX_COLUMNS = 128, 1024  # heat map cells: rows of query groups x bins of keys
-MAX_TOP = 64
 MAX_BYTES = 1 << 28  # they are below 2 MB unless thousands of thetas were asked for
 
 CurveKind = Literal["anchor", "oracle"]
 
-# name -> (dtype as stored, shape in named sizes). Sizes: T thetas asked, M curve points, K oracle points,
-# R x C heat map cells, P bins of query positions, X top columns.
-_ARRAYS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "thetas": ("float64", ("T",)),
-    "recall": ("float64", ("T",)),
-    "recall_p05": ("float64", ("T",)),
-    "recall_min": ("float64", ("T",)),
-    "recall_last": ("float64", ("T",)),
-    "kept_pairs": ("int64", ("T",)),
-    "stripe_pairs": ("int64", ("T",)),
-    "output_error": ("float64", ("T",)),
-    "output_close_01": ("float64", ("T",)),
-    "output_close_005": ("float64", ("T",)),
-    "curve_theta": ("float64", ("M",)),
-    "curve_recall": ("float64", ("M",)),
-    "curve_pairs": ("int64", ("M",)),
-    "oracle_pairs": ("int64", ("K",)),
-    "oracle_recall": ("float64", ("K",)),
-    "heat_rows": ("int64", ("R+1",)),
-    "heat_columns": ("int64", ("C+1",)),
-    "heat_mass": ("float16", ("R", "C")),
-    "heat_kept": ("float16", ("R", "C")),
-    "heat_margin": ("float16", ("R", "C")),
-    "heat_stripes": ("float16", ("R", "C")),
-    "position_recall": ("float32", ("T", "P")),
-    "position_edges": ("int64", ("P+1",)),
-    "top_columns": ("int64", ("X",)),
-    "top_mass": ("float32", ("X",)),
-}
-_MAY_BE_NAN = {"output_error", "output_close_01", "output_close_005"}
-_MAY_BE_INFINITE = {"thetas", "curve_theta", "heat_margin"}
-_SHARES = {name for name in _ARRAYS if "recall" in name}
-_ASCENDING = {"curve_theta", "curve_pairs", "oracle_pairs", "heat_rows", "heat_columns", "position_edges"}
-_CLOSE = 1e-3  # float32 sums of exponentials may exceed 1 a little
-
-
-@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class Measured:
-    """What an engine measures on one query head, whatever its name, whoever measured it.
-
-    T is the number of thetas asked, M of curve points, K of oracle points, R x C of heat map cells, P of position
-    bins. Dtypes are those of a profile (`HeadProfile`), which converts to them.
-
-    Attributes:
-        visible_pairs, anchor_pairs, candidate_pairs: exact (query, key) counts; the last two partition the first.
-        recall, recall_p05, recall_min, recall_last: (T,) float64, attention mass kept: mean over queries, 5th
-            percentile and minimum of the queries, mean of the last `block` queries.
-        kept_pairs, stripe_pairs: (T,) int64, exact pairs kept in all and among the candidates.
-        output_error: (T,) float64, ||O_sparse - O_dense||_F / ||O_dense||_F; NaN without V.
-        output_close_01, output_close_005: (T,) float64, share of output elements closer than 0.01 / 0.005; NaN without
-            V.
-        curve_theta: (M,) float64 ascending, -inf first and +inf last.
-        curve_recall, curve_pairs: (M,) float64 and int64, mean recall and exact kept pairs at each of them.
-        oracle_pairs, oracle_recall: (K,) int64 ascending and float64, breakpoints of the stripe oracle.
-        heat_rows, heat_columns: (R+1,), (C+1,) int64, edges of the heat map's cells: query and key positions.
-        heat_mass: (R, C) float16, attention mass of the cell's keys, mean over the row's queries, anchor region
-            included.
-        heat_kept: (R, C) float16, the part of it kept at thetas[0].
-        heat_margin: (R, C) float16, nats, smallest margin of the cell's candidate columns; +inf where there is none.
-        heat_stripes: (R, C) float16, share of the cell's candidate (group, column) pairs that are stripes at
-            thetas[0].
-        position_recall: (T, P) float32, mean recall of the queries in each bin of positions.
-        position_edges: (P+1,) int64, edges of those bins.
-        top_columns, top_mass: (X <= 64,) int64 and float32, keys with most attention mass and their share of the
-            total.
-    """
-
-    visible_pairs: int
-    anchor_pairs: int
-    candidate_pairs: int
-    recall: np.ndarray
-    recall_p05: np.ndarray
-    recall_min: np.ndarray
-    recall_last: np.ndarray
-    kept_pairs: np.ndarray
-    stripe_pairs: np.ndarray
-    output_error: np.ndarray
-    output_close_01: np.ndarray
-    output_close_005: np.ndarray
-    curve_theta: np.ndarray
-    curve_recall: np.ndarray
-    curve_pairs: np.ndarray
-    oracle_pairs: np.ndarray
-    oracle_recall: np.ndarray
-    heat_rows: np.ndarray
-    heat_columns: np.ndarray
-    heat_mass: np.ndarray
-    heat_kept: np.ndarray
-    heat_margin: np.ndarray
-    heat_stripes: np.ndarray
-    position_recall: np.ndarray
-    position_edges: np.ndarray
-    top_columns: np.ndarray
-    top_mass: np.ndarray
+__all__ = [
+    "FORMAT",
+    "MAX_BYTES",
+    "MAX_COLUMNS",
+    "MAX_ROWS",
+    "MAX_STEPS",
+    "MAX_TOP",
+    "VERSION",
+    "CurveKind",
+    "HeadProfile",
+    "Measured",
+    "bin_edges",
+    "profile_filename",
+]
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -170,12 +103,12 @@ class HeadProfile(Measured):
     thetas: np.ndarray
 
     def __post_init__(self) -> None:
-        for name, (dtype, _) in _ARRAYS.items():
+        for name, (dtype, _) in ARRAYS.items():
             with np.errstate(over="ignore"):  # a margin beyond 65504 nats becomes +inf in float16
                 array = np.ascontiguousarray(getattr(self, name), dtype=dtype)
             object.__setattr__(self, name, array)
         _check_scalars(self)
-        _check_arrays(self)
+        check_arrays(self)
 
     @property
     def params(self) -> AnchorParams:
@@ -228,17 +161,59 @@ class HeadProfile(Measured):
 
     def without_heat(self) -> HeadProfile:
         """A copy with an empty heat map (R = C = 0): a few kB, for summaries over many heads."""
-        empty = np.zeros((0, 0), dtype=np.float16)
-        edge = np.zeros(1, dtype=np.int64)
-        return dataclasses.replace(
-            self,
-            heat_rows=edge,
-            heat_columns=edge,
-            heat_mass=empty,
-            heat_kept=empty,
-            heat_margin=empty,
-            heat_stripes=empty,
+        empty: dict[str, Any] = {name: nothing(name) for name in HEAT}
+        return dataclasses.replace(self, **empty)
+
+    def led_by(self, theta: float) -> HeadProfile:
+        """The same profile with a theta first, in place of the one asked for first: figures draw the first.
+
+        The heat map becomes that of this theta, in the cells of its steps.
+
+        Raises:
+            InputError: the theta was not measured; or an earlier version saved this profile, with the heat map of the
+                first theta alone.
+        """
+        index = find_theta(self.thetas.tolist(), theta, "theta")
+        if self.thetas[index] == self.thetas[0]:
+            return self
+        led = self.reordered([index, *(t for t in range(len(self.thetas)) if t != index)])
+        return dataclasses.replace(led, **self._heat_at(float(self.thetas[index]))) if self.heat_mass.size else led
+
+    def reordered(self, order: Sequence[int]) -> HeadProfile:
+        """The same profile with its thetas in another order, each named by its place; the heat map stays as it is."""
+        changed: dict[str, Any] = {name: getattr(self, name)[list(order)] for name in PER_THETA}
+        return dataclasses.replace(self, **changed)
+
+    def _heat_at(self, theta: float) -> dict[str, Any]:
+        """The heat map at a theta, in the cells of the steps."""
+        if not self.step_count.size:
+            raise InputError(
+                f"the heat map of layer {self.layer}, head {self.head} was saved by an earlier version, for theta"
+                f" {exact_theta(float(self.thetas[0]))} alone: run analyze again to draw it at others"
+            )
+        cells = np.repeat(np.arange(self.step_count.size), self.step_count.ravel())
+        kept = self.step_theta <= np.searchsorted(np.unique(self.thetas), theta)
+
+        def total(values: np.ndarray, which: np.ndarray) -> np.ndarray:
+            summed = np.bincount(cells[which], weights=values[which].astype(float), minlength=self.step_count.size)
+            return summed.reshape(self.step_count.shape)
+
+        down, across = (
+            np.searchsorted(fine, coarse[:-1])
+            for fine, coarse in ((self.heat_rows, self.step_rows), (self.heat_columns, self.step_columns))
         )
+        queries = np.diff(self.heat_rows).astype(float)[:, None]
+        mass = np.add.reduceat(np.add.reduceat(self.heat_mass * queries, down, axis=0), across, axis=1)
+        mass /= np.diff(self.step_rows)[:, None]
+        margin = np.minimum.reduceat(np.minimum.reduceat(self.heat_margin, down, axis=0), across, axis=1)
+        return {
+            "heat_rows": self.step_rows,
+            "heat_columns": self.step_columns,
+            "heat_mass": mass,
+            "heat_kept": np.maximum(mass - total(self.step_mass, ~kept), 0.0),
+            "heat_margin": margin,
+            "heat_stripes": np.minimum(total(self.step_stripes, kept), 1.0),
+        }
 
     def save(self, path: Path | str) -> None:
         """Write the profile as one safetensors file, atomically; the same profile gives the same bytes.
@@ -246,8 +221,8 @@ class HeadProfile(Measured):
         Raises:
             RunFailure: the file cannot be written (disk full, no permission).
         """
-        scalars = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in _ARRAYS}
-        tensors = {name: getattr(self, name) for name in _ARRAYS}
+        scalars = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ARRAYS}
+        tensors = {name: getattr(self, name) for name in ARRAYS}
         facts = {"format": FORMAT, "version": VERSION, "sha256": _digests(tensors, scalars)}
         header = json.dumps({**facts, **scalars}, sort_keys=True, allow_nan=False)
         # A single metadata key: safetensors keeps several in no fixed order, and bytes must not differ
@@ -270,21 +245,20 @@ class HeadProfile(Measured):
             with safetensors.safe_open(path, framework="numpy") as file:
                 header, digests = _header(path, (file.metadata() or {}).get("profile"))
                 found = set(file.keys())
-                if missing := sorted(set(_ARRAYS) - found):
+                earlier = set() if found & set(STEPS) else set(STEPS)
+                if missing := sorted(set(ARRAYS) - earlier - found):
                     raise DumpError(f"profile {path} lacks the tensor {missing[0]!r}: {again}")
-                skip = {n for n in _ARRAYS if n.startswith("heat_")} if not heat else set()
-                arrays = {name: file.get_tensor(name) for name in _ARRAYS if name not in skip}
+                skip = earlier if heat else set(HEAT)
+                arrays = {name: file.get_tensor(name) for name in ARRAYS if name not in skip}
         except (safetensors.SafetensorError, OSError, TypeError, ValueError, AttributeError, KeyError) as error:
             if isinstance(error, DumpError):
                 raise
             raise DumpError(f"profile {path} cannot be read ({error}): {again}") from None
         if any(digests.get(part) != value for part, value in _digests(arrays, header).items()):
             raise DumpError(f"profile {path} is damaged (its checksum differs): {again}")
-        for name in skip:
-            dtype, shape = _ARRAYS[name]
-            arrays[name] = np.zeros((1,) if len(shape) == 1 else (0, 0), dtype=dtype)
+        arrays.update({name: nothing(name) for name in skip})
         for name, array in arrays.items():
-            if str(array.dtype) != _ARRAYS[name][0]:
+            if str(array.dtype) != ARRAYS[name][0]:
                 raise DumpError(f"profile {path} stores {name} as {array.dtype}: {again}")
         try:
             return cls(**header, **arrays)
@@ -313,11 +287,12 @@ def bin_edges(length: int, limit: int, multiple: int = 1) -> np.ndarray:
 
 
 def _digests(arrays: dict[str, np.ndarray], scalars: dict[str, Any]) -> dict[str, str]:
-    """SHA-256 of the heat map and of the rest, apart because the heat map may be left unread."""
+    """SHA-256 of the heat map, of its steps and of the rest, apart because they may be left unread, or not be there."""
     parts = {"curves": hashlib.sha256(json.dumps(scalars, sort_keys=True).encode())}
-    for name in _ARRAYS:
+    for name in ARRAYS:
         if name in arrays:
-            part = parts.setdefault("heat" if name.startswith("heat_") else "curves", hashlib.sha256())
+            of = "curves" if name not in HEAT else "steps" if name in STEPS else "heat"
+            part = parts.setdefault(of, hashlib.sha256())
             part.update(f"{name}{arrays[name].dtype}{arrays[name].shape}".encode())
             part.update(np.ascontiguousarray(arrays[name]).tobytes())
     return {name: part.hexdigest() for name, part in parts.items()}
@@ -333,7 +308,7 @@ def _header(path: Path, text: str | None) -> tuple[dict[str, Any], dict[str, str
     version, digests = header.pop("version", None), header.pop("sha256", None)
     if version != VERSION:
         raise DumpError(f"profile {path} has format version {repr(version)[:40]}; this program reads {VERSION}")
-    wanted = {f.name for f in dataclasses.fields(HeadProfile)} - set(_ARRAYS)
+    wanted = {f.name for f in dataclasses.fields(HeadProfile)} - set(ARRAYS)
     if set(header) != wanted or not isinstance(digests, dict):
         raise DumpError(f"profile {path} has a damaged header: delete it and run analyze again")
     return header, digests
@@ -362,37 +337,3 @@ def _check_scalars(profile: HeadProfile) -> None:
         raise InputError("scale must be a finite number and softcap None or one")
     if profile.anchor_pairs + profile.candidate_pairs != profile.visible_pairs:
         raise InputError("anchor and candidate pairs must add up to the visible pairs")
-
-
-def _check_arrays(profile: HeadProfile) -> None:
-    sizes: dict[str, int] = {}
-    for name, (_, shape) in _ARRAYS.items():
-        array = getattr(profile, name)
-        if array.ndim != len(shape):
-            raise InputError(f"{name} must have {counted(len(shape), 'dimension')}, not {array.ndim}")
-        for size, label in zip(array.shape, shape, strict=True):
-            want = size - 1 if label.endswith("+1") else size
-            if sizes.setdefault(label.removesuffix("+1"), want) != want:
-                raise InputError(f"{name} has shape {array.shape}, which contradicts the other arrays")
-        if array.dtype.kind == "f":
-            if name not in _MAY_BE_NAN and np.isnan(array).any():
-                raise InputError(f"{name} holds NaN")
-            if name not in _MAY_BE_INFINITE and np.isinf(array).any():
-                raise InputError(f"{name} holds infinity")
-        if name in _SHARES and array.size and not (array.min() >= 0 and array.max() <= 1 + _CLOSE):
-            raise InputError(f"{name} must lie between 0 and 1")
-        # +-inf minus itself is NaN, so compare neighbors instead of taking differences
-        if name in _ASCENDING and (array[1:] < array[:-1]).any():
-            raise InputError(f"{name} must be ascending")
-    if sizes["T"] < 1 or sizes["M"] < 2 or sizes["K"] < 1:
-        raise InputError("a profile needs a theta, two curve points and an oracle point")
-    if sizes["R"] > MAX_ROWS or sizes["C"] > MAX_COLUMNS or sizes["X"] > MAX_TOP:
-        raise InputError(f"at most {MAX_ROWS} x {MAX_COLUMNS} heat map cells and {MAX_TOP} top columns fit")
-    if profile.curve_theta[0] != -math.inf or profile.curve_theta[-1] != math.inf:
-        raise InputError("curve_theta must start at -inf and end at +inf")
-    if (profile.curve_pairs[[0, -1]] != (profile.anchor_pairs, profile.visible_pairs)).any():
-        raise InputError("the curve must run from the anchor pairs to the visible pairs")
-    if (profile.kept_pairs - profile.stripe_pairs != profile.anchor_pairs).any():
-        raise InputError("kept pairs must be the anchor pairs plus the stripe pairs")
-    if sizes["R"] and (profile.heat_rows[-1] != profile.tokens or profile.heat_columns[-1] != profile.tokens):
-        raise InputError("the heat map must cover the whole prompt")

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from anchorscope.analysis.steps import HeatSteps
 from anchorscope.kernels.geometry import Geometry
 from anchorscope.params import AnchorParams
 from anchorscope.profiles import MAX_COLUMNS, MAX_ROWS, MAX_TOP, Measured, bin_edges
@@ -120,6 +121,8 @@ class HeadAccumulator:
         self.heat_margin = torch.full(cells, math.inf, dtype=torch.float32, device=dev)
         self.heat_stripes = f64(*cells)
         self.heat_candidates = f64(*cells)
+        # One theta needs no more than its heat map.
+        self.steps = HeatSteps(levels, cells, self.width, dev) if levels > 1 else None
 
     def level_of(self, margin: Tensor) -> Tensor:
         """Index of the smallest asked theta that selects each column; `len(sorted_thetas)` where none does."""
@@ -167,6 +170,8 @@ class HeadAccumulator:
             cells = self._pad(spread, math.inf).amin(1)
             self.heat_margin[row] = torch.minimum(self.heat_margin[row], cells)
             self.heat_candidates[row] += self._bin(torch.isfinite(spread).double())
+            if self.steps is not None:
+                self.steps.add(row, start, level, stripes, torch.isfinite(margin))
             self.heat_stripes[row] += self._bin(
                 (spread.double() <= s.thetas[0]).logical_and_(spread < math.inf).double()
             )
@@ -258,14 +263,17 @@ class HeadAccumulator:
 
     def _heat_map(self) -> dict[str, Any]:
         rows = bin_edges(self.shape.tokens, MAX_ROWS, self.shape.params.group)
-        queries = np.diff(rows)[:, None]
+        queries, columns = np.diff(rows)[:, None], bin_edges(self.shape.tokens, MAX_COLUMNS)
+        candidates = _host(self.heat_candidates)
+        steps = {} if self.steps is None else self.steps.result(rows, columns, candidates)
         return {
+            **steps,
             "heat_rows": rows,
-            "heat_columns": bin_edges(self.shape.tokens, MAX_COLUMNS),
+            "heat_columns": columns,
             "heat_mass": _host(self.heat_mass) / queries,
             "heat_kept": _host(self.heat_kept) / queries,
             "heat_margin": _host(self.heat_margin),
-            "heat_stripes": _host(self.heat_stripes) / np.maximum(_host(self.heat_candidates), 1),
+            "heat_stripes": _host(self.heat_stripes) / np.maximum(candidates, 1),
         }
 
 

@@ -13,9 +13,10 @@ from anchorscope.analysis.backends import Backend, resolve_backend
 from anchorscope.devices import resolve_devices
 from anchorscope.dumps import Dump
 from anchorscope.errors import InputError
+from anchorscope.figure_theta import find_theta
 from anchorscope.heads.request import HeadsPlan, HeadsRequest
 from anchorscope.params import AnchorParams, anchor_pairs, recommend_groups, visible_pairs
-from anchorscope.profiles import MAX_COLUMNS, MAX_ROWS
+from anchorscope.profiles import MAX_COLUMNS, MAX_ROWS, MAX_STEPS
 from anchorscope.runs.executors import threads_for
 from anchorscope.runs.life import Plan
 from anchorscope.runs.request import check_target
@@ -33,12 +34,14 @@ class AnalyzeRequest(DumpRequest):
     """What to measure of a dump.
 
     Attributes:
-        thetas: nats; any number, +-inf included. Figures use the first.
+        thetas: nats; any number, +-inf included.
         params: block, step, init and lookback.
         target_recall: recall to report the needed theta and density for.
         backend: "auto", "torch" or "triton".
         heatmaps: (layer, head) pairs, "all", or None for the worst, the median and the best head.
-        diagnose: also find out what kind of head each one is, by the first theta: see `anchorscope.diagnose`.
+        figure_theta: the theta that figures, tables and the page show, one of `thetas`; None means the smallest finite
+            one whose mean recall over prompts and heads reaches the target (`anchorscope.figure_theta`).
+        diagnose: also find out what kind of head each one is, by the theta of the figures: see `anchorscope.diagnose`.
     """
 
     thetas: Sequence[float] = (12.0,)
@@ -46,6 +49,7 @@ class AnalyzeRequest(DumpRequest):
     target_recall: float = 0.95
     backend: str = "auto"
     heatmaps: HeatMaps = None
+    figure_theta: float | None = None
     diagnose: bool = False
 
     def plan(self) -> AnalysisPlan:
@@ -61,6 +65,8 @@ class AnalyzeRequest(DumpRequest):
         if not thetas or any(np.isnan(thetas)):
             raise InputError("thetas must hold at least one number and no NaN")
         check_target(self.target_recall)
+        if self.figure_theta is not None:
+            find_theta(thetas, self.figure_theta)
         devices = resolve_devices(self.device, self.devices)
         backend = resolve_backend(self.backend, str(devices[0]))
         source, units = self.choose()
@@ -109,7 +115,7 @@ class AnalyzeRequest(DumpRequest):
         backend: Backend,
         settings: dict[str, Any],
     ) -> HeadsPlan:
-        """The diagnosis of the heads that are measured."""
+        """The diagnosis of the heads that are measured; by which theta is known when they are."""
         chosen = {key: settings[key] for key in ("layers", "heads", "prompts")}
         return HeadsRequest(source, params=params, theta=thetas[0], device=str(backend.device), **chosen).plan()
 
@@ -160,6 +166,8 @@ def _disk_bytes(units: Sequence[HeadUnit], params: AnchorParams, thetas: int) ->
         groups, positions = params.groups(n), -(-n // -(-n // POSITION_BINS))
         rows, columns = (-(-count // -(-count // limit)) for count, limit in ((groups, MAX_ROWS), (n, MAX_COLUMNS)))
         total += 8 * rows * columns + 8 * (rows + columns) + (4 * thetas + 8) * positions
+        if thetas > 1:  # the steps of half the cells, of which few add keys at more than three thetas
+            total += 2 * rows * columns + 6 * min(MAX_STEPS, rows * columns // 2 * min(thetas, 3))
         total += 24 * len(CURVE_THETAS) + 8_500 + 80 * thetas  # curves; the oracle, the header; numbers per theta
         total += 6_000 + 200 * thetas  # rows of curves.csv and heads.csv
     return total

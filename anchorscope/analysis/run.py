@@ -15,41 +15,43 @@ from typing import Any, ClassVar
 import numpy as np
 
 from anchorscope.analysis.accumulate import HeadShape
+from anchorscope.analysis.outcome import REPORT_VERSION, report_json
 from anchorscope.analysis.request import AnalysisPlan, AnalyzeRequest, HeatMaps, heat_map_count
 from anchorscope.analysis.tables import (
     CURVES_COLUMNS,
     HEADS_COLUMNS,
+    THETAS_COLUMNS,
     HeadLine,
     curves_rows,
     heads_rows,
-    short_of_target,
-    summarize,
+    thetas_rows,
 )
 from anchorscope.analysis.words import FILE as TOKENS
 from anchorscope.analysis.words import tokens_json
 from anchorscope.dumps import Dump
 from anchorscope.errors import DumpError, InputError
+from anchorscope.figure_theta import FigureTheta, choose_figure_theta, find_theta, saved_figure_theta
 from anchorscope.files import MAX_JSON_BYTES, csv_text, human_bytes, member, read_json
+from anchorscope.heads.request import HeadsPlan
 from anchorscope.heads.run import FOLDER as DIAGNOSES
 from anchorscope.heads.run import Diagnosis, clear_diagnosis, diagnose_plan
 from anchorscope.locks import folder_lock
 from anchorscope.profiles import HeadProfile
-from anchorscope.runs.environment import versions
 from anchorscope.runs.executors import Context
 from anchorscope.runs.folder import Run, RunFolder
 from anchorscope.runs.life import BaseCommand, Parts, RunOptions, Summary, run
 from anchorscope.runs.progress import Progress, ProgressCallback
 from anchorscope.runs.request import planned, split, takes
-from anchorscope.runs.units import HeadUnit, prompt_facts
-from anchorscope.shapes import check
-from anchorscope.shown import counted
+from anchorscope.runs.units import HeadUnit
+from anchorscope.runs.values import jsonable
+from anchorscope.shapes import check, fits
+from anchorscope.shown import counted, exact_theta
 
 STATE = "analysis.json"
 REPORT = "report.json"
 PROFILES = "profile"
 FIGURES = "figures"
 HEADS = "heads"
-REPORT_VERSION = 1
 FOLDER = RunFolder(
     what="an analysis",
     command="analyze",
@@ -57,7 +59,7 @@ FOLDER = RunFolder(
     version=REPORT_VERSION,
     state=STATE,
     report=REPORT,
-    tables=("heads.csv", "curves.csv", TOKENS),
+    tables=("heads.csv", "curves.csv", "thetas.csv", TOKENS),
     parts=((PROFILES, "*.safetensors"), (FIGURES, "*.png")),
     kept=("measured heads", f"{PROFILES}/*.safetensors"),
 )
@@ -65,7 +67,8 @@ STATE_SHAPE = {"profiles": [str], "settings": {"target_recall": float, "prompts"
 REPORT_SHAPE = {
     "dump": {"identity": str, "model": (dict, None)},
     "prompts": [{"name": str, "tokens": int}],
-    "settings": {"target_recall": float},
+    "settings": {"target_recall": float, "theta": [(float, "inf", "-inf")]},
+    "figure_theta": ({"theta": (float, "inf", "-inf"), "why": str}, ...),  # earlier versions wrote none
 }
 
 
@@ -109,14 +112,17 @@ def analyze(dump: Dump | Path | str, out: Path | str, *, plan: AnalysisPlan | No
         **options: the fields of `AnalyzeRequest` and of `RunOptions`.
 
     Returns:
-        The finished analysis. `out` then holds heads.csv, curves.csv, report.json, profile/, figures/ and heads/.
+        The finished analysis. `out` then holds heads.csv, curves.csv, thetas.csv, report.json, profile/, figures/ and
+        heads/.
 
     Raises:
         InputError, DumpError, MissingBackendError: see `AnalyzeRequest.plan`; also an `out` that is in use.
         RunFailure: disk full, out of memory.
     """
     how, asked = split(options)
-    return analyze_plan(planned(AnalyzeRequest, plan, dump, asked, late=("heatmaps", "diagnose")), out, how)
+    return analyze_plan(
+        planned(AnalyzeRequest, plan, dump, asked, late=("heatmaps", "figure_theta", "diagnose")), out, how
+    )
 
 
 def analyze_plan(plan: AnalysisPlan, out: Path | str, options: RunOptions) -> Analysis:
@@ -131,6 +137,7 @@ class AnalyzeCommand(BaseCommand[HeadUnit, HeadProfile]):
     folder: ClassVar[RunFolder] = FOLDER
     suffix: ClassVar[str] = ".safetensors"
     plan: AnalysisPlan
+    _shown: FigureTheta | None = None  # known once the heads are summed up
 
     def make(self, root: Path, unit: HeadUnit, context: Context) -> None:
         self._measure(unit, context).save(self.files(root, unit)[0])
@@ -186,10 +193,17 @@ class AnalyzeCommand(BaseCommand[HeadUnit, HeadProfile]):
             lines.append(HeadLine.of(profile, self.plan.target_recall))
             head_rows.extend(heads_rows(profile))
             curve_rows.extend(curves_rows(profile))
-        tables = {"heads.csv": csv_text(HEADS_COLUMNS, head_rows), "curves.csv": csv_text(CURVES_COLUMNS, curve_rows)}
+        shown = run.asked.get("figure_theta")
+        report = report_json(self.plan, lines, run.state["started"], None if shown is None else float(shown))
+        tables = {
+            "heads.csv": csv_text(HEADS_COLUMNS, head_rows),
+            "curves.csv": csv_text(CURVES_COLUMNS, curve_rows),
+            "thetas.csv": csv_text(THETAS_COLUMNS, thetas_rows(report["overall"])),
+        }
         if (texts := tokens_json(self.plan.dump, self.plan.settings["prompts"])) is not None:
             tables[TOKENS] = texts
-        return Summary(_report(self.plan, lines, run.state["started"]), tables, tuple(lines))
+        self._shown = saved_figure_theta(report)
+        return Summary(report, tables, tuple(lines))
 
     def asked(self) -> dict[str, Any]:
         heatmaps: HeatMaps = self.plan.request.heatmaps
@@ -198,10 +212,13 @@ class AnalyzeCommand(BaseCommand[HeadUnit, HeadProfile]):
             "figures": self.options.figures,
             "heatmaps": wanted if self.options.figures else None,
             "diagnose": self.plan.request.diagnose,
+            # As text: the theta 0 is a word, too.
+            "figure_theta": None if (t := self.plan.request.figure_theta) is None else exact_theta(t),
         }
 
     def draw(self, run: Run, summary: Summary) -> Sequence[Path]:
-        return _draw(run.path, run.state, run.asked["heatmaps"], self.options.report)
+        assert self._shown is not None
+        return _draw(run.path, run.state, run.asked["heatmaps"], self._shown, self.options.report)
 
     def extend(self, run: Run) -> Diagnosis | None:
         """Diagnose into a folder of the analysis; nothing of an earlier run stays there if that was not asked for."""
@@ -213,12 +230,24 @@ class AnalyzeCommand(BaseCommand[HeadUnit, HeadProfile]):
             self.options.report(replace(event, stage="kinds") if event.stage == "heads" else event)
 
         request = self.plan.request if self.plan.kinds else replace(self.plan.request, diagnose=True)
-        plan = self.plan.kinds or request.plan().kinds
+        plan = self._kinds(run, self.plan.kinds or request.plan().kinds)
         figures = bool(run.asked["figures"])
         if not figures:  # the last word on an unfinished analysis counts for the diagnosis in it too
             DIAGNOSES.reopen(run.path / HEADS, {"figures": True})
         how = replace(self.options, figures=figures, overwrite=True, resume=True, progress=kinds)
         return diagnose_plan(plan, run.path / HEADS, how)
+
+    def _kinds(self, run: Run, plan: HeadsPlan | None) -> HeadsPlan:
+        """The diagnosis by the theta of the figures; one by another that is there and whole is not made again."""
+        assert plan is not None
+        assert self._shown is not None
+        before = DIAGNOSES.read(run.path / HEADS) or {}
+        for theta in self.plan.thetas:
+            if fits(before, {"settings": {"theta": jsonable(theta)}}):
+                there = replace(plan.request, theta=theta).plan()
+                if DIAGNOSES.holds(run.path / HEADS, there.identity):
+                    return there
+        return replace(plan.request, theta=self._shown.theta).plan()
 
     def out_of_memory(self) -> str:
         longest = max(u.entry.tokens for u in self.plan.units)
@@ -242,18 +271,34 @@ def redraw(
     out: Path | str,
     *,
     heatmaps: HeatMaps = None,
+    theta: float | None = None,
     progress: ProgressCallback | None = None,
 ) -> list[Path]:
     """Draw the figures of an analysis again, from its saved profiles; the dump is not needed.
 
+    Args:
+        out: the folder of the analysis.
+        heatmaps: (layer, head) pairs, "all", or None for the worst, the median and the best head.
+        theta: what to draw, one of the thetas measured; None means the one that report.json names. Heat maps of other
+            heads that an earlier call drew at another theta are removed.
+        progress: called as work proceeds.
+
     Raises:
         DumpError: the folder holds no analysis, or a profile is damaged.
+        InputError: the theta was not measured, or an earlier version saved the heat maps of the first theta alone.
     """
     path = Path(out)
     state = _state(path)
-    FOLDER.check_finished(path)
+    shown = saved_figure_theta(load_report(path))
+    if theta is not None:
+        thetas = [float(t) for t in state["settings"]["theta"]]
+        shown = choose_figure_theta(thetas, thetas, shown.target_recall, float(thetas[find_theta(thetas, theta)]))
     with folder_lock(path):
-        return _draw(path, state, heatmaps, progress or (lambda _: None))
+        drawn = _draw(path, state, heatmaps, shown, progress or (lambda _: None))
+        if theta is not None:
+            for stale in set((path / FIGURES).glob("*-heatmap.*")) - set(drawn):
+                stale.unlink(missing_ok=True)
+        return drawn
 
 
 def is_whole(profile: Path) -> bool:
@@ -293,41 +338,11 @@ def _state(path: Path) -> dict[str, Any]:
     return state
 
 
-def _report(plan: AnalysisPlan, lines: Sequence[HeadLine], started: str) -> dict[str, Any]:
-    """What report.json holds."""
-
-    def only(**fixed: object) -> list[dict[str, Any]]:
-        chosen = [x for x in lines if all(getattr(x, k) == v for k, v in fixed.items())]
-        return summarize(chosen, plan.thetas)
-
-    return {
-        "format": "anchorscope-report",
-        "version": REPORT_VERSION,
-        "started": started,
-        "dump": {"identity": plan.dump.identity, "model": plan.dump.model},
-        "prompts": prompt_facts(plan.dump, plan.settings["prompts"]),
-        "settings": plan.settings,
-        "versions": versions(),
-        "hardware": plan.backend.hardware,
-        "warnings": list(plan.warnings),
-        "overall": summarize(lines, plan.thetas),
-        "by_prompt": [{"prompt": p, "thetas": only(prompt=p)} for p in plan.settings["prompts"]],
-        "by_layer": [{"layer": i, "thetas": only(layer=i)} for i in plan.settings["layers"]],
-        "target": {
-            "recall": plan.target_recall,
-            "heads": len(lines),
-            "reached": sum(bool(x.recall[0] >= plan.target_recall) for x in lines),
-            "density_needed_mean": _mean_or_none([x.density_needed for x in lines]),
-            "oracle_density_needed_mean": _mean_or_none([x.oracle_density_needed for x in lines]),
-            "short": short_of_target(lines, plan.thetas, plan.target_recall),
-        },
-    }
-
-
 def _draw(
     path: Path,
     state: Mapping[str, Any],
     heatmaps: Sequence[Sequence[int]] | str | None,
+    shown: FigureTheta,
     report: Callable[[Progress], None],
 ) -> list[Path]:
     """Every figure, from the saved profiles."""
@@ -348,11 +363,7 @@ def _draw(
         report(Progress("figures", min(done, total), total, file.stem))
 
     report(Progress("figures", 0, total))
-    return draw_all(profiles, path / FIGURES, heatmaps=wanted, target_recall=target, progress=drawn_one)
-
-
-def _mean_or_none(values: Sequence[float | None]) -> float | None:
-    return float(np.mean([v for v in values if v is not None])) if values and None not in values else None
+    return draw_all(profiles, path / FIGURES, heatmaps=wanted, theta=shown, target_recall=target, progress=drawn_one)
 
 
 __all__ = [

@@ -29,6 +29,22 @@ HEADS_COLUMNS = (
     "output_close_01",
     "output_close_005",
 )
+THETAS_COLUMNS = (
+    "theta",
+    "heads",
+    "recall_mean",
+    "recall_p05_mean",
+    "recall_last_mean",
+    "density_mean",
+    "sparsity_mean",
+    "stripe_density_mean",
+    "output_error_mean",
+    "worst_prompt",
+    "worst_layer",
+    "worst_head",
+    "worst_recall",
+    "worst_density",
+)
 CURVES_COLUMNS = ("prompt", "layer", "head", "kind", "theta", "density", "recall")
 
 CURVE_STEP = 0.25  # nats between the anchor curve's rows in curves.csv; the profile holds it finer
@@ -147,16 +163,38 @@ def summarize(lines: Sequence[HeadLine], thetas: Sequence[float]) -> list[dict[s
     return out
 
 
-def short_of_target(lines: Sequence[HeadLine], thetas: Sequence[float], target: float) -> list[dict[str, Any]]:
-    """Heads whose recall at the first theta misses the target, worst first, with what each would need."""
-    missed = sorted((x for x in lines if x.recall[0] < target), key=lambda x: float(x.recall[0]))
+def thetas_rows(overall: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """Rows of thetas.csv: what `summarize` says of all heads, one per theta, in the order asked for."""
+    rows = []
+    for item in overall:
+        flat = {**item, **{f"worst_{key}": value for key, value in item["worst"].items()}}
+        flat["theta"] = float(item["theta"])
+        rows.append(tuple(_cell(flat[name]) for name in THETAS_COLUMNS))
+    return rows
+
+
+def _cell(value: float | str | None) -> str:
+    if value is None:
+        return ""
+    return str(value) if isinstance(value, (int, str)) else number(value)
+
+
+def short_of_target(lines: Sequence[HeadLine], at: int, target: float) -> list[dict[str, Any]]:
+    """Heads whose recall misses the target at a theta, worst first, with what each would need.
+
+    Args:
+        lines: the heads.
+        at: the place of the theta among those asked for.
+        target: the recall to reach.
+    """
+    missed = sorted((x for x in lines if x.recall[at] < target), key=lambda x: float(x.recall[at]))
     return [
         {
             "prompt": x.prompt,
             "layer": x.layer,
             "head": x.head,
-            "recall": float(x.recall[0]),
-            "density": float(x.density[0]),
+            "recall": float(x.recall[at]),
+            "density": float(x.density[at]),
             "theta_needed": jsonable(x.theta_needed),
             "density_needed": jsonable(x.density_needed),
         }

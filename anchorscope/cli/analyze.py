@@ -12,22 +12,22 @@ from anchorscope.cli import options as opt
 from anchorscope.cli.common import announce, chosen, progress_bar, refuse_both, stdout_console, warn, warn_of_model
 from anchorscope.cli.tables import FittingTable, boxed_table, clean_name, print_places
 from anchorscope.errors import InputError
+from anchorscope.figure_theta import saved_figure_theta
 from anchorscope.shown import counted, exact_theta, share_text, theta_text
 
 if TYPE_CHECKING:
     from anchorscope.analysis.run import Analysis
+    from anchorscope.figure_theta import FigureTheta
 
 SHORT_ROWS = 10
+THETA_ROWS = 8
 
 
 def analyze(
     dump: opt.DumpFolder,
     out: opt.Out,
     theta: Annotated[
-        str,
-        typer.Option(
-            help="Thetas in nats: 12, or 6,8,10, or 0:20:0.5; inf is dense. Figures use the first.", metavar="NATS"
-        ),
+        str, typer.Option(help="Thetas in nats: 12, or 6,8,10, or 0:20:0.5; inf is dense.", metavar="NATS")
     ] = "12",
     block: opt.Block = 128,
     step: opt.Step = 16,
@@ -36,6 +36,13 @@ def analyze(
     target_recall: Annotated[
         float, opt.share("--target-recall", "Recall that each head should reach, as a share of attention mass.")
     ] = 0.95,
+    figure_theta: Annotated[
+        float | None,
+        typer.Option(
+            help="Theta of figures, tables and page, nats: one of --theta (default: the first to reach the target).",
+            metavar="NATS",
+        ),
+    ] = None,
     layers: opt.Layers = "all",
     heads: opt.Heads = "all",
     prompts: opt.Prompts = "all",
@@ -55,8 +62,8 @@ def analyze(
 ) -> None:
     """Measure recall against sparsity of every head in a dump, and draw what the heads attend to.
 
-    Writes heads.csv, curves.csv, report.json, profile/, figures/ and heads/ into OUT. Interrupted runs continue when
-    the same command is given again.
+    Writes heads.csv, curves.csv, thetas.csv, report.json, profile/, figures/ and heads/ into OUT. Interrupted runs
+    continue when the same command is given again.
     """
     from anchorscope.parse import parse_thetas
 
@@ -82,6 +89,7 @@ def analyze(
         device=device,
         devices=devices,
         heatmaps=pairs,
+        figure_theta=figure_theta,
         diagnose=not no_diagnose,
     )
     engine = plan.backend
@@ -109,13 +117,19 @@ def analyze(
 def figures(
     out: Annotated[Path, typer.Argument(help="Folder written by `analyze`.", metavar="OUT")],
     heatmap: opt.HeatMaps = None,
+    theta: Annotated[
+        float | None,
+        typer.Option(
+            help="Theta to draw, nats: one of those measured (default: that of the analysis).", metavar="NATS"
+        ),
+    ] = None,
 ) -> None:
     """Draw the figures of an analysis again from its saved profiles; the dump is not needed."""
     pairs = _heatmaps(heatmap)
     from anchorscope.analysis.run import redraw
 
     with progress_bar() as bar:
-        drawn = redraw(out, heatmaps=pairs, progress=bar)
+        drawn = redraw(out, heatmaps=pairs, theta=theta, progress=bar)
     for path in drawn:
         print(path)
 
@@ -138,20 +152,25 @@ def print_summary(result: Analysis) -> None:
     report = result.report
     console = stdout_console()
     target, settings = report["target"]["recall"], report["settings"]
-    theta = exact_theta(settings["theta"][0])
+    shown = saved_figure_theta(report)
+    theta = exact_theta(shown.theta)
 
-    console.print(f"theta {theta}, groups of {settings['block']} x {settings['step']}, means over prompts and heads")
+    groups = f"groups of {settings['block']} x {settings['step']}, means over prompts and heads"
+    console.print(f"{shown.sentence()}\n{groups}" if shown.of > 1 else f"theta {theta}, {groups}")
     names = ("layer", "recall", "worst", "head", "sparsity", "stripes", "out.err.")
     table = boxed_table(names, drop=("stripes", "out.err.", "head", "worst"))
     for item in report["by_layer"]:
-        table.add_row(str(item["layer"]), *_layer_cells(item["thetas"][0]))
+        table.add_row(str(item["layer"]), *_layer_cells(item["thetas"][shown.index]))
     table.add_section()
-    table.add_row("all", *_layer_cells(report["overall"][0]))
+    table.add_row("all", *_layer_cells(report["overall"][shown.index]))
     console.print(table)
 
-    if len(settings["theta"]) > 1:
-        console.print("all heads, each theta")
-        console.print(_theta_table(report))
+    if shown.of > 1:
+        rows = _rows_shown(report["overall"], shown)
+        some = f"{len(rows)} of {shown.of} thetas; all are in {result.path / 'thetas.csv'}"
+        which = "each theta" if len(rows) == shown.of else some
+        console.print(f"all heads, {which}", soft_wrap=True, highlight=False)
+        console.print(_theta_table(rows, shown))
 
     short = report["target"]["short"]
     if not short:
@@ -195,12 +214,23 @@ def _layer_cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def _theta_table(report: dict[str, Any]) -> FittingTable:
+def _rows_shown(overall: list[dict[str, Any]], shown: FigureTheta) -> list[dict[str, Any]]:
+    """Few enough rows of the thetas, ascending: both ends, the one of the figures, and even steps between."""
+    rows = sorted({float(row["theta"]): row for row in overall}.items())
+    if len(rows) <= THETA_ROWS + 2:
+        return [row for _, row in rows]
+    picks = {round(i * (len(rows) - 1) / (THETA_ROWS - 1)) for i in range(THETA_ROWS)}
+    return [row for i, (theta, row) in enumerate(rows) if i in picks or theta == shown.theta]
+
+
+def _theta_table(rows: list[dict[str, Any]], shown: FigureTheta) -> FittingTable:
+    """Means over all heads at several thetas; the theta of the figures is marked."""
     names = ("theta", "recall", "p05", "last rows", "worst", "density", "out.err.")
     table = boxed_table(names, drop=("out.err.", "last rows", "p05", "worst"))
-    for row in report["overall"]:
+    for row in rows:
+        here = float(row["theta"]) == shown.theta
         table.add_row(
-            exact_theta(row["theta"]),
+            f"> {exact_theta(row['theta'])}" if here else exact_theta(row["theta"]),
             share_text(row["recall_mean"]),
             share_text(row["recall_p05_mean"]),
             share_text(row["recall_last_mean"]),

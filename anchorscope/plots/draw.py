@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
 from anchorscope.errors import InputError
+from anchorscope.figure_theta import FigureTheta
 from anchorscope.plots.analysis import layer_head_grid, recall_by_position, recall_density
 from anchorscope.plots.heatmap import stripe_heatmap
 from anchorscope.plots.save import file_names, save_all
+from anchorscope.plots.style import MUTED, SMALL
 from anchorscope.profiles import HeadProfile
 
 Source = HeadProfile | Path | str
@@ -22,6 +24,7 @@ def draw_all(
     out: Path | str,
     *,
     heatmaps: Sequence[tuple[int, int]] | str | None = None,
+    theta: FigureTheta | None = None,
     target_recall: float = 0.95,
     progress: Callable[[Path], None] | None = None,
 ) -> list[Path]:
@@ -34,6 +37,7 @@ def draw_all(
         profiles: profiles or paths of saved ones, in any order. From paths, heat maps are read one at a time.
         out: folder, made when missing.
         heatmaps: (layer, head) pairs, "all", or None for the heads of worst, median and best recall of each prompt.
+        theta: the theta to draw, one of those measured; None means the first.
         target_recall: see `layer_head_grid`.
         progress: called with each file written.
 
@@ -41,11 +45,11 @@ def draw_all(
         The files, in the order written.
 
     Raises:
-        InputError: no profile, or a heat map asked for a head that is not among them.
+        InputError: no profile, a heat map asked for a head that is not among them, or a theta that was not measured.
         DumpError: a saved profile is missing or damaged.
         RunFailure: a file cannot be written.
     """
-    heads = [_Head(source, *_summary(source)) for source in profiles]
+    heads = [_Head(source, *_summary(source, theta)) for source in profiles]
     if not heads:
         raise InputError("no head profiles to draw")
     names = file_names([h.profile.prompt for h in heads])
@@ -56,7 +60,19 @@ def draw_all(
                 raise InputError(f"no heat map for layer {layer}, head {head}: it was not analyzed")
     elif heatmaps not in (None, "all"):
         raise InputError(f"heatmaps must be 'all' or a list of (layer, head) pairs, not {heatmaps!r}")
-    return save_all(_figures(heads, names, heatmaps, target_recall), out, progress=progress)
+    figures = _figures(heads, names, heatmaps, theta, target_recall)
+    if theta is not None and theta.of > 1:
+        figures = _noted(figures, theta.sentence(" over all prompts and heads"))
+    return save_all(figures, out, progress=progress)
+
+
+def _noted(figures: Iterable[tuple[str, Figure]], note: str) -> Iterator[tuple[str, Figure]]:
+    """The figures with a small line at their upper right, in the row of the title."""
+    for name, figure in figures:
+        width, height = figure.get_size_inches()
+        at: dict[str, Any] = {"ha": "right", "va": "top", "size": SMALL, "color": MUTED}
+        figure.text(1 - 0.16 / width, 1 - 0.16 / height, note, parse_math=False, **at)
+        yield name, figure
 
 
 class _Head(NamedTuple):
@@ -65,21 +81,22 @@ class _Head(NamedTuple):
     source: Source
     profile: HeadProfile
 
-    def full(self) -> HeadProfile:
-        return self.source if isinstance(self.source, HeadProfile) else HeadProfile.load(self.source)
+    def full(self, theta: FigureTheta | None) -> HeadProfile:
+        whole = self.source if isinstance(self.source, HeadProfile) else HeadProfile.load(self.source)
+        return whole if theta is None else whole.led_by(theta.theta)
 
 
-def _summary(source: Source) -> tuple[HeadProfile]:
+def _summary(source: Source, theta: FigureTheta | None) -> tuple[HeadProfile]:
     """A profile without heat map, so that a thousand of them fit in memory."""
-    if isinstance(source, HeadProfile):
-        return (source.without_heat(),)
-    return (HeadProfile.load(source, heat=False),)
+    slim = source.without_heat() if isinstance(source, HeadProfile) else HeadProfile.load(source, heat=False)
+    return (slim if theta is None else slim.led_by(theta.theta),)
 
 
 def _figures(
     heads: list[_Head],
     names: dict[str, str],
     heatmaps: Sequence[tuple[int, int]] | str | None,
+    theta: FigureTheta | None,
     target_recall: float,
 ) -> Iterator[tuple[str, Figure]]:
     """File names and figures, one at a time."""
@@ -95,7 +112,7 @@ def _figures(
             yield f"{name}-layer{layer:02d}-recall-by-position", recall_by_position(group)
         for h in _chosen(mine, heatmaps):
             file = f"{name}-layer{h.profile.layer:02d}-head{h.profile.head:02d}-heatmap"
-            yield file, stripe_heatmap(h.full())
+            yield file, stripe_heatmap(h.full(theta))
 
 
 def _chosen(heads: list[_Head], heatmaps: Sequence[tuple[int, int]] | str | None) -> list[_Head]:

@@ -26,6 +26,7 @@ import numpy as np
 
 from anchorscope._version import __version__
 from anchorscope.errors import MissingBackendError
+from anchorscope.figure_theta import choose_figure_theta, find_theta
 from anchorscope.files import write_atomic
 from anchorscope.profiles import HeadProfile
 from anchorscope.report.curves import pack_curves, theta_grid
@@ -208,7 +209,32 @@ def _read(run: Run, tick: Iterator[None]) -> _Measured:
     for path in run.profiles:
         profiles.append(HeadProfile.load(path, heat=False))
         next(tick)
+    order = opening_order(run, profiles)
+    profiles = [p.reordered(order) for p in profiles]
     return _Measured(run, profiles, *theta_grid(profiles))
+
+
+def opening_order(run: Run, profiles: Sequence[HeadProfile]) -> list[int]:
+    """The places of a run's thetas in the order of their use for the page: the page opens at the first.
+
+    That is the theta of the run's figures; reports of earlier versions do not name one, so it is chosen here. The
+    others follow so that any number of them from the front lies spread over the range asked for.
+    """
+    thetas = profiles[0].thetas.tolist()
+    said = run.report.get("figure_theta")
+    named = said.get("theta") if isinstance(said, dict) else None
+    if isinstance(named, (int, float, str)) and float(named) in thetas:
+        first = find_theta(thetas, float(named))
+    else:
+        recalls = np.mean([p.recall for p in profiles], axis=0).tolist()
+        first = choose_figure_theta(thetas, recalls, float(run.report["settings"]["target_recall"])).index
+    rank = np.argsort(np.argsort(thetas, kind="stable"))
+    order, distance = [first], np.abs(rank - rank[first])
+    while len(order) < len(thetas):
+        order.append(int(distance.argmax()))
+        distance = np.minimum(distance, np.abs(rank - rank[order[-1]]))
+        distance[order] = -1
+    return order
 
 
 def _pack_run(one: _Measured) -> dict[str, Any]:

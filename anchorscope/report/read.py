@@ -22,6 +22,7 @@ _RUN = {
     "started": (str, None, ...),
     "dump": {"identity": str, "model": ({"name": (str, None, ...)}, None, ...)},
     "settings": {"target_recall": float},
+    "figure_theta": ({"theta": (float, "inf", "-inf")}, ...),  # earlier versions wrote none
     "versions": ({str: (str, None)}, None, ...),
     "hardware": (str, dict, None, ...),
     "warnings": ([str], None, ...),

@@ -14,12 +14,14 @@ import torch
 from brute import Brute
 
 from anchorscope import AnchorParams, DumpError, InputError, analyze, iter_profiles, load_report, plan_analysis
+from anchorscope.analysis.run import redraw
 from anchorscope.analysis.tables import CURVES_COLUMNS, HEADS_COLUMNS
 from anchorscope.dumps import open_dump, write_dump
 
 ROOT = Path(__file__).parents[2]
 PARAMS = AnchorParams(8, 4)
 N, D = 200, 16
+FEW = {"prompts": ["story"], "layers": [2]}
 
 
 def write(path, *, values=True, window=None, n=N):
@@ -115,6 +117,100 @@ def test_report_follows_its_schema(dump, tmp_path):
         assert item["theta_needed"] is None or float(item["theta_needed"]) > 1.0
 
 
+def test_a_range_shows_the_first_theta_that_reaches_the_target(dump, tmp_path):
+    """The order of the thetas does not matter; report, tables and the kinds of heads are all at that theta."""
+    thetas = [x / 2 for x in range(13)]
+    want = None
+    for name, order in (("up", thetas), ("down", thetas[::-1]), ("any", thetas[5:] + thetas[:5])):
+        result = analyze(dump, tmp_path / name, thetas=order, params=PARAMS, figures=False, diagnose=True)
+        means = {}
+        for row in rows(tmp_path / name / "heads.csv"):
+            means.setdefault(float(row["theta"]), []).append(float(row["recall"]))
+        theta = min(t for t, found in means.items() if np.mean(found) >= 0.95)
+        assert theta not in (order[0], order[-1])
+        report = result.report
+        assert report["figure_theta"] == {"theta": theta, "why": "reaches"}
+        schema = json.loads((ROOT / "docs" / "report.schema.json").read_text())
+        jsonschema.validate(report, schema)
+        short = sorted(r for r in means[theta] if r < 0.95)
+        assert [x["recall"] for x in report["target"]["short"]] == pytest.approx(short, abs=1e-8)
+        assert report["target"]["reached"] == 16 - len(short)
+        assert result.diagnosis.report["settings"]["theta"] == theta
+        assert [row["theta"] for row in report["overall"]] == order
+        want = want or report["target"]
+        assert report["target"] == want
+    table = rows(tmp_path / "any" / "thetas.csv")
+    assert [float(r["theta"]) for r in table] == order
+    for row, said in zip(table, report["overall"], strict=True):
+        assert float(row["recall_mean"]) == pytest.approx(said["recall_mean"], abs=1e-8)
+        assert (row["worst_prompt"], int(row["worst_head"])) == (said["worst"]["prompt"], said["worst"]["head"])
+        assert int(row["heads"]) == 16
+
+
+def test_another_theta_is_drawn_without_measuring_again(dump, tmp_path, monkeypatch):
+    settings = {"thetas": (1.0, 2.0, 3.0, 4.0), "params": PARAMS, "target_recall": 0.9, "diagnose": True, **FEW}
+    first = analyze(dump, tmp_path / "o", **settings)
+    assert first.report["figure_theta"]["theta"] == 3.0
+    before = files(tmp_path / "o")
+
+    def never(*args, **options):
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr("anchorscope.analysis.engine._profile_head", never)
+    monkeypatch.setattr("anchorscope.heads.run.diagnose_head", never)
+    drawn = analyze(dump, tmp_path / "o", figure_theta=1.0, **settings)
+    assert drawn.report["figure_theta"] == {"theta": 1.0, "why": "asked"}
+    assert len(drawn.report["target"]["short"]) > len(first.report["target"]["short"])
+    after = files(tmp_path / "o")
+    changed = {name for name in before if before[name] != after[name]}
+    assert {
+        "report.json",
+        "analysis.json",
+        "figures/story-grid.png",
+        "figures/story-layer02-recall-by-position.png",
+    } < (changed)
+    assert not {name for name in changed if name.startswith(("profile/", "heads/")) or name.endswith(".csv")}
+    with pytest.raises(InputError, match="holds a finished analysis"):  # there is nothing more to draw
+        analyze(dump, tmp_path / "o", figure_theta=1.0, **settings)
+
+
+def test_theta_zero_can_be_asked_for(dump, tmp_path):
+    settings = {"thetas": (0.0, 4.0), "params": PARAMS}
+    assert analyze(dump, tmp_path / "o", **settings, figures=False).report["figure_theta"]["theta"] == 4.0
+    plan = plan_analysis(dump, **settings)
+    again = analyze(dump, tmp_path / "o", plan=plan, figure_theta=0.0, figures=False)
+    assert again.report["figure_theta"] == {"theta": 0.0, "why": "asked"}
+
+
+def test_redraw_at_any_theta_measured(dump, tmp_path):
+    out = tmp_path / "o"
+    analyze(dump, out, thetas=(1.0, 2.0, math.inf), params=PARAMS, figure_theta=2.0, **FEW)
+    two = files(out / "figures")
+    assert set(redraw(out, theta=math.inf)) == set((out / "figures").iterdir())
+    dense = files(out / "figures")
+    assert dense["story-grid.png"] != two["story-grid.png"]
+    redraw(out, heatmaps="all", theta=1.0)
+    assert sum("heatmap" in x.name for x in (out / "figures").iterdir()) == 4
+    redraw(out, theta=2.0)
+    assert files(out / "figures") == two  # heat maps of other heads at another theta are gone
+    redraw(out)
+    assert files(out / "figures") == two
+    with pytest.raises(
+        InputError, match=r"theta of the figures must be one of those measured, not 3; there are 1, 2, i"
+    ):
+        redraw(out, theta=3.0)
+    # what an earlier version left: no word of a theta, and the first is drawn
+    report = json.loads((out / "report.json").read_text())
+    assert report.pop("figure_theta")["theta"] == 2.0
+    (out / "report.json").write_text(json.dumps(report))
+    redraw(out)
+    assert files(out / "figures")["story-grid.png"] not in (two["story-grid.png"], dense["story-grid.png"])
+    report["figure_theta"] = {"theta": 9.0, "why": "asked"}
+    (out / "report.json").write_text(json.dumps(report))
+    with pytest.raises(InputError, match="not 9"):
+        redraw(out)
+
+
 def test_without_values_columns_are_empty(tmp_path):
     write(tmp_path / "d", values=False)
     analyze(tmp_path / "d", tmp_path / "out", thetas=(1.0,), params=PARAMS, figures=False)
@@ -136,6 +232,9 @@ def test_selection(dump, tmp_path):
         ({"thetas": (math.nan,)}, "NaN"),
         ({"target_recall": 0.0}, "target recall"),
         ({"target_recall": 1.5}, "target recall"),
+        ({"figure_theta": 7.0}, r"theta of the figures must be one of those measured, not 7; there is only 12"),
+        ({"figure_theta": math.nan}, "not nan"),
+        ({"thetas": [x / 2 for x in range(41)], "figure_theta": 7.3}, "the nearest of the 41 from 0 to 20 is 7.5"),
         ({"layers": [3]}, "layer 3; it has 2,7"),
         ({"heads": [9]}, "query head 9; it has 0-3"),
         ({"prompts": ["poem"]}, "poem"),

@@ -69,9 +69,32 @@ def test_analyze_prints_a_table_within_80_columns(capsys, dump, tmp_path, monkey
         capsys, "analyze", dump, "--out", tmp_path / "o", "--block", 16, "--step", 2, "--theta", "1,2", "--no-figures"
     )
     assert code == 0, err
-    assert "theta 1, groups of 16 x 2" in out
+    assert out.startswith("theta 2 of 2: no finite one reaches mean recall 0.95\ngroups of 16 x 2, means")
     assert max(len(line) for line in out.splitlines() if str(tmp_path) not in line) <= 80
     assert "needs about" in err
+
+
+def test_many_thetas_make_a_short_table(capsys, dump, tmp_path, monkeypatch):
+    """Both ends, the theta of the figures, marked, and steps between; all of them in thetas.csv."""
+    monkeypatch.setenv("COLUMNS", "80")
+    common = ("analyze", dump, "--out", tmp_path / "o", "--block", 16, "--step", 2, "--theta", "0:20:0.5")
+    code, out, err = run(capsys, *common, "--no-figures", "--no-diagnose", "--figure-theta", "7.5")
+    assert code == 0, err
+    assert out.startswith("theta 7.5, one of 41\n")
+    below = out[out.index("all heads, ") :].splitlines()
+    table = [line.split("│")[1].strip() for line in below if line.startswith("│")][:9]
+    assert table == ["0", "3", "5.5", "> 7.5", "8.5", "11.5", "14.5", "17", "20"]
+    assert f"all heads, 9 of 41 thetas; all are in {tmp_path / 'o' / 'thetas.csv'}" in out
+    assert max(len(line) for line in out.splitlines() if str(tmp_path) not in line) <= 80
+    assert len((tmp_path / "o" / "thetas.csv").read_text().splitlines()) == 42
+    assert "at theta 7.5" in out
+    other = [tmp_path / "p" if x == tmp_path / "o" else x for x in common]
+    refused(capsys, "nearest of the 41 from 0 to 20 is 7.5", *other, "--figure-theta", "7.3")
+    assert not (tmp_path / "p").exists()
+    code, out, _ = run(capsys, "figures", tmp_path / "o", "--theta", "20")
+    assert code == 0
+    assert len(out.splitlines()) == len(list((tmp_path / "o" / "figures").iterdir())) > 0
+    refused(capsys, "not inf; the nearest", "figures", tmp_path / "o", "--theta", "inf")
 
 
 def test_json_is_the_report_alone(capsys, dump, tmp_path):

@@ -40,7 +40,7 @@ ALLOWED = {  # every word that an option takes is in its help
     "model": tuple(PRESETS),
 }
 UNITS = {  # what a number counts is in its help or its place holder
-    "theta": "nats",
+    **dict.fromkeys(("theta", "figure_theta"), "nats"),
     **dict.fromkeys(("tokens", "chunk", "block", "init", "lookback", "period", "lengths"), "tokens"),
     "step": "blocks",
     **dict.fromkeys(("target_recall", "budget_density", "dense_above", "holdout", "depths"), "share"),

@@ -11,7 +11,7 @@ import math
 import numpy as np
 
 from anchorscope.params import AnchorParams
-from anchorscope.profiles import MAX_COLUMNS, MAX_ROWS, HeadProfile, bin_edges
+from anchorscope.profiles import MAX_COLUMNS, MAX_ROWS, MAX_STEPS, HeadProfile, bin_edges
 
 CURVE = np.concatenate([[-np.inf], np.arange(-4.0, 24.1, 0.25), [np.inf]])
 
@@ -54,6 +54,8 @@ def make_profile(
     shape = (rows.size - 1, columns.size - 1)
     mass, kept = np.zeros(shape), np.zeros(shape)
     margin, share = np.full(shape, np.inf), np.zeros(shape)
+    levels = np.unique(thetas)
+    steps, candidates_of = np.zeros((2, *shape, len(levels) + 1)), np.zeros(shape)
     curve_stripes = np.zeros(CURVE.size, dtype=np.int64)
     curve_mass = np.zeros(CURVE.size)  # summed over queries
     stripe_pairs = np.zeros(len(thetas), dtype=np.int64)
@@ -100,6 +102,10 @@ def make_profile(
         candidates = np.bincount(bins[:last], weights=candidate, minlength=shape[1])
         picked = np.bincount(bins[:last], weights=candidate & chosen, minlength=shape[1])
         share[row] = np.maximum(share[row], picked / np.maximum(candidates, 1))
+        at = (row, bins[:last][candidate], np.searchsorted(levels, delta[candidate]))
+        np.add.at(steps[0], at, (weight * portion)[candidate])
+        np.add.at(steps[1], at, 1)
+        candidates_of[row] += candidates
 
         order = np.argsort(delta[candidate])
         sorted_delta = delta[candidate][order]
@@ -114,6 +120,15 @@ def make_profile(
             stripe_mass[t, g] = cumulative[k]
         oracle.append((weight[candidate] * queries, count[candidate]))
 
+    there = steps[1] > 0
+    kept_steps = {
+        "step_rows": rows,
+        "step_columns": columns,
+        "step_count": there.sum(2),
+        "step_theta": np.nonzero(there)[2],
+        "step_mass": steps[0][there],
+        "step_stripes": (steps[1] / np.maximum(candidates_of, 1)[..., None])[there],
+    }
     sizes = np.diff(np.append(np.arange(0, n, params.group), n))
     base = float((anchor_mass * sizes).sum() / n)
     curve_recall = np.maximum.accumulate(np.clip(base + curve_mass / n, 0, 1))
@@ -172,6 +187,7 @@ def make_profile(
         heat_kept=kept,
         heat_margin=margin,
         heat_stripes=share,
+        **(kept_steps if there.sum() <= MAX_STEPS else {}),  # as an earlier version, which saved none
         position_recall=position,
         position_edges=edges,
         top_columns=top,

@@ -66,6 +66,19 @@ def test_grid_equals_the_csv_at_every_theta_asked(shown, run):
                     assert abs(shown.cell(layer, head) - wanted) <= 0.5001e-4, (theta, column, layer, head)
 
 
+def test_opens_at_the_first_theta_that_reaches_the_target(shown, run):
+    """Not at the one given first, 8."""
+    found = {}
+    for (prompt, _, _, theta), row in heads_csv(run).items():
+        if prompt == "prose":
+            found.setdefault(float(theta), []).append(float(row["recall"]))
+    theta = min(t for t, recalls in found.items() if np.mean(recalls) >= 0.95 or t == max(found))
+    assert theta == 12
+    assert float(shown.js("return document.getElementById('theta').value")) == theta
+    assert shown.text("#asked button[aria-pressed='true']") == f"{theta:g}"
+    assert "exact values" in shown.text("#theta-hint")
+
+
 def test_table_of_a_head_equals_the_csv(shown, run):
     rows = heads_csv(run)
     shown.click("[data-key='10:4']")
@@ -228,6 +241,7 @@ def test_hostile_prompt_and_model_names_are_text(shown):
 
 def test_two_runs_are_compared_cell_by_cell(shown, run, page):
     rows, others = heads_csv(run), heads_csv(page.parent / "other")
+    shown.click("#asked button[data-theta='8']")
     shown.choose("#other", "2")
     shown.choose("#theta-other", "6")
     for view, wanted in (

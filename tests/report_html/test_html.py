@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from anchorscope.errors import MissingBackendError, RunFailure
+from anchorscope.errors import DumpError, MissingBackendError, RunFailure
 from anchorscope.report import curves, html
 from anchorscope.report.curves import curve_at
 from anchorscope.report.heat import shrink_heat
@@ -91,9 +91,10 @@ def test_values_at_the_thetas_asked_equal_the_csv(run, profiles):
     grid = [float(t) for t in data["runs"][0]["grid"]]
     rows = heads_csv(run)
     only = data["sets"][0]
+    assert sorted(data["runs"][0]["asked"]) == [4.0, 8.0, 12.0]
     assert only["heads"] == [[p.layer, p.head, p.kv_head] for p in profiles]
     for (layer, head, _), record in zip(only["heads"], records(only), strict=True):
-        for t, theta in enumerate((8.0, 4.0, 12.0)):
+        for t, theta in enumerate(data["runs"][0]["asked"]):
             row, g = rows["prose", layer, head, f"{theta:g}"], grid.index(theta)
             for name in ("recall", "density"):
                 assert record[name][0, g] == pytest.approx(float(row[name]), rel=1e-6)
@@ -126,7 +127,8 @@ def test_ends_of_the_grid_are_the_anchor_region_and_dense(run, profiles):
 
 
 def test_needs_oracle_positions_and_top_columns(run, profiles):
-    only = build_data(open_sources([run]))["sets"][0]
+    data = build_data(open_sources([run]))
+    only, order = data["sets"][0], [(8.0, 4.0, 12.0).index(t) for t in data["runs"][0]["asked"]]
     for p, record in zip(profiles, records(only), strict=True):
         wanted = (p.theta_at_recall(0.95), p.density_at_recall(0.95), p.density_at_recall(0.95, "oracle"))
         assert record["scalars"][0, :3] == pytest.approx([math.nan if x is None else x for x in wanted], nan_ok=True)
@@ -137,7 +139,7 @@ def test_needs_oracle_positions_and_top_columns(run, profiles):
         assert record["oracle_density"][0, [0, -1]] == pytest.approx(density[[0, -1]], rel=1e-4)
         # equal weights of queries: the mean over bins is the mean over queries
         queries = np.diff(p.position_edges)
-        mean = (p.position_recall * queries).sum(1) / queries.sum()
+        mean = (p.position_recall[order] * queries).sum(1) / queries.sum()
         assert record["position"].mean(1) == pytest.approx(mean, abs=1e-3)
         assert record["top_columns"][0].astype(int).tolist() == p.top_columns[: curves.TOP].tolist()
 
@@ -146,10 +148,40 @@ def test_infinite_thetas_and_missing_values(tmp_path):
     profiles = make_profiles(layers=1, heads=2, thetas=(math.inf, -math.inf, 6.0), values=False)
     page = build_report([write_run(tmp_path / "run", profiles)])
     data = parsed(page)
-    assert data["runs"][0]["asked"] == ["inf", "-inf", 6.0]
+    assert data["runs"][0]["asked"] == [6.0, "inf", "-inf"]
     record = records(data["sets"][0])[0]
     assert np.isnan(record["extras"][curves.EXTRAS.index("output_error")]).all()
     assert record["recall"][0, -1] == pytest.approx(profiles[0].recall[0])
+
+
+def test_opens_at_the_theta_of_the_figures_whatever_their_order(tmp_path):
+    """The thetas of which the page keeps everything begin with it, and are spread over the range."""
+    thetas = [x / 2 for x in range(60)]
+    for name, order in (("up", thetas), ("down", thetas[::-1])):
+        profiles = make_profiles(layers=2, heads=3, thetas=tuple(order))
+        folder = write_run(tmp_path / name, profiles)
+        mean = np.mean([p.recall for p in profiles], axis=0)
+        want = min(t for t, recall in zip(order, mean, strict=True) if recall >= 0.95)
+        assert want not in (0.0, 29.5)
+        data = build_data(open_sources([folder]))
+        run, record = data["runs"][0], records(data["sets"][0])[0]
+        assert run["asked"][0] == want
+        assert sorted(run["asked"]) == thetas
+        kept = sorted(run["asked"][: run["kept"]])
+        assert (kept[0], kept[-1]) == (0.0, 29.5)
+        assert np.diff(kept).max() <= 2.5  # even would be 1.28
+        rows = heads_csv(folder)
+        for t, theta in enumerate(run["asked"][: run["kept"]]):
+            row = rows["prose", 0, 0, f"{theta:g}"]
+            assert record["extras"][0, t] == pytest.approx(float(row[curves.EXTRAS[0]]), rel=1e-6)
+        report = json.loads((folder / "report.json").read_text())
+        report["figure_theta"] = {"theta": 29.5, "why": "asked"}  # what the analysis says counts
+        (folder / "report.json").write_text(json.dumps(report))
+        assert build_data(open_sources([folder]))["runs"][0]["asked"][0] == 29.5
+    report["figure_theta"] = {"theta": "soon"}
+    (folder / "report.json").write_text(json.dumps(report))
+    with pytest.raises(DumpError, match="theta"):
+        build_data(open_sources([folder]))
 
 
 def test_a_short_prompt_that_is_all_anchor_region(tmp_path):

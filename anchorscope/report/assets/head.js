@@ -19,7 +19,7 @@ function paintNumbers(set, record) {
   const thetas = [...run.asked.slice(0, run.kept)].sort((a, b) => a - b);
   if (!thetas.includes(state.theta)) lines.push(line(state.theta, true));
   for (const theta of thetas) lines.push(line(theta, theta === state.theta));
-  fill("numbers", make("caption", { class: "hint" }, run.kept < run.asked.length ? `the first ${run.kept} of ${run.asked.length} thetas asked for; heads.csv has the others` : ""),
+  fill("numbers", make("caption", { class: "hint" }, run.kept < run.asked.length ? `${run.kept} of ${run.asked.length} thetas asked for; heads.csv has the others` : ""),
     make("thead", {}, make("tr", {}, ...COLUMNS.map((c) => make("th", { scope: "col" }, c.replace(/_/g, " "))))), make("tbody", {}, ...lines));
 }
 
