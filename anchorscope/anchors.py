@@ -14,9 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from anchorscope import views
 from anchorscope._version import __version__
 from anchorscope.errors import InputError
 from anchorscope.files import read_json, write_atomic
+from anchorscope.notebook import InNotebook
 from anchorscope.params import AnchorParams
 from anchorscope.shown import counted
 
@@ -59,8 +61,8 @@ class LayerAnchors:
         return tuple(t is None for t in self.thetas)
 
 
-@dataclass(frozen=True)
-class AnchorConfig:
+@dataclass(frozen=True, repr=False)
+class AnchorConfig(InNotebook):
     """The heads of one model and how they run. Layers that are not named run dense.
 
     Attributes:
@@ -75,6 +77,7 @@ class AnchorConfig:
     layers: tuple[LayerAnchors, ...]
     model: Mapping[str, Any] | None = None
     record: Mapping[str, Any] = field(default_factory=dict)
+    look = views.anchors
 
     def __post_init__(self) -> None:
         order = [x.layer for x in self.layers]

@@ -21,6 +21,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from anchorscope import views
 from anchorscope.errors import DumpError, InputError
 from anchorscope.figure_theta import find_theta
 from anchorscope.files import check_regular, parse_json, write_atomic
@@ -37,6 +38,7 @@ from anchorscope.measured import (
     check_arrays,
     nothing,
 )
+from anchorscope.notebook import InNotebook
 from anchorscope.params import AnchorParams
 from anchorscope.shown import exact_theta
 
@@ -62,8 +64,8 @@ __all__ = [
 ]
 
 
-@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class HeadProfile(Measured):
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True, repr=False)
+class HeadProfile(InNotebook, Measured):
     """Exact sparsity profile of one query head on one prompt: what was `Measured`, and on what.
 
     Arrays are converted to the stored dtype when a profile is made, so a saved and loaded one is equal bit for bit.
@@ -74,11 +76,9 @@ class HeadProfile(Measured):
         tokens: prompt length N.
         head_dim: d.
         block, step, init, lookback: the anchor parameters, in tokens and blocks (see `AnchorParams`).
-        window: sliding window of the layer in tokens, or None.
-        softcap: logit soft-cap of the layer, or None.
+        window, softcap: sliding window of the layer in tokens, and its logit soft-cap; or None.
         scale: softmax scale of the layer.
-        backend: what computed it ("torch", "triton").
-        dump_identity: hash that names the dump it came from.
+        backend, dump_identity: what computed it ("torch", "triton"), and the hash that names the dump it came from.
         thetas: (T,) float64, nats, in the order asked; may hold +-inf.
 
     Raises:
@@ -101,6 +101,7 @@ class HeadProfile(Measured):
     backend: str
     dump_identity: str
     thetas: np.ndarray
+    look = views.profile
 
     def __post_init__(self) -> None:
         for name, (dtype, _) in ARRAYS.items():

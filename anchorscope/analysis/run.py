@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from anchorscope import views
 from anchorscope.analysis.accumulate import HeadShape
 from anchorscope.analysis.outcome import REPORT_VERSION, report_json
 from anchorscope.analysis.request import AnalysisPlan, AnalyzeRequest, HeatMaps, heat_map_count
@@ -36,6 +37,7 @@ from anchorscope.heads.request import HeadsPlan
 from anchorscope.heads.run import FOLDER as DIAGNOSES
 from anchorscope.heads.run import Diagnosis, clear_diagnosis, diagnose_plan
 from anchorscope.locks import folder_lock
+from anchorscope.notebook import InNotebook
 from anchorscope.profiles import HeadProfile
 from anchorscope.runs.executors import Context
 from anchorscope.runs.folder import Run, RunFolder
@@ -72,8 +74,8 @@ REPORT_SHAPE = {
 }
 
 
-@dataclass(frozen=True)
-class Analysis:
+@dataclass(frozen=True, repr=False)
+class Analysis(InNotebook):
     """A finished analysis.
 
     Attributes:
@@ -89,6 +91,7 @@ class Analysis:
     lines: tuple[HeadLine, ...] = field(repr=False)
     figures: tuple[Path, ...] = ()
     diagnosis: Diagnosis | None = None
+    look = views.analysis
 
     def profiles(self, *, heat: bool = True) -> Iterator[HeadProfile]:
         """The saved profiles, one at a time."""

@@ -8,8 +8,10 @@ import types
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from anchorscope import views
 from anchorscope.bench.dense import Absent
 from anchorscope.bench.timing import Timing
+from anchorscope.notebook import InNotebook
 
 FORMAT = "anchorscope-bench"
 FORMAT_VERSION = 1
@@ -116,8 +118,8 @@ class Start:
     rows: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class BenchResult:
+@dataclass(frozen=True, repr=False)
+class BenchResult(InNotebook):
     """A whole bench; `to_json` gives the documented file.
 
     `starts` says who measured what where a bench was interrupted and continued, and is empty otherwise.
@@ -130,6 +132,7 @@ class BenchResult:
     hardware: dict[str, Any]
     rows: tuple[Row, ...]
     starts: tuple[Start, ...] = ()
+    look = views.bench
 
     @property
     def passed(self) -> bool:

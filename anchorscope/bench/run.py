@@ -13,6 +13,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, ClassVar
 
+from anchorscope import views
 from anchorscope.bench.cases import Case
 from anchorscope.bench.compare import comparison
 from anchorscope.bench.environment import hardware
@@ -24,6 +25,7 @@ from anchorscope.devices import is_out_of_memory
 from anchorscope.dumps import Dump
 from anchorscope.errors import RunFailure
 from anchorscope.moved import moved
+from anchorscope.notebook import InNotebook
 from anchorscope.runs.environment import versions
 from anchorscope.runs.executors import Context, Executor, InTurn, Tick
 from anchorscope.runs.folder import Run, RunFolder
@@ -36,8 +38,8 @@ _ROWS = ("Row", "DenseRow", "SparseRow", "Check", "FORMAT_VERSION")
 __getattr__ = moved(__name__, {"DTYPES": "anchorscope.bench.request"} | dict.fromkeys(_ROWS, "anchorscope.bench.rows"))
 
 
-@dataclass(frozen=True)
-class Bench:
+@dataclass(frozen=True, repr=False)
+class Bench(InNotebook):
     """A finished bench in its folder.
 
     Attributes:
@@ -51,6 +53,7 @@ class Bench:
     report: dict[str, Any]
     result: BenchResult = field(repr=False)
     figures: tuple[Path, ...] = ()
+    look = views.bench
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+from anchorscope import views
 from anchorscope.analysis.run import FOLDER as ANALYSES
 from anchorscope.analysis.run import PROFILES, analyze_plan, is_whole
 from anchorscope.anchors import AnchorConfig
@@ -20,6 +21,7 @@ from anchorscope.calibration.sources import AnalysisUnit, Measured, read_curves
 from anchorscope.calibration.tables import COLUMNS, table_row
 from anchorscope.errors import DumpError
 from anchorscope.files import csv_text
+from anchorscope.notebook import InNotebook
 from anchorscope.runs.executors import Context, Executor, InTurn
 from anchorscope.runs.folder import Run, RunFolder
 from anchorscope.runs.life import BaseCommand, Parts, RunOptions, Summary, run
@@ -47,8 +49,8 @@ FOLDER = RunFolder(
 )
 
 
-@dataclass(frozen=True)
-class Calibration:
+@dataclass(frozen=True, repr=False)
+class Calibration(InNotebook):
     """A finished calibration.
 
     Attributes:
@@ -62,6 +64,7 @@ class Calibration:
     config: AnchorConfig
     report: dict[str, Any] = field(repr=False)
     figures: tuple[Path, ...] = ()
+    look = views.calibration
 
 
 @takes(CalibrateRequest, None)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from anchorscope import views
 from anchorscope.compare.request import ComparePlan, CompareRequest
 from anchorscope.compare.score import score_lineup
 from anchorscope.compare.tables import COLUMNS, RECALLS, Point, methods_rows, needed_table, winners
@@ -19,6 +20,7 @@ from anchorscope.dumps import Dump
 from anchorscope.errors import DumpError
 from anchorscope.files import csv_text, human_bytes, member, read_part
 from anchorscope.methods import Head
+from anchorscope.notebook import InNotebook
 from anchorscope.ranges import working_dtype
 from anchorscope.runs.environment import hardware_name, versions
 from anchorscope.runs.executors import Context
@@ -51,8 +53,8 @@ _POINT = (str, int, int, str, str, *[NUMBER] * (len(COLUMNS) - 5))  # a row of a
 _REPORT_SHAPE = {"format": "anchorscope-compare", "dump": {"identity": str}}
 
 
-@dataclass(frozen=True)
-class Comparison:
+@dataclass(frozen=True, repr=False)
+class Comparison(InNotebook):
     """A finished comparison.
 
     Attributes:
@@ -66,6 +68,7 @@ class Comparison:
     report: dict[str, Any]
     points: tuple[Point, ...] = field(repr=False)
     figures: tuple[Path, ...] = ()
+    look = views.comparison
 
 
 @takes(CompareRequest, None)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from anchorscope import views
 from anchorscope.dumps.format import (
     MANIFEST,
     Entry,
@@ -20,6 +21,7 @@ from anchorscope.dumps.format import (
     read_manifest,
 )
 from anchorscope.errors import DumpError, InputError
+from anchorscope.notebook import InNotebook
 from anchorscope.shown import counted
 
 if TYPE_CHECKING:
@@ -63,7 +65,7 @@ class LayerTensors:
         return self.kv_rows[self.query_heads.index(head)]
 
 
-class Dump:
+class Dump(InNotebook):
     """A checked dump folder; tensors are read when asked for. Make one with `open_dump`.
 
     Attributes:
@@ -74,6 +76,8 @@ class Dump:
         vocabulary: text of the tokens of the prompts, or None if it was not recorded.
         identity: SHA-256 of the canonical manifest (it covers the tensors through their checksums).
     """
+
+    look = views.dump
 
     def __init__(
         self,
@@ -100,10 +104,6 @@ class Dump:
     def complete(self) -> bool:
         """False while a capture is unfinished."""
         return self.manifest.get("complete", True)
-
-    def __repr__(self) -> str:
-        prompts, entries = counted(len(self.prompts), "prompt"), counted(len(self.entries), "entry", "entries")
-        return f"Dump({str(self.path)!r}, {prompts}, {entries})"
 
     def entry(self, prompt: str, layer: int) -> Entry:
         """The entry of one prompt and layer.

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from anchorscope import views
 from anchorscope.errors import DumpError, InputError
 from anchorscope.evaluation.lanes import Lane, LaneOptions, run_prompt, run_sample, spans
 from anchorscope.evaluation.parts import Part
@@ -24,6 +25,7 @@ from anchorscope.evaluation.tasks import Sample
 from anchorscope.evaluation.units import EvaluationUnit, LongPrompt
 from anchorscope.files import MAX_JSON_BYTES, read_json
 from anchorscope.models.placement import model_device
+from anchorscope.notebook import InNotebook
 from anchorscope.runs.executors import Context, Executor, InTurn
 from anchorscope.runs.folder import Run, RunFolder
 from anchorscope.runs.life import BaseCommand, Parts, RunOptions, Summary, run
@@ -53,8 +55,8 @@ _REPORT_SHAPE = {
 }
 
 
-@dataclass(frozen=True)
-class Evaluation:
+@dataclass(frozen=True, repr=False)
+class Evaluation(InNotebook):
     """A finished run.
 
     Attributes:
@@ -66,6 +68,7 @@ class Evaluation:
     path: Path
     report: dict[str, Any] = field(repr=False)
     figures: tuple[Path, ...] = ()
+    look = views.evaluation
 
     @property
     def prompts(self) -> list[dict[str, Any]]:

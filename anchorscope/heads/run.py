@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from anchorscope import views
 from anchorscope.dumps import Dump, Entry
 from anchorscope.errors import DumpError
 from anchorscope.files import csv_text, human_bytes, member, read_part
@@ -36,6 +37,7 @@ from anchorscope.heads.tables import (
 )
 from anchorscope.locks import folder_lock
 from anchorscope.methods import Head
+from anchorscope.notebook import InNotebook
 from anchorscope.runs.environment import hardware_name, versions
 from anchorscope.runs.executors import Context, Executor, InTurn, Threads, Tick, Work, no_tick
 from anchorscope.runs.folder import Run, RunFolder
@@ -78,8 +80,8 @@ DEFINITIONS: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True)
-class Diagnosis:
+@dataclass(frozen=True, repr=False)
+class Diagnosis(InNotebook):
     """A finished run.
 
     Attributes:
@@ -93,6 +95,7 @@ class Diagnosis:
     report: dict[str, Any]
     rows: tuple[HeadRow, ...] = field(repr=False)
     figures: tuple[Path, ...] = ()
+    look = views.diagnosis
 
 
 @takes(HeadsRequest, None)
