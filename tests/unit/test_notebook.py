@@ -119,9 +119,7 @@ def sample(tmp_path_factory):
         "analysis": found,
         "heads": found.diagnosis,
         "calibration": calibrate(folder / "a", folder / "c", holdout=0, figures=False),
-        "comparison": compare_methods(
-            dump, folder / "m", lineup=line_up("streaming"), layers=[15], heads=[7], figures=False
-        ),
+        "comparison": compare_methods(dump, folder / "m", lineup=line_up("streaming"), **one),
     }
 
 
