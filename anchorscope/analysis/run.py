@@ -123,6 +123,9 @@ def analyze(dump: Dump | Path | str, out: Path | str, *, plan: AnalysisPlan | No
         RunFailure: disk full, out of memory.
     """
     how, asked = split(options)
+    if plan is None:
+        wanted = {name: asked[name] for name in ("heatmaps", "diagnose", "figure_theta") if name in asked}
+        FOLDER.refuse_early(Path(out), asked_of(how.figures, **wanted), **how.replacing)
     return analyze_plan(
         planned(AnalyzeRequest, plan, dump, asked, late=("heatmaps", "figure_theta", "diagnose")), out, how
     )
@@ -132,6 +135,19 @@ def analyze_plan(plan: AnalysisPlan, out: Path | str, options: RunOptions) -> An
     """Carry out a plan; see `analyze`."""
     done = run(AnalyzeCommand(plan, options), out)
     return Analysis(done.path, done.report, done.summary.value, done.figures, done.extension)
+
+
+def asked_of(
+    figures: bool, heatmaps: HeatMaps = None, diagnose: bool = False, figure_theta: float | None = None
+) -> dict[str, Any]:
+    """What is to be made of the measurements, as the folder's state holds it."""
+    wanted = "default" if heatmaps is None else heatmaps if isinstance(heatmaps, str) else list(map(list, heatmaps))
+    return {
+        "figures": figures,
+        "heatmaps": wanted if figures else None,
+        "diagnose": diagnose,
+        "figure_theta": None if figure_theta is None else exact_theta(figure_theta),  # as text: 0 is a word, too
+    }
 
 
 class AnalyzeCommand(BaseCommand[HeadUnit, HeadProfile]):
@@ -209,15 +225,8 @@ class AnalyzeCommand(BaseCommand[HeadUnit, HeadProfile]):
         return Summary(report, tables, tuple(lines))
 
     def asked(self) -> dict[str, Any]:
-        heatmaps: HeatMaps = self.plan.request.heatmaps
-        wanted = "default" if heatmaps is None else heatmaps if isinstance(heatmaps, str) else list(map(list, heatmaps))
-        return {
-            "figures": self.options.figures,
-            "heatmaps": wanted if self.options.figures else None,
-            "diagnose": self.plan.request.diagnose,
-            # As text: the theta 0 is a word, too.
-            "figure_theta": None if (t := self.plan.request.figure_theta) is None else exact_theta(t),
-        }
+        request = self.plan.request
+        return asked_of(self.options.figures, request.heatmaps, request.diagnose, request.figure_theta)
 
     def draw(self, run: Run, summary: Summary) -> Sequence[Path]:
         assert self._shown is not None

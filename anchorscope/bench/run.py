@@ -156,7 +156,9 @@ def bench(
         InputError, DumpError, MissingBackendError: see `BenchConfig.plan`; also an `out` that is in use.
         RunFailure: disk full, out of memory.
     """
-    return bench_plan(config.plan(dump), out, split(options)[0], Remarks(command, against))
+    how, _ = split(options)
+    FOLDER.refuse_early(Path(out), {"figures": how.figures}, **how.replacing)
+    return bench_plan(config.plan(dump), out, how, Remarks(command, against))
 
 
 def bench_plan(plan: BenchPlan, out: Path | str, options: RunOptions, remarks: Remarks | None = None) -> Bench:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,10 +19,12 @@ from anchorscope.calibration.costs import Costs, costs_json
 from anchorscope.calibration.curves import STATISTICS
 from anchorscope.calibration.prompts import hold_out
 from anchorscope.calibration.sources import AnalysisUnit, Sources, group_name, read_sources
+from anchorscope.devices import resolve_backend_name, resolve_device
 from anchorscope.errors import InputError
-from anchorscope.params import AnchorParams
+from anchorscope.params import AnchorParams, anchor_pairs, visible_pairs
 from anchorscope.parse import check_word, describe_indices, parse_thetas
 from anchorscope.runs.life import Plan
+from anchorscope.runs.request import check_target
 from anchorscope.runs.values import jsonable
 from anchorscope.shown import counted
 
@@ -87,6 +90,8 @@ class CalibrateRequest:
             statistic=self.statistic,  # type: ignore[arg-type]  # checked
         )
         held = hold_out(sources.prompts, self.holdout, self.seed)
+        if self.budget_density is not None:
+            _check_budget(self.budget_density, sources, held)
         tokens = float(np.mean([p.tokens for p in sources.prompts]))
         if costs is not None:
             costs.price(sources.groups, tokens)
@@ -133,8 +138,13 @@ class CalibrateRequest:
         check_word("--by", self.by, BY)
         check_word("--statistic", self.statistic, STATISTICS)
         check_word("--minimise", self.minimise, ("density", "time"))
+        resolve_backend_name(self.backend, resolve_device(self.device))
+        if isinstance(self.holdout, (int, float)) and not 0 <= self.holdout < 1:
+            raise InputError(f"--holdout {self.holdout!r} must be a share from 0 to below 1, or names of prompts")
         if not 0 < self.dense_above <= 1:
-            raise InputError(f"dense_above must lie above 0 and at most at 1, not {self.dense_above!r}")
+            raise InputError(
+                f"--dense-above {self.dense_above!r} is out of range: a density lies above 0 and at most at 1"
+            )
         if self.minimise == "time" and self.costs is None:
             raise InputError(
                 "minimising time needs measured times: give --costs with the bench.json of `anchorscope bench`"
@@ -190,12 +200,28 @@ def _checked_target(target: float | None, budget: float | None) -> float | None:
         raise InputError("give a target recall or a density budget, not both: one follows from the other")
     if budget is not None:
         if not 0 < budget <= 1:
-            raise InputError(f"a density budget must lie above 0 and at most at 1, not {budget!r}")
+            raise InputError(f"--budget-density {budget!r} is out of range: a density lies above 0 and at most at 1")
         return None
     target = TARGET if target is None else target
-    if not 0 < target <= 1:
-        raise InputError(f"target recall must lie above 0 and at most at 1, not {target!r}")
+    check_target(target)
     return target
+
+
+def _check_budget(budget: float, sources: Sources, held: Sequence[bool]) -> None:
+    """Refuse a budget of density that no choice can keep, before the heads are measured.
+
+    Raises:
+        InputError: the anchor regions alone cost more, whatever the groups.
+    """
+    tokens = [p.tokens for p, out in zip(sources.prompts, held, strict=True) if not out]
+    shares = {g: float(np.mean([anchor_pairs(n, g) / visible_pairs(n) for n in tokens])) for g in sources.groups}
+    cheapest = min(shares, key=shares.__getitem__)
+    if budget < shares[cheapest] * (1 - 1e-9):
+        raise InputError(
+            f"--budget-density {budget:g} is below what the anchor regions alone keep, {shares[cheapest]:.4f} with"
+            f" groups of {group_name(cheapest)}: give at least {math.ceil(1e4 * shares[cheapest]) / 1e4:g}, or add"
+            " smaller groups to --groups"
+        )
 
 
 def _seconds(plans: Sequence[AnalysisPlan]) -> float:

@@ -94,6 +94,8 @@ def calibrate(
         RunFailure: disk full, out of memory.
     """
     how, asked = split(options)
+    if plan is None:
+        FOLDER.refuse_early(Path(out), {"figures": how.figures}, **how.replacing)
     done = run(CalibrateCommand(planned(CalibrateRequest, plan, sources, asked), how), out)
     return Calibration(done.path, done.summary.value, done.report, done.figures)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from anchorscope.capture.recorder import LayerShape, ShapeProbe, Storage
+from anchorscope.devices import resolve_device
 from anchorscope.dtypes import torch_dtype
 from anchorscope.dumps.writer import prompt_record, texts_record
 from anchorscope.errors import InputError
@@ -19,6 +20,7 @@ from anchorscope.models.facts import model_facts
 from anchorscope.models.hook import intercept
 from anchorscope.models.language import language_only
 from anchorscope.models.load import LoadedModel, ready_model, transformers_version
+from anchorscope.models.locate import check_source
 from anchorscope.models.placement import model_device
 from anchorscope.models.positions import model_positions
 from anchorscope.models.prefill import Prefill, prefill
@@ -85,10 +87,9 @@ class CaptureRequest:
         Raises:
             InputError: the argument is named.
         """
-        if self.tokens is not None and self.tokens < 2:
-            raise InputError(f"tokens must be at least 2, not {self.tokens}")
-        if self.chunk is not None and self.chunk < 1:
-            raise InputError(f"chunk must be at least 1, not {self.chunk}")
+        for name, number, least in (("tokens", self.tokens, 2), ("chunk", self.chunk, 1)):
+            if number is not None and (not isinstance(number, int) or number < least):
+                raise InputError(f"{name} must be a whole number of at least {least}, not {number!r}")
         for name, chosen in (("layers", self.layers), ("kv_heads", self.kv_heads)):
             if chosen is not None and not chosen:
                 raise InputError(f"{name} must name at least one")
@@ -99,6 +100,11 @@ class CaptureRequest:
             raise InputError("a chat template writes its own special tokens: drop --no-special-tokens or --chat")
         if not self.prompts:
             raise InputError("give at least one prompt")
+        if self.chat and all(isinstance(p, PromptInput) and p.token_ids is not None for p in self.prompts):
+            raise InputError("a chat template is for texts, and all prompts are token ids: leave out --chat")
+        if isinstance(self.model, str):  # a loaded model is where it is
+            resolve_device(self.device)
+            check_source(self.model, self.revision)
 
     def read_prompts(self) -> list[PromptInput]:
         """Read the prompts from their files, and give them distinct names.

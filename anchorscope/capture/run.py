@@ -87,11 +87,11 @@ def capture_model(
         RunFailure: the disk is full, or memory ran out.
     """
     request = CaptureRequest(model, prompts, **options)
-    require_transformers()
     request.check()
     folder = Path(out)
     check_output(folder, overwrite=overwrite, resume=resume)
     inputs = request.read_prompts()
+    require_transformers()
     run = _Capture(folder, notify or logger.warning, progress)
     with run.explained():
         plan = request.plan(inputs, run.tell)

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from anchorscope.cli import options as opt
-from anchorscope.cli.common import announce, chosen, progress_bar, refuse_both, stdout_console, warn, warn_of_model
+from anchorscope.cli.common import (
+    announce,
+    check_early,
+    chosen,
+    progress_bar,
+    refuse_both,
+    stdout_console,
+    warn,
+    warn_of_model,
+)
 from anchorscope.cli.tables import FittingTable, boxed_table, clean_name, print_places
 from anchorscope.errors import InputError
 from anchorscope.figure_theta import saved_figure_theta
@@ -68,15 +77,19 @@ def analyze(
     from anchorscope.parse import parse_thetas
 
     refuse_both(overwrite, resume)
+    if no_figures and heatmap is not None:
+        raise InputError("--heatmap and --no-figures contradict each other: give one of them")
     thetas = parse_thetas(theta)
     pairs = _heatmaps(heatmap)
 
+    from anchorscope.analysis.run import FOLDER, asked_of, plan_analysis
     from anchorscope.analysis.run import analyze as run
-    from anchorscope.analysis.run import plan_analysis
     from anchorscope.dumps import open_dump
     from anchorscope.params import AnchorParams
 
     params = AnchorParams(block, step, init, lookback)
+    FOLDER.refuse_early(out, asked_of(not no_figures, pairs, not no_diagnose), overwrite=overwrite, resume=resume)
+    check_early(device, backend, target_recall)
     source = open_dump(dump)
     picked = chosen(source, layers, heads, prompts)
     plan = plan_analysis(

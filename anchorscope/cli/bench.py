@@ -128,6 +128,12 @@ def bench(
         layers=None if layers is None or layers == "all" else parse_indices(layers, "--layers", _layers(dump)),
         repeats=repeats,
     )
+    if out is not None:
+        from anchorscope.bench.output import FOLDER
+
+        FOLDER.refuse_early(out, {"figures": True}, overwrite=overwrite)
+    elif overwrite:
+        raise InputError("--overwrite replaces a bench in a folder: give the folder with --out, or leave it out")
     old = None if against is None else (against.name, load_result(against))
     plan = config.plan(dump)
     what = f"{counted(len(plan.units), 'input')} to time"

@@ -109,7 +109,9 @@ def calibrate(
 
     from anchorscope.calibration import calibrate as run
     from anchorscope.calibration import plan_calibration
+    from anchorscope.calibration.run import FOLDER
 
+    FOLDER.refuse_early(out, {"figures": not no_figures}, overwrite=overwrite)
     plan = plan_calibration(
         sources,
         target_recall=target_recall,

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -107,8 +107,26 @@ def capture(
     inputs = _inputs(prompt or [], text or [], token_ids or [])
     require_transformers()
     from anchorscope.capture import capture_model
+    from anchorscope.capture.request import CaptureRequest
+    from anchorscope.dumps.folder import check_output
 
     quiet_transformers()
+    asked: dict[str, Any] = {
+        "tokens": tokens,
+        "layers": wanted_layers,
+        "kv_heads": wanted_heads,
+        "dtype": dtype,
+        "model_dtype": model_dtype,
+        "device": device,
+        "values": not no_values,
+        "chunk": chunk,
+        "chat": chat,
+        "special_tokens": not no_special_tokens,
+        "revision": revision,
+        "trust_remote_code": trust_remote_code,
+    }
+    CaptureRequest(model, inputs, **asked).check()
+    check_output(out, overwrite=overwrite, resume=resume)
     note(f"loading {model}")
     started = time.monotonic()
     with _progress() as update:
@@ -116,20 +134,9 @@ def capture(
             model,
             inputs,
             out,
-            tokens=tokens,
-            layers=wanted_layers,
-            kv_heads=wanted_heads,
-            dtype=dtype,
-            model_dtype=model_dtype,
-            device=device,
-            values=not no_values,
-            chunk=chunk,
-            chat=chat,
-            special_tokens=not no_special_tokens,
+            **asked,
             overwrite=overwrite,
             resume=resume,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
             progress=update,
             notify=note,
         )

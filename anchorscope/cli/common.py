@@ -117,6 +117,19 @@ def refuse_both(overwrite: bool, resume: bool) -> None:
         raise InputError("--overwrite and --resume contradict each other: give one of them")
 
 
+def check_early(device: str, backend: str = "auto", target_recall: float = 1.0) -> None:
+    """Refuse what no dump or model could make right, before one is opened.
+
+    Raises:
+        InputError, MissingBackendError: an unknown or missing device or back end, a target outside (0, 1].
+    """
+    from anchorscope.devices import resolve_backend_name, resolve_device
+    from anchorscope.runs.request import check_target
+
+    check_target(target_recall)
+    resolve_backend_name(backend, resolve_device(device))
+
+
 def quiet_loading(model: str) -> None:
     """Keep the bars of a model's loading off stderr, but those of a long download; before transformers is imported."""
     if not sys.stderr.isatty() or model == "smollm2" or model.lower().endswith(".gguf"):

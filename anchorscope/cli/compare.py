@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from anchorscope.cli import options as opt
-from anchorscope.cli.common import announce, chosen, progress_bar, stdout_console, warn, warn_of_model
+from anchorscope.cli.common import announce, check_early, chosen, progress_bar, stdout_console, warn, warn_of_model
 from anchorscope.cli.help import completes
 from anchorscope.cli.tables import clean_name, new_table, print_places
 from anchorscope.errors import InputError
@@ -88,8 +88,11 @@ def compare(
 
     from anchorscope.compare import compare as run
     from anchorscope.compare import plan_compare
+    from anchorscope.compare.run import FOLDER
     from anchorscope.dumps import open_dump
 
+    FOLDER.refuse_early(out, {"figures": not no_figures}, overwrite=overwrite)
+    check_early(device, target_recall=target_recall)
     source = open_dump(dump)
     picked = chosen(source, layers, heads, prompts)
     plan = plan_compare(

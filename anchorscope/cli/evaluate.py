@@ -18,6 +18,7 @@ from anchorscope.shown import counted, partly_sparse, share_text
 if TYPE_CHECKING:
     from anchorscope.anchors import AnchorConfig
     from anchorscope.evaluation import Evaluation
+    from anchorscope.params import AnchorParams
 
 
 def _task_names() -> list[str]:
@@ -62,10 +63,13 @@ def evaluate(
             metavar="NATS",
         ),
     ] = None,
-    block: Annotated[int, opt.token_count("--block", "With --theta: queries pooled together.")] = 128,
+    block: Annotated[
+        int | None, opt.token_count("--block", "With --theta: queries pooled together. (default: 128)")
+    ] = None,
     step: Annotated[
-        int, typer.Option(help="With --theta: query blocks that share one selection.", metavar="BLOCKS")
-    ] = 16,
+        int | None,
+        typer.Option(help="With --theta: query blocks that share one selection. (default: 16)", metavar="BLOCKS"),
+    ] = None,
     lengths: Annotated[
         str | None,
         typer.Option(
@@ -110,12 +114,11 @@ def evaluate(
     Example: anchorscope evaluate --model smollm2 --prompt book.txt --task needle --config anchors.json --out eval
     """
     # Before anything heavy or slow: a misspelt option should not wait for it.
-    from anchorscope.params import AnchorParams
     from anchorscope.parse import parse_lengths, parse_shares
 
-    asked = {
+    asked: dict[str, Any] = {
         "arms": _arms(config or [], names or [], theta),
-        "params": AnchorParams(block, step),
+        "params": _groups(block, step, theta),
         "prompts": prompt or (),
         "tasks": [x.strip() for x in task.split(",") if x.strip()],
         "lengths": None if lengths is None else sorted(parse_lengths(lengths, least=2)),
@@ -139,14 +142,16 @@ def evaluate(
     from anchorscope.models.load import quiet_transformers, require_transformers
 
     require_transformers()
+    from anchorscope.evaluation import EvaluateRequest
     from anchorscope.evaluation import evaluate as run
-    from anchorscope.evaluation import plan_evaluation
     from anchorscope.evaluation.run import FOLDER
 
     quiet_transformers()
     FOLDER.refuse_early(out, {"figures": not no_figures}, overwrite=overwrite)
+    request = EvaluateRequest(model, **asked)
+    request.check()
     note(f"loading {model}")
-    plan = plan_evaluation(model, notify=note, **asked)
+    plan = request.plan(note)
     announce(plan, plan.extent, figures=not no_figures)
     with progress_bar() as bar:
         result = run(model, out, figures=not no_figures, overwrite=overwrite, progress=bar, notify=note, plan=plan)
@@ -156,6 +161,15 @@ def evaluate(
     print_summary(result)
 
 
+def _groups(block: int | None, step: int | None, theta: str | None) -> AnchorParams:
+    """The groups of arms that are given as a theta; those of a configuration are its own."""
+    from anchorscope.params import AnchorParams
+
+    if theta is None and not (block is None and step is None):
+        raise InputError("--block and --step are for --theta: the groups of a --config are in its file")
+    return AnchorParams(block or 128, 16 if step is None else step)
+
+
 def _arms(configs: list[Path], names: list[str], theta: str | None) -> dict[str, AnchorConfig | float]:
     """The sparse arms by name."""
     from anchorscope.anchors import AnchorConfig
@@ -163,6 +177,8 @@ def _arms(configs: list[Path], names: list[str], theta: str | None) -> dict[str,
 
     if bool(configs) == (theta is not None):
         raise InputError("give either --config anchors.json or --theta T" + (", not both" if configs else ""))
+    if theta is not None and names:
+        raise InputError("--as names the arms of --config; those of --theta are called after their theta")
     if theta is not None:
         return {f"theta {t:g}": t for t in parse_thetas(theta)}
     if names and len(names) != len(configs):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from anchorscope.cli import options as opt
-from anchorscope.cli.common import announce, chosen, progress_bar, stdout_console, warn, warn_of_model
+from anchorscope.cli.common import announce, check_early, chosen, progress_bar, stdout_console, warn, warn_of_model
 from anchorscope.cli.tables import clean_name, new_table, optional, print_places
 from anchorscope.errors import InputError
 from anchorscope.shown import counted, share_text
@@ -58,7 +58,10 @@ def heads(
 
     from anchorscope.dumps import open_dump
     from anchorscope.heads import diagnose, plan_heads
+    from anchorscope.heads.run import FOLDER, asked_of
 
+    FOLDER.refuse_early(out, asked_of(not no_figures, pieces), overwrite=overwrite)
+    check_early(device)
     source = open_dump(dump)
     picked = chosen(source, layers, heads, prompts)
     plan = plan_heads(

@@ -95,6 +95,8 @@ def compare(dump: Dump | Path | str, out: Path | str, *, plan: ComparePlan | Non
         RunFailure: disk full, out of memory.
     """
     how, asked = split(options)
+    if plan is None:
+        FOLDER.refuse_early(Path(out), {"figures": how.figures}, **how.replacing)
     done = run(CompareCommand(planned(CompareRequest, plan, dump, asked), how), out)
     return Comparison(done.path, done.report, done.summary.value, done.figures)
 

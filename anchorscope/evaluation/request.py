@@ -29,6 +29,7 @@ from anchorscope.models import (
     prompt_from_file,
 )
 from anchorscope.models.load import ready_model, require_transformers
+from anchorscope.models.locate import check_source
 from anchorscope.models.memory import free_bytes
 from anchorscope.models.placement import model_device
 from anchorscope.models.positions import model_positions
@@ -109,8 +110,7 @@ class EvaluateRequest:
         """
         warnings: list[str] = []
         tell = notify or (lambda sentence: _keep(warnings, sentence))
-        self._check()
-        inputs = unique_names([p if isinstance(p, PromptInput) else prompt_from_file(p) for p in self.prompts])
+        inputs = self.check()
         require_transformers()
         loaded = self._load(tell)
         proof = prove_model(loaded.model, loaded.loading or None)
@@ -149,8 +149,12 @@ class EvaluateRequest:
             caches=caches,
         )
 
-    def _check(self) -> None:
-        """Refuse what can be refused before a model is loaded."""
+    def check(self) -> list[PromptInput]:
+        """Refuse what can be refused before a model is loaded; the prompts, read from their files.
+
+        Raises:
+            InputError, MissingBackendError: as `plan`.
+        """
         self._check_arms()
         if not self.prompts and not self.tasks:
             raise InputError("nothing to evaluate: give prompts or tasks")
@@ -163,13 +167,20 @@ class EvaluateRequest:
         for depth in self.depths:
             if not 0 <= depth <= 1:
                 raise InputError(f"a depth must be between 0 and 1, not {depth:g}")
-        empty = not self.depths or (self.lengths is not None and not self.lengths)
-        if self.samples < 1 or (self.chunk is not None and self.chunk < 1) or empty:
-            raise InputError("samples and chunk must be at least 1, and lengths and depths name at least one")
+        for name, many in (("lengths", self.lengths), ("depths", self.depths)):
+            if many is not None and not many:
+                raise InputError(f"{name} must name at least one")
+        for name, number in (("samples", self.samples), ("chunk", self.chunk)):
+            if number is not None and (not isinstance(number, int) or number < 1):
+                raise InputError(f"{name} must be a whole number of at least 1, not {number!r}")
+        if self.chat and all(task == PERPLEXITY for task in self.tasks):
+            raise InputError("chat puts tasks into the model's chat template, and there is no task: leave it out")
         if self.model_dtype is not None:
             check_word("--model-dtype", self.model_dtype, ("bf16", "fp16", "fp32"))
         if isinstance(self.model, str):  # a loaded model is where it is
             resolve_backend_name(self.backend, resolve_device(self.device))
+            check_source(self.model, self.revision)
+        return unique_names([p if isinstance(p, PromptInput) else prompt_from_file(p) for p in self.prompts])
 
     def _check_arms(self) -> None:
         if not self.arms:

@@ -111,7 +111,7 @@ def evaluate(
     """
     how, asked = split(options)
     if plan is None:
-        FOLDER.refuse_early(Path(out), {"figures": how.figures}, overwrite=how.overwrite, resume=how.resume)
+        FOLDER.refuse_early(Path(out), {"figures": how.figures}, **how.replacing)
         plan = EvaluateRequest(model, **asked).plan(how.tell)
         how.tell(f"{plan.extent}; {plan.needs(figures=how.figures)}")
     else:

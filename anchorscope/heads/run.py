@@ -122,7 +122,14 @@ def diagnose(dump: Dump | Path | str, out: Path | str, *, plan: HeadsPlan | None
         RunFailure: disk full, out of memory.
     """
     how, asked = split(options)
+    if plan is None:
+        FOLDER.refuse_early(Path(out), asked_of(how.figures, asked.get("pieces")), **how.replacing)
     return diagnose_plan(planned(HeadsRequest, plan, dump, asked, late=("pieces",)), out, how)
+
+
+def asked_of(figures: bool, pieces: Sequence[str] | None = None) -> dict[str, Any]:
+    """What is to be made of the measurements, as the folder's state holds it."""
+    return {"figures": figures, "tokens": None if pieces is None else _digest(pieces)}
 
 
 def diagnose_plan(plan: HeadsPlan, out: Path | str, options: RunOptions) -> Diagnosis:
@@ -200,8 +207,7 @@ class HeadsCommand(Command[LayerUnit, list[HeadRow]]):
         return Summary(_report(self.plan, run.state["started"], rows, texts), {TABLE: table}, rows)
 
     def asked(self) -> dict[str, Any]:
-        pieces = self.plan.request.pieces
-        return {"figures": self.options.figures, "tokens": None if pieces is None else _digest(pieces)}
+        return asked_of(self.options.figures, self.plan.request.pieces)
 
     def draw(self, run: Run, summary: Summary) -> Sequence[Path]:
         from anchorscope.heads.figures import draw_all

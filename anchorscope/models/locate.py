@@ -63,27 +63,48 @@ def locate(source: str, revision: str | None, notify: Callable[[str], None]) -> 
     Raises:
         InputError: there is no such model, or its files are damaged.
     """
+    check_source(source, revision)
     path, name = Path(source), Path(source).name
     if (preset := named_preset(source)) is not None:
         path, name = preset_file(preset, notify), preset
-    there, folder = _exists(path, source)
-    if folder:
+    if path.is_dir():
         if not (path / "config.json").exists():
             raise InputError(_no_config(path, source))
         check_folder(path, source)
         return Place(source, str(path), name, True, options={"local_files_only": True})
     if path.suffix.lower() == ".gguf":
-        if not there:
-            raise InputError(f"model {source} does not exist: give the path of a .gguf file")
         open_gguf(path)
         return Place(source, str(path.parent), name, True, path, {"gguf_file": path.name, "local_files_only": True})
-    if there:
+    return Place(source, source, source, False, options=hub_options(source, revision, notify))
+
+
+def check_source(source: str, revision: str | None = None) -> None:
+    """Refuse what can be no model, before anything is fetched or loaded.
+
+    Args:
+        source: a preset, a GGUF file, a local folder, or a Hugging Face id.
+        revision: the revision of a Hugging Face id.
+
+    Raises:
+        InputError: there is no such file or folder and it is no id, a preset is misspelt, or a revision is given for
+            what has none.
+    """
+    path = Path(source)
+    preset = named_preset(source)
+    there, folder = (True, True) if preset is not None else _exists(path, source)
+    if not there and path.suffix.lower() == ".gguf":
+        raise InputError(f"model {source} does not exist: give the path of a .gguf file")
+    if not there and not HUB_ID.fullmatch(source):
+        raise InputError(
+            f"model {source} does not exist here and is no Hugging Face id; presets are {', '.join(sorted(PRESETS))}"
+        )
+    if there and not folder and path.suffix.lower() != ".gguf":
         raise InputError(f"model {source} is neither a folder nor a .gguf file")
-    if HUB_ID.fullmatch(source):
-        return Place(source, source, source, False, options=hub_options(source, revision, notify))
-    raise InputError(
-        f"model {source} does not exist here and is no Hugging Face id; presets are {', '.join(sorted(PRESETS))}"
-    )
+    if there and revision is not None:
+        kind = "a preset" if preset is not None else "on this machine"
+        raise InputError(
+            f"--revision {revision} is for a model of the Hugging Face hub, and {source} is {kind}: leave it out"
+        )
 
 
 def named_preset(source: str) -> str | None:

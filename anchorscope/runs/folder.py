@@ -107,8 +107,14 @@ class RunFolder:
         Raises:
             InputError: the folder cannot be used, or holds something else or a finished run.
         """
-        if not next(x for x in (path.absolute(), *path.absolute().parents) if os.path.lexists(x)).is_dir():
+        there = next(x for x in (path.absolute(), *path.absolute().parents) if os.path.lexists(x))
+        if not there.is_dir():
             raise InputError(f"--out {path} {_IS_FILE}")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise InputError(
+                f"--out {path} cannot be {'written' if there == path.absolute() else 'made'}: {there} is"
+                " protected against you; name a folder of your own"
+            )
         try:
             empty = _is_empty(path)
         except OSError:  # it is not there yet, or `run` says what is wrong with it

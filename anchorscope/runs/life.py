@@ -107,6 +107,11 @@ class RunOptions:
     notify: Callable[[str], None] | None = None
     executor: Executor | None = None
 
+    @property
+    def replacing(self) -> dict[str, bool]:
+        """What may be done to an earlier run in the folder."""
+        return {"overwrite": self.overwrite, "resume": self.resume}
+
     def report(self, event: Progress) -> None:
         """Pass progress on."""
         if self.progress is not None:

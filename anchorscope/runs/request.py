@@ -101,7 +101,7 @@ def check_target(recall: float) -> None:
         InputError: it does not lie in (0, 1].
     """
     if not 0 < recall <= 1:
-        raise InputError(f"target recall must lie above 0 and at most at 1, not {recall!r}")
+        raise InputError(f"--target-recall {recall!r} is out of range: a target recall lies above 0 and at most at 1")
 
 
 def _named(source: object) -> str:
