@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shlex
 from pathlib import Path
@@ -222,33 +223,28 @@ def test_the_table_of_bad_values_reaches_what_it_guards(capsys, places, guarded)
     capsys.readouterr()
 
 
-def test_a_finished_folder_is_refused_first(capsys, places, guarded, tmp_path):
-    for command, report, state, kind in (
-        ("analyze DUMP", "report.json", "analysis.json", "anchorscope-analysis"),
-        ("compare DUMP", "compare.json", "run.json", "anchorscope-comparison"),
-        ("heads DUMP", "heads.json", "run.json", "anchorscope-heads"),
-        ("calibrate DUMP", "calibration.json", "run.json", "anchorscope-calibration"),
-        ("bench", "bench.json", "run.json", "anchorscope-bench"),
-        ("evaluate --model m/m --theta 3 --task needle", "evaluation.json", "run.json", "anchorscope-evaluation"),
-    ):
-        name = command.split()[0]
-        folder = tmp_path / name
-        folder.mkdir()
-        import importlib
-
-        homes = {"analyze": "analysis.run", "calibrate": "calibration.run", "bench": "bench.output"}
-        home = homes.get(name) or ("evaluation.run" if name == "evaluate" else f"{name}.run")
-        own = importlib.import_module(f"anchorscope.{home}").FOLDER
-        assert own.report == report
-        asked = {"figures": True, "heatmaps": "default", "diagnose": True, "tokens": None}
-        (folder / own.state).write_text(json.dumps({"format": own.format, "started": "", "asked": asked}))
-        (folder / report).write_text("{}")
-        given = [places.get(x, x) for x in command.split()]
-        assert main([*given, "--out", str(folder)]) == 2
-        err = capsys.readouterr().err
-        assert f"{folder} holds a finished" in err, err
-        assert "add --overwrite to replace it" in err
-        assert not guarded
+@pytest.mark.parametrize(
+    ("line", "home"),
+    [
+        ("analyze DUMP", "analysis.run"),
+        ("compare DUMP", "compare.run"),
+        ("heads DUMP", "heads.run"),
+        ("calibrate DUMP", "calibration.run"),
+        ("bench", "bench.output"),
+        ("evaluate --model m/m --theta 3 --task needle", "evaluation.run"),
+    ],
+)
+def test_a_finished_folder_is_refused_first(capsys, places, guarded, tmp_path, line, home):
+    own = importlib.import_module(f"anchorscope.{home}").FOLDER
+    asked = {"figures": True, "heatmaps": "default", "diagnose": True, "tokens": None}
+    (tmp_path / own.state).write_text(json.dumps({"format": own.format, "started": "", "asked": asked}))
+    (tmp_path / own.report).write_text("{}")
+    assert main([*(places.get(x, x) for x in line.split()), "--out", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert f"{tmp_path} holds a finished" in err, err
+    assert "add --overwrite to replace it" in err
+    assert "loading" not in err
+    assert not guarded
 
 
 def test_the_least_budget_is_what_the_anchor_regions_keep(places, guarded):
@@ -265,8 +261,8 @@ def test_the_least_budget_is_what_the_anchor_regions_keep(places, guarded):
 
 
 def test_python_functions_refuse_early_too(places, guarded, tmp_path):
-    from anchorscope import analyze, bench, calibrate, compare_methods, diagnose, evaluate
-    from anchorscope.bench import BenchConfig
+    from anchorscope import analyze, calibrate, compare_methods, diagnose, evaluate
+    from anchorscope.bench import BenchConfig, bench
     from anchorscope.capture import capture_model
     from anchorscope.errors import InputError
 
@@ -276,11 +272,7 @@ def test_python_functions_refuse_early_too(places, guarded, tmp_path):
         lambda: compare_methods(tmp_path / "no dump", full),
         lambda: diagnose(tmp_path / "no dump", full),
         lambda: calibrate(tmp_path / "no dump", full),
-        lambda: (
-            bench.bench(BenchConfig(), full, tmp_path / "no dump")
-            if hasattr(bench, "bench")
-            else bench(BenchConfig(), full, tmp_path / "no dump")
-        ),
+        lambda: bench(BenchConfig(), full, tmp_path / "no dump"),
         lambda: evaluate("m/m", full, arms={"a": 1.0}, tasks=["needle"]),
         lambda: capture_model("m/m", [places["TEXT"]], full),
     ):
