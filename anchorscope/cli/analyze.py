@@ -88,7 +88,8 @@ def analyze(
     from anchorscope.params import AnchorParams
 
     params = AnchorParams(block, step, init, lookback)
-    FOLDER.refuse_early(out, asked_of(not no_figures, pairs, not no_diagnose), overwrite=overwrite, resume=resume)
+    wanted = asked_of(not no_figures, pairs, not no_diagnose, figure_theta)
+    FOLDER.refuse_early(out, wanted, overwrite=overwrite, resume=resume)
     check_early(device, backend, target_recall)
     source = open_dump(dump)
     picked = chosen(source, layers, heads, prompts)
@@ -105,10 +106,8 @@ def analyze(
         figure_theta=figure_theta,
         diagnose=not no_diagnose,
     )
-    engine = plan.backend
-    announce(
-        plan, f"{counted(len(plan.units), 'head')}, back end {engine.name} on {engine.hardware}", figures=not no_figures
-    )
+    what = f"{counted(len(plan.units), 'head')}, back end {plan.backend.name} on {plan.backend.hardware}"
+    announce(plan, what, figures=not no_figures)
     warn_of_model(source, picked["prompts"])
     with progress_bar() as bar:
         result = run(

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from anchorscope.capture import CaptureProgress
+    from anchorscope.dumps import Dump
     from anchorscope.models import PromptInput
 
 STDIN = "-"
@@ -100,7 +101,7 @@ def capture(
     wanted_layers, wanted_heads = _indices(layers, "--layers"), _indices(kv_heads, "--kv-heads")
     for option, value in (("--dtype", dtype), ("--model-dtype", model_dtype)):
         if value is not None:
-            check_word(option, value, ("bf16", "fp16", "fp32"))
+            check_word(option, value, opt.DTYPES)
     quiet_loading(model)
     from anchorscope.models.load import quiet_transformers, require_transformers
 
@@ -140,6 +141,11 @@ def capture(
             progress=update,
             notify=note,
         )
+    _print_result(dump, time.monotonic() - started, as_json)
+
+
+def _print_result(dump: Dump, seconds: float, as_json: bool) -> None:
+    """Say what was written."""
     size = sum(entry.bytes for entry in dump.entries)
     if as_json:
         result = {
@@ -148,13 +154,13 @@ def capture(
             "prompts": [{"name": p.name, "tokens": p.tokens} for p in dump.prompts],
             "layers": sorted({e.layer for e in dump.entries}),
             "bytes": size,
-            "seconds": round(time.monotonic() - started, 3),
+            "seconds": round(seconds, 3),
         }
         print(json.dumps(result))
         return
     note(
         f"{counted(len(dump.prompts), 'prompt')}, {counted(len(dump.entries), 'file')}, {human_bytes(size)}"
-        f" in {time.monotonic() - started:.0f} s"
+        f" in {seconds:.0f} s"
     )
     print(dump.path)
 

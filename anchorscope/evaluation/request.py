@@ -161,12 +161,10 @@ class EvaluateRequest:
         check_tasks(self.tasks)
         if len(set(self.tasks)) < len(self.tasks):
             raise InputError("a task is named twice")
-        for length in self.lengths or ():
-            if length < 2:
-                raise InputError(f"a length must be at least 2 tokens, not {length}")
-        for depth in self.depths:
-            if not 0 <= depth <= 1:
-                raise InputError(f"a depth must be between 0 and 1, not {depth:g}")
+        if short := [x for x in self.lengths or () if x < 2]:
+            raise InputError(f"a length must be at least 2 tokens, not {short[0]}")
+        if outside := [x for x in self.depths if not 0 <= x <= 1]:
+            raise InputError(f"a depth must be between 0 and 1, not {outside[0]:g}")
         for name, many in (("lengths", self.lengths), ("depths", self.depths)):
             if many is not None and not many:
                 raise InputError(f"{name} must name at least one")

@@ -127,7 +127,7 @@ def diagnose(dump: Dump | Path | str, out: Path | str, *, plan: HeadsPlan | None
     return diagnose_plan(planned(HeadsRequest, plan, dump, asked, late=("pieces",)), out, how)
 
 
-def asked_of(figures: bool, pieces: Sequence[str] | None = None) -> dict[str, Any]:
+def asked_of(figures: bool, pieces: Vocabulary | Sequence[str] | None = None) -> dict[str, Any]:
     """What is to be made of the measurements, as the folder's state holds it."""
     return {"figures": figures, "tokens": None if pieces is None else _digest(pieces)}
 

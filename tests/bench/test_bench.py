@@ -293,7 +293,7 @@ def test_command_writes_and_compares(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "nothing to compare" in capsys.readouterr().out
 
     assert main(["bench", "--lengths", "300", "--out", str(out), *FLAGS]) == 2
-    assert f"--out {out} holds a finished bench with other settings; add --overwrite" in capsys.readouterr().err
+    assert f"--out {out} holds a finished bench; add --overwrite" in capsys.readouterr().err
     assert main(["bench", "--lengths", "300", "--out", str(out), "--overwrite", *FLAGS]) == 0
     # One theta: no density figure is left over.
     assert sorted(p.name for p in out.iterdir()) == ["bench.json", "parts", "run.json", "time.png"]
@@ -370,7 +370,7 @@ def test_bad_older_result(tmp_path: Path, content: str | None, message: str) -> 
         ("--heads 3 --kv-heads 2", "cannot share 2 kv heads evenly"),
         ("--heads 0", "heads must be at least 1"),
         ("--head-dim 8", "head dimension of at least 17"),
-        ("--dtype fp8", "--dtype 'fp8' is unknown; use bf16"),
+        ("--dtype fp8", "--dtype 'fp8' is unknown"),
         ("--device tpu", "--device"),
         ("--backend cuda", "--backend 'cuda' is unknown; use auto"),
         ("--dense fast", "--dense 'fast' is unknown"),

@@ -71,7 +71,7 @@ def test_identification_finds_what_was_planted(period: int) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"heads": 3}, "not a multiple"),
+        ({"heads": 3}, "cannot share 2 kv heads evenly"),
         ({"dim": 16}, "above its 16 directions"),
         ({"group": 0}, "period of at least 1"),
         ({"n": 0}, "length of at least 1"),

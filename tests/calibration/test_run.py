@@ -189,7 +189,7 @@ def test_another_target_measures_nothing_again(dump, tmp_path):
     how = {**HOW, "layers": [7]}
     calibrate(dump, out, target_recall=0.9, **how)
     before = {p.name: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")}
-    with pytest.raises(InputError, match="a finished calibration with other settings; add --overwrite"):
+    with pytest.raises(InputError, match="a finished calibration; add --overwrite"):
         calibrate(dump, out, budget_density=0.6, **how)
     again = calibrate(dump, out, budget_density=0.6, overwrite=True, **how)
     assert {p.name: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")} == before
@@ -261,7 +261,7 @@ def test_windowed_layers_are_left_out(tmp_path):
     mixed = write(tmp_path / "w", ("a", "b"), windows=(2,))
     plan = plan_calibration(mixed, groups=GROUPS)
     assert plan.sources.layers == (7,)
-    assert "layers 2 have a sliding window: they are left out and run dense" in plan.warnings
+    assert "layers with a sliding window are left out and run dense: 2" in plan.warnings
     assert {j.entry.layer for unit in plan.units for j in unit.analysis.units} == {7}
     folder = analyze(mixed, tmp_path / "o", params=GROUPS[0], figures=False).path
     assert plan_calibration(folder).sources.layers == (7,)
@@ -280,19 +280,19 @@ def test_nothing_held_out_is_said(folders, tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"target_recall": 0.0}, "above 0 and at most at 1, not 0.0"),
-        ({"target_recall": 1.5}, "not 1.5"),
-        ({"target_recall": math.nan}, "not nan"),
+        ({"target_recall": 0.0}, "--target-recall 0.0 is out of range: a target recall lies above 0 and at most"),
+        ({"target_recall": 1.5}, "--target-recall 1.5"),
+        ({"target_recall": math.nan}, "--target-recall nan"),
         ({"target_recall": 0.9, "budget_density": 0.5}, "not both"),
-        ({"budget_density": math.nan}, "not nan"),
-        ({"budget_density": -1.0}, "not -1.0"),
-        ({"by": "group"}, "--by 'group' is unknown; use one of head, layer, model"),
+        ({"budget_density": math.nan}, "--budget-density nan"),
+        ({"budget_density": -1.0}, "--budget-density -1.0"),
+        ({"by": "group"}, "--by 'group' is unknown; use head, layer or model"),
         ({"statistic": "median"}, "--statistic 'median' is unknown"),
         ({"minimise": "memory"}, "--minimise 'memory' is unknown"),
         ({"minimise": "time"}, "give --costs"),
         ({"minimise": "time", "budget_density": 0.5, "costs": "x.json"}, "shared out by density"),
         ({"costs": "nowhere.json"}, "cannot be read"),
-        ({"dense_above": 0.0}, "dense_above"),
+        ({"dense_above": 0.0}, "--dense-above 0.0"),
         ({"layers": [3]}, "no source has layer 3; there are 2,7"),
         ({"groups": ()}, "at least one kind of group"),
         ({"holdout": ["poem"]}, "no prompt 'poem'"),
@@ -337,7 +337,7 @@ def test_sources_that_do_not_fit_together(dump, finished, tmp_path):
 def test_coarse_thetas_are_said_to_be(dump, tmp_path):
     how = {"groups": GROUPS[:1], "thetas": [2.0], "layers": [2], "figures": False}
     done = calibrate(dump, tmp_path / "o", target_recall=0.8, statistic="p05", **how)
-    assert any("known at 1 finite thetas only" in w for w in done.report["warnings"])
+    assert any("known at 1 finite theta only" in w for w in done.report["warnings"])
 
 
 def test_time_decides_when_asked(folders, tmp_path):
@@ -409,7 +409,7 @@ def test_many_heads_and_lengths_fit_80_columns(tmp_path):
     [
         (("--groups", "64"), "--groups '64' is malformed"),
         (("--theta", "nan"), "is not a number"),
-        (("--target-recall", "2"), "not 2.0"),
+        (("--target-recall", "2"), "--target-recall 2.0"),
         (("--layers", "5"), "5 does not exist"),
         (("--holdout", "1"), "share from 0"),
         (("--holdout", "poem"), "no prompt 'poem'"),
