@@ -9,26 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from anchorscope.names import THETA_COLUMNS
 from anchorscope.profiles import HeadProfile
 from anchorscope.runs.values import jsonable, number
 
-HEADS_COLUMNS = (
-    "prompt",
-    "layer",
-    "head",
-    "kv_head",
-    "theta",
-    "recall",
-    "recall_p05",
-    "recall_min",
-    "recall_last",
-    "density",
-    "sparsity",
-    "stripe_density",
-    "output_error",
-    "output_close_01",
-    "output_close_005",
-)
+HEADS_COLUMNS = ("prompt", "layer", "head", "kv_head", *THETA_COLUMNS)
 THETAS_COLUMNS = (
     "theta",
     "heads",

@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from anchorscope.devices import is_out_of_memory
+from anchorscope.names import DENSE
 
 SDPA = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -26,7 +27,7 @@ SDPA = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
-NAMES = (*SDPA, "flex")
+NAMES = DENSE
 FLEX_TILE = 128  # side of a FlexAttention mask block
 
 

@@ -17,6 +17,7 @@ from anchorscope.cli.help import completes
 from anchorscope.cli.tables import FittingTable, new_table, optional
 from anchorscope.errors import InputError, RunFailure
 from anchorscope.files import human_bytes
+from anchorscope.names import DENSE
 from anchorscope.shown import counted, exact_theta, share_text, threads_text
 
 if TYPE_CHECKING:
@@ -71,10 +72,9 @@ def bench(
     dense: Annotated[
         str | None,
         typer.Option(
-            help="Dense baselines, separated by commas: flash, cudnn, efficient, flex, math. (default: all but math;"
-            " CPU flash)",
+            help=f"Dense baselines, separated by commas: {', '.join(DENSE)}. (default: all but math; CPU flash)",
             metavar="NAMES",
-            autocompletion=completes(lambda: ("flash", "cudnn", "efficient", "flex", "math")),
+            autocompletion=completes(lambda: DENSE),
         ),
     ] = None,
     layers: Annotated[

@@ -13,18 +13,13 @@ from anchorscope.cli.common import announce, note, progress_bar, quiet_loading, 
 from anchorscope.cli.help import completes
 from anchorscope.cli.tables import clean_name, new_table, print_places
 from anchorscope.errors import InputError
+from anchorscope.names import PERPLEXITY, TASKS
 from anchorscope.shown import counted, partly_sparse, share_text
 
 if TYPE_CHECKING:
     from anchorscope.anchors import AnchorConfig
     from anchorscope.evaluation import Evaluation
     from anchorscope.params import AnchorParams
-
-
-def _task_names() -> list[str]:
-    from anchorscope.evaluation.tasks import PERPLEXITY, TASKS
-
-    return [*TASKS, PERPLEXITY]
 
 
 def evaluate(
@@ -37,11 +32,11 @@ def evaluate(
     task: Annotated[
         str,
         typer.Option(
-            help="Tasks, separated by commas: needle, multi-needle, variable-tracking, common-words, perplexity (of the"
-            " project's own text). (default: none)",
+            help=f"Tasks, separated by commas: {', '.join((*TASKS, PERPLEXITY))} (of the project's own text)."
+            " (default: none)",
             metavar="NAMES",
             show_default=False,
-            autocompletion=completes(_task_names),
+            autocompletion=completes(lambda: (*TASKS, PERPLEXITY)),
         ),
     ] = "",
     config: Annotated[

@@ -11,6 +11,7 @@ from anchorscope.cli import options as opt
 from anchorscope.cli.common import live_bar, note, warn, warn_of_model
 from anchorscope.errors import InputError
 from anchorscope.files import human_bytes
+from anchorscope.names import ADD_TO_ANALYSES, PAGE_COMMANDS, listed
 from anchorscope.shown import counted
 
 if TYPE_CHECKING:
@@ -23,7 +24,8 @@ def report(
     outs: Annotated[
         list[Path],
         typer.Argument(
-            help="Folders of `analyze`, `calibrate`, `evaluate`, `bench`, and of `compare` and `heads` with analyses.",
+            help=f"Folders written by {listed(PAGE_COMMANDS)}; those of {listed(ADD_TO_ANALYSES, 'and')} need the"
+            " analysis of the same dump beside them.",
             metavar="OUT",
         ),
     ],
@@ -78,10 +80,10 @@ def _extent(sources: Sources) -> str:
     """What the page holds, in words."""
     heads = sum(len(r.profiles) for r in sources.runs)
     found = [counted(heads, "head")] if sources.runs else []
-    for name, results in sources.results.items():
-        many = "benches" if name == "bench" else f"{name}s"
-        found += [f"{len(results)} {name if len(results) == 1 else many}"] if results else []
-    return ", ".join(found)
+    counts = {what: len(tables) for what, tables in sources.added.items()}
+    counts.update({name: len(results) for name, results in sources.results.items()})
+    plurals = {"bench": "benches", "diagnosis of heads": "diagnoses of heads"}
+    return ", ".join([*found, *(counted(n, what, plurals.get(what)) for what, n in counts.items() if n)])
 
 
 def _tokens(sources: Sources, dumps: Sequence[Path], tokenizer: Path | None) -> dict[tuple[str, str], list[bytes]]:

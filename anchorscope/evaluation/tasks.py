@@ -10,11 +10,12 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from anchorscope import names
 from anchorscope.errors import InputError
 from anchorscope.evaluation.text import Pieces, Prose, insert, word_lists, words_cut
+from anchorscope.names import PERPLEXITY
 from anchorscope.parse import check_word
 
-PERPLEXITY = "perplexity"
 LEAST_PROSE = 64  # tokens of text around the needles
 SPARE = 8  # tokens a model may spend beyond the answer's own
 QUERIED, HIDDEN = 2, 4  # needles asked for, and hidden
@@ -138,22 +139,19 @@ def common_words(rng: random.Random, _: float | None) -> Puzzle:
     )
 
 
-TASKS: dict[str, Callable[[random.Random, float | None], Puzzle]] = {
-    "needle": needle,
-    "multi-needle": multi_needle,
-    "variable-tracking": variable_tracking,
-    "common-words": common_words,
-}
+TASKS: dict[str, Callable[[random.Random, float | None], Puzzle]] = dict(
+    zip(names.TASKS, (needle, multi_needle, variable_tracking, common_words), strict=True)
+)
 BY_DEPTH = ("needle",)
 
 
-def check_tasks(names: Sequence[str]) -> None:
+def check_tasks(wanted: Sequence[str]) -> None:
     """Refuse a task that does not exist.
 
     Raises:
         InputError: and which ones do.
     """
-    for name in names:
+    for name in wanted:
         check_word("--task", name, [*TASKS, PERPLEXITY])
 
 

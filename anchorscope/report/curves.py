@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from anchorscope.names import THETA_COLUMNS
 from anchorscope.profiles import HeadProfile
 from anchorscope.report.pack import pack_floats, shorten
 
@@ -18,15 +19,7 @@ MAX_POSITIONS = 6  # thetas whose recall by position is kept
 TOP = 16
 
 # columns of heads.csv that only exist at the thetas asked for
-EXTRAS = (
-    "recall_p05",
-    "recall_min",
-    "recall_last",
-    "stripe_density",
-    "output_error",
-    "output_close_01",
-    "output_close_005",
-)
+EXTRAS = tuple(x for x in THETA_COLUMNS if x not in ("theta", "recall", "density", "sparsity"))
 SCALARS = ("theta_needed", "density_needed", "oracle_needed", "anchor_density")
 
 

@@ -28,6 +28,8 @@ from anchorscope._version import __version__
 from anchorscope.errors import MissingBackendError
 from anchorscope.figure_theta import choose_figure_theta, find_theta
 from anchorscope.files import write_atomic
+from anchorscope.names import THETA_COLUMNS
+from anchorscope.palette import PAGE, RED, SKY
 from anchorscope.profiles import HeadProfile
 from anchorscope.report.curves import pack_curves, theta_grid
 from anchorscope.report.glossary import GLOSSARY
@@ -157,6 +159,8 @@ def build_data(sources: Sources, *, tokens: Tokens | None = None, progress: Prog
         "model": _model(sources),
         "summary": summarize([(one.run, one.profiles, one.grid) for one in measured], sources.results),
         "glossary": GLOSSARY,
+        "columns": THETA_COLUMNS,
+        "colors": {"lines": PAGE, "short": RED, "cursor": SKY},
         "sets": sets,
         "sections": sections,
         "words": words,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from anchorscope.errors import DumpError, InputError
+from anchorscope.names import PAGE_COMMANDS, listed
 from anchorscope.report import benches, calibrations, diagnostics, evaluations, methods
 from anchorscope.report.read import Kind, Run, Table, labels, open_run, read_result
 from anchorscope.report.sections import Result, Section, refuse_different_models
@@ -52,6 +53,11 @@ class Sources:
     def diagnostics(self) -> tuple[Table, ...]:
         """Tables of `heads`."""
         return self.tables.get("diagnostics", ())
+
+    @property
+    def added(self) -> dict[str, tuple[Table, ...]]:
+        """Tables that add to the analyses, by what such a run is in words."""
+        return {kind.what: self.tables.get(kind.name, ()) for kind in KINDS}
 
     def tables_of(self, kind: Kind, run: Run) -> list[Table]:
         """Tables of one kind that were measured on the dump of a run, or do not say on which."""
@@ -101,7 +107,7 @@ def _labeled(found: Sequence[AnyT]) -> tuple[AnyT, ...]:
     return tuple(replace(x, label=label) for x, label in zip(found, labels([x.path for x in found]), strict=True))
 
 
-_COMMANDS = "analyze, compare, heads, calibrate, evaluate or bench"
+_COMMANDS = listed(PAGE_COMMANDS)
 
 
 def _refuse_unfinished(folder: Path) -> None:

@@ -75,7 +75,7 @@ def _plan(analyses: Analyses, calibrated: Sequence[Any]) -> dict[str, Any] | Non
     if calibrated:
         report = calibrated[0]
         part = report[calibrations.part_of(report)]
-        dense = f"{report['dense_heads']} of {counted(len(report['heads']), 'head')} dense"
+        dense = _sparse_part(report)
         groups = calibrations.kinds_of_groups(report)
         return {"theta": "a theta per head", "groups": groups, "density": part["density"], "note": dense}
     for run, profiles, grid in analyses:
@@ -89,6 +89,16 @@ def _plan(analyses: Analyses, calibrated: Sequence[Any]) -> dict[str, Any] | Non
             theta = f"theta {theta_text(float(grid[at]))}"
             return {"theta": theta, "groups": groups, "density": float(density[at]), "note": note}
     return None
+
+
+def _sparse_part(report: Mapping[str, Any]) -> str:
+    """How many heads run sparse: of the model's, where it says how many it has, since all others run dense."""
+    sparse = len(report["heads"]) - report["dense_heads"]
+    model = report.get("model") or {}
+    layers, each = model.get("layers"), model.get("query_heads")
+    if isinstance(layers, int) and isinstance(each, int) and sparse <= layers * each:
+        return f"{sparse:,} of the model's {counted(layers * each, 'head')} sparse"
+    return f"{report['dense_heads']} of {counted(len(report['heads']), 'head')} dense"
 
 
 def _foreign(bench: Mapping[str, Any], analyses: Analyses, calibrated: Sequence[Any]) -> bool:

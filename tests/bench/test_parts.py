@@ -174,3 +174,9 @@ def test_absent_hardware_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
             resolve_device(name)
     with pytest.raises(InputError, match="--backend"):
         resolve_backend("cuda", CPU)
+
+
+def test_every_dense_name_is_one_that_can_run() -> None:
+    from anchorscope.bench.dense import NAMES, SDPA
+
+    assert sorted(NAMES) == sorted([*SDPA, "flex"])

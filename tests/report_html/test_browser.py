@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import csv
+import re
 
 import numpy as np
 import pytest
@@ -190,6 +191,14 @@ def test_tokens_under_the_pointer_are_text(shown):
     assert "<i>" in shown.text("#cell code")
     assert shown.js("return document.querySelectorAll('#cell i, #top i').length") == 0
     assert "<i>" in shown.text("#top tbody")
+
+
+def test_measured_numbers_have_a_sensible_number_of_digits(shown):
+    cells = shown.js("return [...document.querySelectorAll('#diagnostics td')].map((x) => x.textContent)")
+    numbers = [x for x in cells if re.fullmatch(r"-?[\d.,]+", x)]
+    assert numbers
+    assert all(len(x.replace(",", "").replace(".", "").lstrip("-0")) <= 6 for x in numbers), numbers
+    assert "" not in cells, "rows that say nothing"
 
 
 def test_words_read_as_text_and_nothing_in_them_reorders_the_page(shown):

@@ -13,7 +13,7 @@ from anchorscope.dumps import open_dump
 from anchorscope.errors import AnchorScopeError
 from anchorscope.report import html
 
-from .runs import make_profiles, renamed, write_methods, write_run
+from .runs import make_profiles, renamed, write_diagnostics, write_methods, write_run
 from .test_html import parsed, unpack
 
 
@@ -135,3 +135,19 @@ def test_mistakes_are_one_sentence(run, tmp_path):
         assert isinstance(error, AnchorScopeError), error
         assert error.exit_code == 2
         assert words in str(error)
+
+
+def test_the_last_line_counts_all_that_the_page_is_made_of(run, tmp_path):
+    profiles = make_profiles(layers=1, heads=2)
+    methods, kinds = write_methods(tmp_path / "m", profiles), write_diagnostics(tmp_path / "h", profiles)
+    other = write_methods(tmp_path / "n", profiles)
+    said = invoke(run, methods, other, kinds).stderr
+    heads = len(list((run / "profile").glob("*.safetensors")))
+    assert f"{heads} heads, 2 comparisons, 1 diagnosis of heads, " in said
+
+
+def test_help_names_every_kind_of_folder():
+    from anchorscope.names import PAGE_COMMANDS
+    from anchorscope.report.kinds import KINDS, SECTIONS
+
+    assert sorted(PAGE_COMMANDS) == sorted(["analyze", *(x.command for x in (*KINDS, *SECTIONS))])

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from anchorscope import names, palette
 from anchorscope.errors import DumpError, MissingBackendError, RunFailure
 from anchorscope.report import curves, html
 from anchorscope.report.curves import curve_at
@@ -341,3 +342,18 @@ def test_building_needs_no_torch(run, tmp_path):
 def test_a_file_that_cannot_be_written(run, tmp_path):
     with pytest.raises(RunFailure, match="cannot write"):
         write_report([run], tmp_path / "nowhere" / "x.html")
+
+
+def test_columns_and_colors_stand_once():
+    """heads.csv and the palette of the figures are the source; the page's script holds neither."""
+    from anchorscope.analysis.tables import HEADS_COLUMNS
+    from anchorscope.report.curves import EXTRAS
+
+    script = html.page_script()
+    assert "output_close_005" not in script
+    assert set(re.findall(r"#[0-9a-fA-F]{6}\b", script)) <= {"#111111", "#ffffff"}, "ink on a ground alone"
+    assert HEADS_COLUMNS[4:] == names.THETA_COLUMNS
+    assert set(EXTRAS) < set(names.THETA_COLUMNS)
+    data = build_data(html.Sources(()))
+    assert data["columns"] == names.THETA_COLUMNS
+    assert data["colors"]["short"] == palette.RED

@@ -2,9 +2,10 @@
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const byId = (id) => document.getElementById(id);
-// Okabe and Ito's palette without yellow, which is faint on white, and black, which is not seen on dark.
-const COLORS = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#8c6bb1", "#8a8a00"];
+const COLORS = data.colors.lines;
+document.documentElement.style.setProperty("--short", data.colors.short);
 const DASHES = ["solid", "dash", "dot", "dashdot"];
+const channels = (hex) => [1, 3, 5].map((k) => parseInt(hex.slice(k, k + 2), 16));
 const number = (x) => (x === "inf" ? Infinity : x === "-inf" ? -Infinity : x);
 for (const run of data.runs) {
   run.grid = run.grid.map(number);
@@ -34,6 +35,12 @@ const decimals = (x, digits) => {
     if ((Math.abs(x) >= 1 || Math.abs(+text) < 1) && (x === 0 || +text !== 0)) return text;
   }
   return x.toFixed(digits);
+};
+/** A field of a table: numbers with a sensible number of digits, other texts as they are. */
+const measured = (text) => {
+  if (text === "" || !/^-?[0-9.]+(e[-+]?[0-9]+)?$/i.test(text)) return text;
+  const x = Number(text);
+  return Number.isInteger(x) ? whole(x) : Math.abs(x) < 1 ? fixed(x, 3) : x < 100 ? fixed(x, 1) : whole(Math.round(x));
 };
 /** A theta to be typed again: two decimals, rounded up, so that it selects no less than what was measured. */
 const upward = (x) => (Number.isFinite(x) ? (Math.ceil(x * 100 - 0.005) / 100).toFixed(2) : fixed(x));

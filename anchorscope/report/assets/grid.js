@@ -62,7 +62,7 @@ function paintGrid() {
     if (value === null) [text, rgb] = ["", null];
     else if (q.words) {
       text = String(value);
-      rgb = difference ? (value === "same" ? [128, 128, 128] : [213, 94, 0]) : wordColor(q, value);
+      rgb = difference ? (value === "same" ? [128, 128, 128] : channels(data.colors.short)) : wordColor(q, value);
     } else {
       text = q.write && !difference ? q.write(value) : fixed(value, q.digits ?? (difference || short ? 2 : 3));
       rgb = color(map, (value - low) / (high - low));
@@ -101,7 +101,7 @@ function paintGrid() {
 function wordColor(q, word) {
   const hex = COLORS[Math.max(q.words.indexOf(word), 0) % COLORS.length];
   const fade = q.words.indexOf(word) >= COLORS.length ? 0.45 : 0; // a ninth method is a paler first
-  return [1, 3, 5].map((k) => Math.round(parseInt(hex.slice(k, k + 2), 16) * (1 - fade) + 255 * fade));
+  return channels(hex).map((x) => Math.round(x * (1 - fade) + 255 * fade));
 }
 
 function worst(set, theta) {

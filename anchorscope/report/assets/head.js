@@ -6,21 +6,19 @@ async function tokensOf(set) {
   return set.pieces;
 }
 
-const COLUMNS = ["theta", "recall", "recall_p05", "recall_min", "recall_last", "density", "sparsity", "stripe_density", "output_error", "output_close_01", "output_close_005"];
-
 function paintNumbers(set, record) {
   const run = runOf(set), lines = [];
   const line = (theta, now) => {
     const cell = (column) => column === "theta" ? nats(theta) : column === "recall" ? fixed(at(set, record, "recall", theta))
       : column === "density" ? fixed(at(set, record, "density", theta)) : column === "sparsity" ? fixed(1 - at(set, record, "density", theta))
       : fixed(extra(set, record, column, theta));
-    return make("tr", { class: now ? "now" : null, "data-theta": nats(theta) }, ...COLUMNS.map((c) => make("td", { "data-column": c }, cell(c))));
+    return make("tr", { class: now ? "now" : null, "data-theta": nats(theta) }, ...data.columns.map((c) => make("td", { "data-column": c }, cell(c))));
   };
   const thetas = [...run.asked.slice(0, run.kept)].sort((a, b) => a - b);
   if (!thetas.includes(state.theta)) lines.push(line(state.theta, true));
   for (const theta of thetas) lines.push(line(theta, theta === state.theta));
   fill("numbers", make("caption", { class: "hint" }, run.kept < run.asked.length ? `${run.kept} of ${run.asked.length} thetas asked for; heads.csv has the others` : ""),
-    make("thead", {}, make("tr", {}, ...COLUMNS.map((c) => make("th", { scope: "col" }, c.replace(/_/g, " "))))), make("tbody", {}, ...lines));
+    make("thead", {}, make("tr", {}, ...data.columns.map((c) => make("th", { scope: "col" }, c.replace(/_/g, " "))))), make("tbody", {}, ...lines));
 }
 
 async function paintHead() {
@@ -43,12 +41,16 @@ async function paintHead() {
     card("density needed", fixed(record.density_needed), beside("density_needed") ?? `for recall ${run.target}`),
     card("stripe oracle", fixed(record.oracle_needed), beside("oracle_needed") ?? `density for recall ${run.target}`),
   ];
-  if (set.methods) cards.push(card("best method", bestMethod(set, record) ?? "none", `least density for recall ${run.target}, oracles left out`));
+  if (set.methods) {
+    const best = bestMethod(set, record) ?? (set.methods.heads[key] ? "none" : "not compared");
+    cards.push(card("best method", best, best === "not compared" ? "the comparison left this head out" : `least density for recall ${run.target}, oracles left out`));
+  }
   fill("needs", ...cards);
   paintNumbers(set, record);
   const row = set.diagnostics?.heads[key];
   fill("diagnostics", ...(row ? [make("h3", {}, "Diagnostics"), make("div", { class: "scroll" }, make("table", {}, make("tbody", {},
-    ...set.diagnostics.columns.map((name, i) => make("tr", {}, make("th", { scope: "row", class: "text" }, name.replace(/_/g, " ")), make("td", { class: "text" }, row[i]))))))] : []));
+    ...set.diagnostics.columns.map((name, i) => [name, row[i]]).filter(([, value]) => value !== "").map(([name, value]) =>
+      make("tr", {}, make("th", { scope: "row", class: "text" }, name.replace(/_/g, " ")), make("td", { class: "text" }, measured(value)))))))] : []));
   const pieces = await tokensOf(set);
   if (state.key !== key || current() !== set) return;
   const lines = [...record.top_columns].map((column, i) => [column, record.top_mass[i]]).filter(([c]) => !Number.isNaN(c));

@@ -58,7 +58,7 @@ function paintHeat(fresh) {
 function cursorShape() {
   if (!heat?.cursor) return [];
   const [r, c] = heat.cursor;
-  return [{ type: "rect", x0: heat.columns[c], x1: heat.columns[c + 1], y0: heat.rows[r], y1: heat.rows[r + 1], line: { color: "#56b4e9", width: 3 } }];
+  return [{ type: "rect", x0: heat.columns[c], x1: heat.columns[c + 1], y0: heat.rows[r], y1: heat.rows[r + 1], line: { color: data.colors.cursor, width: 3 } }];
 }
 
 async function showCell(r, c) {

@@ -61,8 +61,8 @@ const QUANTITIES = quantities();
 function color(map, share) {
   const stops = data.maps[map], x = Math.min(Math.max(share, 0), 1) * (stops.length - 1);
   const i = Math.min(Math.floor(x), stops.length - 2), f = x - i;
-  const channel = (hex, k) => parseInt(hex.slice(1 + 2 * k, 3 + 2 * k), 16);
-  return [0, 1, 2].map((k) => Math.round(channel(stops[i], k) * (1 - f) + channel(stops[i + 1], k) * f));
+  const [from, to] = [channels(stops[i]), channels(stops[i + 1])];
+  return from.map((c, k) => Math.round(c * (1 - f) + to[k] * f));
 }
 const inkOn = ([r, g, b]) => (0.299 * r + 0.587 * g + 0.114 * b > 140 ? "#111111" : "#ffffff");
 const gradient = (map) => `linear-gradient(to right, ${data.maps[map].join(",")})`;
