@@ -103,7 +103,7 @@ def compare(
         device=device,
         devices=devices,
     )
-    settings_count = sum(len(c.sweep) for c in lineup)
+    settings_count = sum(len(c.sweep) for c in plan.lineup)
     what = ", ".join(
         (counted(len(plan.units), "head"), counted(len(lineup), "method"), counted(settings_count, "setting"))
     )
@@ -140,19 +140,42 @@ def print_summary(result: Comparison) -> None:
         density = _at(own[label], target)["density"]
         return label in oracles, 2.0 if density is None else density
 
+    ends = {m["label"]: m["end"] for m in report["settings"]["methods"]}
+    short: list[str] = []
     ranked = sorted(shared, key=order)
     for i, label in enumerate(ranked):
         if label in oracles and i and ranked[i - 1] not in oracles:
             table.add_section()
-        cells = [share_text(_at(rows[label], r)["density"]) for rows in (shared, own) for r in shown]
+        missed = "cannot" if ends[label] == "most" else "-"
+        needed = [_at(rows[label], r)["density"] for rows in (shared, own) for r in shown]
+        cells = [missed if density is None else share_text(density) for density in needed]
+        if None in needed:
+            short.append(_falls_short(report, label, ends[label] == "most"))
         cost = _at(own[label], target)["identify_cost"]
         table.add_row(clean_name(label, 22), *cells, share_text(cost))
     console.print(table)
     console.print(
         "shared: one setting for all heads, recall their mean; own: each head reaches the recall at its own setting; -:"
-        f" not reached. search cost: arithmetic of identification where each head reaches {target:g}, share of dense."
+        " not reached by the settings tried; cannot: by none. search cost: arithmetic of identification where each head"
+        f" reaches {target:g}, share of dense."
     )
+    for sentence in short:
+        console.print(sentence, highlight=False, markup=False)
     print_places(console, "Tables", result.path, result.figures)
+
+
+def _falls_short(report: dict[str, Any], label: str, cannot: bool) -> str:
+    """What a method that does not reach every recall of the table reaches at most."""
+    most = next(row for row in report["needed"]["largest"] if row["method"] == label)
+    mean, head = (
+        f"recall {share_text(most[name]['recall'])} at density {share_text(most[name]['density'])}"
+        for name in ("mean", "hardest_head")
+    )
+    why = next(m["never_dense"] for m in report["settings"]["methods"] if m["label"] == label) if cannot else None
+    return (
+        f"{clean_name(label, 22)} {'cannot' if cannot else 'does not'} reach every recall: largest mean {mean};"
+        f" of its hardest head {head}{f'; {why}' if why else ''}."
+    )
 
 
 def _at(cells: list[dict[str, Any]], recall: float) -> dict[str, Any]:

@@ -25,7 +25,8 @@ class CompareRequest(DumpRequest):
     """Which methods to score on which heads of a dump.
 
     Attributes:
-        lineup: methods and sweeps, see `anchorscope.methods.line_up`; None means all.
+        lineup: methods and sweeps, see `anchorscope.methods.line_up`; None means all. Default sweeps go on until
+            everything is kept of the longest prompt.
         target_recall: recall that figures and `best` are about.
     """
 
@@ -50,8 +51,10 @@ class CompareRequest(DumpRequest):
         devices = resolve_devices(self.device, self.devices)
         where = devices[0]
         source, units = self.choose()
+        longest = max(u.entry.tokens for u in units)
+        lineup = tuple(c.at_length(longest) for c in lineup)
         settings: dict[str, Any] = {
-            "methods": [_described(c) for c in lineup],
+            "methods": [_described(c, longest) for c in lineup],
             "target_recall": self.target_recall,
             "last_rows": LAST_ROWS,
             **chosen_settings(units),
@@ -92,8 +95,8 @@ class ComparePlan(Plan[HeadUnit]):
     target_recall: float
 
 
-def _described(contender: Contender) -> dict[str, Any]:
-    """A method and its sweep, as settings hold them."""
+def _described(contender: Contender, longest: int) -> dict[str, Any]:
+    """A method and its sweep, as settings hold them; `longest` is the longest prompt, in tokens."""
     method = contender.method
     return {
         "label": contender.label,
@@ -105,6 +108,8 @@ def _described(contender: Contender) -> dict[str, Any]:
         },
         "parameter": method.parameter,
         "values": [jsonable(float(value)) for value in contender.sweep],
+        "end": contender.end(longest),
+        "never_dense": method.never_dense or None,
         "granularity": method.granularity,
         "oracle": method.oracle,
         "source": method.source,

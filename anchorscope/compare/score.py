@@ -149,7 +149,8 @@ class _Books:
             base, new = None, keep
         keys = new.nonzero().squeeze(1)
         pairs = self._pairs(keys + chunk.low, first, last)
-        if base is None and len(keys) == width:
+        whole = bool(keep.all())
+        if whole:  # exactly: sums of parts would be rounded otherwise
             total = dense[rows]
         elif 2 * len(keys) < width:
             total = weights[rows, :width].index_select(1, keys) @ self.extended[keys + chunk.low]
@@ -157,7 +158,7 @@ class _Books:
             # Most keys are new: zeroing the others is faster than gathering.
             total = (weights[rows, :width] * new) @ self.extended[chunk.low : last]
         if base is not None:
-            total, pairs = total + base.total, pairs + base.pairs
+            total, pairs = total if whole else total + base.total, pairs + base.pairs
         before[span] = _Run(keep, total, pairs)
         self.pairs[index] += pairs
         self.rows[index, first:last] = total[:, -1] / dense[rows, -1]

@@ -132,8 +132,29 @@ def per_head_need(points: Sequence[Point], method: str, target: float) -> Need:
     )
 
 
+def _most(curve: Iterable[tuple[float, float, float]]) -> tuple[float, float]:
+    """The largest recall of a curve, and the least density that has it."""
+    recall, density = max((r, -d) for d, r, _ in curve)
+    return recall, -density
+
+
+def largest(points: Sequence[Point], method: str) -> dict[str, dict[str, float]]:
+    """The largest recall that a method's settings reach and its density: of the mean over heads, and of the head that
+    reaches least.
+    """
+    mean = _most(shared_curve(points, method))
+    heads = by_head(points, method).values()
+    least = min(_most([(p.density, p.recall, 0.0) for p in ps]) for ps in heads)
+    return {
+        name: {"recall": recall, "density": density}
+        for name, (recall, density) in (("mean", mean), ("hardest_head", least))
+    }
+
+
 def needed_table(points: Sequence[Point], methods: Sequence[str], recalls: Sequence[float]) -> dict[str, Any]:
-    """The tables `shared` and `per-head`: per method and recall the density needed, null where not reached."""
+    """The tables `shared` and `per-head`: per method and recall the density needed, null where not reached; and the
+    largest recall of each method.
+    """
     shared, own = [], []
     for method in methods:
         rows = [(r, shared_need(points, method, r)) for r in recalls]
@@ -156,7 +177,8 @@ def needed_table(points: Sequence[Point], methods: Sequence[str], recalls: Seque
                 }
             )
         own.append({"method": method, "needed": cells})
-    return {"shared": shared, "per-head": own}
+    most = [{"method": method, **largest(points, method)} for method in methods]
+    return {"shared": shared, "per-head": own, "largest": most}
 
 
 def winners(points: Sequence[Point], methods: Sequence[str], target: float) -> dict[tuple[str, int, int], str | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -24,7 +25,8 @@ class Anchor(Method):
 
     name: ClassVar = "anchor"
     parameter: ClassVar = "theta"
-    sweep: ClassVar = (4.0, 6.0, 8.0, 9.0, 10.0, 11.0, 12.0, 14.0)
+    sweep: ClassVar = (4.0, 6.0, 8.0, 9.0, 10.0, 11.0, 12.0, 14.0, 17.0, 22.0, 32.0)
+    sweep_end: ClassVar = math.inf
     granularity: ClassVar = "stripe"
     source: ClassVar = "Zhang et al., AnchorAttention, EMNLP 2025, arXiv 2505.23520"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -28,7 +29,8 @@ class AnchorReleased(Method):
 
     name: ClassVar = "anchor-released"
     parameter: ClassVar = "theta"
-    sweep: ClassVar = (4.0, 6.0, 8.0, 9.0, 10.0, 11.0, 12.0, 14.0)
+    sweep: ClassVar = (4.0, 6.0, 8.0, 9.0, 10.0, 11.0, 12.0, 14.0, 17.0, 22.0, 32.0, math.inf)
+    never_dense: ClassVar = "the block of keys before each group is never attended"
     granularity: ClassVar = "stripe"
     source: ClassVar = "released AnchorAttention kernels (v4), as described in docs/methods.md"
 

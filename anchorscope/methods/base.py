@@ -34,8 +34,12 @@ class Method(ABC):
 
     Class attributes:
         name: what users type. parameter: the field that a sweep varies. sweep: its values, sparsest first.
-            granularity: "stripe" (token columns shared by queries), "block", "pattern" (fixed or diagonal) or "token".
-            oracle: it looks at the full attention, so it bounds others and cannot run. source: paper or repository.
+        sweep_end: the value that keeps every visible pair, with which a sweep ends; None if there is none, or if it
+            depends on the length (see `dense_at`). sweep_doubles: the parameter counts tokens or blocks, so a sweep
+            doubles it until it keeps every pair. never_dense: why no value keeps every pair, of a method whose sweep
+            ends at the most that its rule can keep.
+        granularity: "stripe" (token columns shared by queries), "block", "pattern" (fixed or diagonal) or "token".
+        oracle: it looks at the full attention, so it bounds others and cannot run. source: paper or repository.
 
     Raises:
         InputError: a parameter out of range.
@@ -44,6 +48,9 @@ class Method(ABC):
     name: ClassVar[str]
     parameter: ClassVar[str]
     sweep: ClassVar[tuple[float, ...]]
+    sweep_end: ClassVar[float | None] = None
+    never_dense: ClassVar[str] = ""
+    sweep_doubles: ClassVar[bool] = False
     granularity: ClassVar[str]
     oracle: ClassVar[bool] = False
     source: ClassVar[str]
@@ -64,6 +71,22 @@ class Method(ABC):
     def at(self: M, value: float) -> M:
         """This method with its swept parameter at `value`."""
         return replace(self, **{self.parameter: value})
+
+    def dense_at(self, tokens: int) -> float | None:
+        """The value of the swept parameter that keeps every visible pair of so many tokens; None if none is known."""
+        return self.sweep_end
+
+    def sweep_for(self, tokens: int) -> tuple[float, ...]:
+        """The values that a comparison tries where the user names none: from the sparsest to all of so many tokens."""
+        last = self.dense_at(tokens)
+        if last is None:
+            return self.sweep
+        if not self.sweep_doubles:
+            return tuple(dict.fromkeys((*self.sweep, last)))
+        values = [value for value in self.sweep if value < last]
+        while values and 2 * values[-1] < last:
+            values.append(2 * values[-1])
+        return (*values, last)
 
     @property
     def settings(self) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -22,11 +23,15 @@ class BlockTopK(Method):
     name: ClassVar = "block-topk"
     parameter: ClassVar = "k"
     sweep: ClassVar = (2, 4, 8, 16, 32, 64, 100, 200)
+    sweep_doubles: ClassVar = True
     granularity: ClassVar = "block"
     source: ClassVar = "block-sparse pattern of MInference 1.0, NeurIPS 2024, arXiv 2407.02490"
 
     k: int = setting(100, "key blocks per query block", low=1)
     block: int = setting(64, "block side, tokens", low=1)
+
+    def dense_at(self, tokens: int) -> float:
+        return math.ceil(tokens / self.block)
 
     def select(self, head: Head) -> Selection:
         visible = head.visible_blocks(self.block, self.block)

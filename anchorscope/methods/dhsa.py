@@ -27,11 +27,15 @@ class Dhsa(Method):
     name: ClassVar = "dhsa"
     parameter: ClassVar = "k"
     sweep: ClassVar = (1, 2, 4, 8, 16, 32, 64, 128)
+    sweep_doubles: ClassVar = True
     granularity: ClassVar = "block"
     source: ClassVar = "DHSA, arXiv 2510.24606"
 
     k: int = setting(16, "key chunks per query chunk", low=1)
     chunk: int = setting(128, "chunk length, tokens", low=1)
+
+    def dense_at(self, tokens: int) -> float:
+        return math.ceil(tokens / self.chunk)
 
     def select(self, head: Head) -> Selection:
         visible = head.visible_blocks(self.chunk, self.chunk)

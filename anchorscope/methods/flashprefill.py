@@ -26,7 +26,8 @@ class FlashPrefill(Method):
 
     name: ClassVar = "flashprefill"
     parameter: ClassVar = "alpha"
-    sweep: ClassVar = (0.5, 0.3, 0.18, 0.12, 0.08, 0.03, 0.01, 0.001)
+    sweep: ClassVar = (0.5, 0.3, 0.18, 0.12, 0.08, 0.03, 0.01, 0.001, 1e-5)
+    sweep_end: ClassVar = 0.0
     granularity: ClassVar = "block"
     source: ClassVar = "FlashPrefill (released code), as described in docs/methods.md"
 

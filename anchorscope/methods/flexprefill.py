@@ -27,7 +27,7 @@ class FlexPrefill(Method):
     between the pooled columns and the softmax of the mean last query over mean keys stays below tau, the head is
     *query-aware*: columns and diagonals get the minimum budget, and the block pairs of softmax(pooled Q, pooled K) are
     added by descending weight as long as their sum stays within gamma of the total. Prompts of at most max(2 blocks,
-    minimum budget) are dense.
+    minimum budget) are dense, and so is gamma = 1, however sums are rounded.
 
     Ties go to the lowest index. Per query head (the authors' code does the same).
     """
@@ -35,6 +35,7 @@ class FlexPrefill(Method):
     name: ClassVar = "flexprefill"
     parameter: ClassVar = "gamma"
     sweep: ClassVar = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.995, 0.9999)
+    sweep_end: ClassVar = 1.0
     granularity: ClassVar = "block"
     source: ClassVar = "Lai et al., FlexPrefill, ICLR 2025, arXiv 2502.20766"
 
@@ -65,6 +66,8 @@ class FlexPrefill(Method):
         if aware:
             keep |= self._query_aware(head)
             products += int(visible.sum())
+        if self.gamma == 1:
+            keep = visible
         return Selection((Blocks(keep & visible, b, b),), identify=products)
 
     def _blocks(self, means: Tensor) -> int:

@@ -31,6 +31,7 @@ class HiP(Method):
     name: ClassVar = "hip"
     parameter: ClassVar = "k"
     sweep: ClassVar = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+    sweep_doubles: ClassVar = True
     granularity: ClassVar = "block"
     source: ClassVar = "Lee et al., HiP attention, ICLR 2025, arXiv 2406.09827"
 
@@ -39,6 +40,9 @@ class HiP(Method):
     key_block: int = setting(8, "longest range kept, tokens", low=1)
     sinks: int = setting(32, "first keys always kept", low=0)
     window: int = setting(64, "keys before the block always kept", low=0)
+
+    def dense_at(self, tokens: int) -> float:
+        return self.key_block * math.ceil(tokens / self.key_block)
 
     def select(self, head: Head) -> Selection:
         queries = head.pooled_queries(self.block)

@@ -32,6 +32,7 @@ class Hyper(Method):
     name: ClassVar = "hyper"
     parameter: ClassVar = "leaf"
     sweep: ClassVar = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
+    sweep_doubles: ClassVar = True
     granularity: ClassVar = "token"
     source: ClassVar = "Han et al., HyperAttention, ICLR 2024, arXiv 2310.05869"
 
@@ -40,6 +41,9 @@ class Hyper(Method):
     samples: int = setting(256, "keys sampled for the rest", low=0)
     planes: int = setting(7, "random hyperplanes", low=1, high=30)
     seed: int = setting(0, "seed of planes and samples", low=0)
+
+    def dense_at(self, tokens: int) -> float:
+        return tokens
 
     def select(self, head: Head) -> Selection:
         codes = head.once(("hyper", self.planes, self.seed), lambda: self._codes(head))

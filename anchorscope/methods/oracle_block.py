@@ -22,6 +22,7 @@ class OracleBlock(Method):
     name: ClassVar = "oracle-block"
     parameter: ClassVar = "threshold"
     sweep: ClassVar = ORACLE_SWEEP
+    sweep_end: ClassVar = 0.0
     granularity: ClassVar = "block"
     oracle: ClassVar = True
     source: ClassVar = "exact attention weights, in blocks"

@@ -22,6 +22,7 @@ class OracleRow(Method):
     name: ClassVar = "oracle-row"
     parameter: ClassVar = "threshold"
     sweep: ClassVar = ORACLE_SWEEP
+    sweep_end: ClassVar = 0.0
     granularity: ClassVar = "token"
     oracle: ClassVar = True
     source: ClassVar = "exact attention weights"

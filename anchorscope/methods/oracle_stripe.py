@@ -27,6 +27,7 @@ class OracleStripe(Method):
     name: ClassVar = "oracle-stripe"
     parameter: ClassVar = "threshold"
     sweep: ClassVar = ORACLE_SWEEP
+    sweep_end: ClassVar = 0.0
     granularity: ClassVar = "stripe"
     oracle: ClassVar = True
     source: ClassVar = "exact attention weights, at the anchor's granularity (docs/method.md)"

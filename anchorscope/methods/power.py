@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -22,11 +23,15 @@ class Power(Method):
     name: ClassVar = "power"
     parameter: ClassVar = "window"
     sweep: ClassVar = (1, 2, 4, 8, 16, 32, 64, 128)
+    sweep_doubles: ClassVar = True
     granularity: ClassVar = "pattern"
     source: ClassVar = "PowerAttention, arXiv 2503.03588"
 
     window: int = setting(4, "last key blocks kept, the diagonal included", low=1)
     block: int = setting(64, "block side, tokens", low=1)
+
+    def dense_at(self, tokens: int) -> float:
+        return math.ceil(tokens / self.block)
 
     def select(self, head: Head) -> Selection:
         visible = head.visible_blocks(self.block, self.block)

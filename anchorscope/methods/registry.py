@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from importlib.metadata import entry_points
 
 from anchorscope.errors import InputError
@@ -64,11 +64,25 @@ ALIASES: dict[str, tuple[tuple[str, Method], ...]] = {
 
 @dataclass(frozen=True)
 class Contender:
-    """A method as it appears in tables: a label, its settings, and the values of its swept parameter."""
+    """A method as it appears in tables: a label, its settings, and the values of its swept parameter.
+
+    `default`: the values are the method's own, so a comparison takes those that suit its prompts (`at_length`).
+    """
 
     label: str
     method: Method
     sweep: tuple[float, ...]
+    default: bool = False
+
+    def at_length(self, tokens: int) -> Contender:
+        """The same contender, its default sweep as long as so many tokens need it; values that were named stay."""
+        return replace(self, sweep=_values_of(self.method, self.method.sweep_for(tokens))) if self.default else self
+
+    def end(self, tokens: int) -> str:
+        """What the last value keeps: "dense" all pairs, "most" the most that the rule can keep, "given" what it may."""
+        if not self.default:
+            return "given"
+        return "dense" if self.method.dense_at(tokens) is not None else "most" if self.method.never_dense else "given"
 
 
 def known_methods() -> dict[str, type[Method]]:
@@ -156,10 +170,9 @@ def line_up(
         if name in changed:
             lineup.append(changed[name])
         elif name in ALIASES:
-            lineup.extend(Contender(label, method, _sweep(method)) for label, method in ALIASES[name])
+            lineup.extend(_by_default(label, method) for label, method in ALIASES[name])
         else:
-            method = known[name]()
-            lineup.append(Contender(name, method, _sweep(method)))
+            lineup.append(_by_default(name, known[name]()))
     labeled = {x.label for x in added}
     # A label of the user's replaces a default one of the same name.
     lineup = [x for x in lineup if x.label not in labeled] + added
@@ -175,8 +188,13 @@ def _names(methods: str | Sequence[str]) -> list[str]:
     return list(dict.fromkeys(items))
 
 
-def _sweep(method: Method) -> tuple[float, ...]:
-    return tuple(method.at(v).settings[method.parameter] for v in method.sweep)
+def _by_default(label: str, method: Method) -> Contender:
+    return Contender(label, method, _values_of(method, method.sweep), default=True)
+
+
+def _values_of(method: Method, values: Sequence[float]) -> tuple[float, ...]:
+    """Values of the swept parameter as the method holds them, each once."""
+    return tuple(dict.fromkeys(method.at(v).settings[method.parameter] for v in values))
 
 
 def _contender(label: str, cls: type[Method], chosen: dict[str, list[float]]) -> Contender:
@@ -187,8 +205,7 @@ def _contender(label: str, cls: type[Method], chosen: dict[str, list[float]]) ->
         if name != cls.parameter and len(values) > 1:
             raise InputError(f"--set {cls.name}.{name}: only the swept parameter {cls.parameter} takes several values")
     method = cls(**{name: values[0] for name, values in chosen.items()})
-    sweep = _sweep(method) if swept is None else tuple(method.at(v).settings[cls.parameter] for v in swept)
-    return Contender(label, method, tuple(dict.fromkeys(sweep)))
+    return _by_default(label, method) if swept is None else Contender(label, method, _values_of(method, swept))
 
 
 def _parse(text: str, known: dict[str, type[Method]]) -> dict[str, dict[str, list[float]]]:

@@ -29,6 +29,7 @@ class SkipSoftmax(Method):
     name: ClassVar = "skip-softmax"
     parameter: ClassVar = "threshold"
     sweep: ClassVar = (0.5, 0.1, 0.03, 0.01, 1e-3, 1e-4, 1e-5, 1e-6)
+    sweep_end: ClassVar = 0.0
     granularity: ClassVar = "block"
     source: ClassVar = "BLASST, arXiv 2512.12087; NVIDIA ModelOpt and TensorRT-LLM"
 

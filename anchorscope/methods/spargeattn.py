@@ -21,7 +21,7 @@ class SpargeAttn(Method):
     A block's self-similarity is the mean cosine between its rows (each with itself included). Query blocks of low
     similarity keep all their keys, key blocks of low similarity are kept by all queries. For the rest, a softmax over
     the self-similar visible key blocks of the pooled scores gives weights, and the fewest largest that reach `cdf` are
-    kept. The diagonal is not forced.
+    kept; all of them where `cdf` is 1, however sums are rounded. The diagonal is not forced.
 
     Simplified: keys are not smoothed (mean-subtracted) first, and the second, in-kernel filter on the running maximum
     and the quantized arithmetic are left out.
@@ -29,7 +29,8 @@ class SpargeAttn(Method):
 
     name: ClassVar = "spargeattn"
     parameter: ClassVar = "cdf"
-    sweep: ClassVar = (0.3, 0.6, 0.8, 0.9, 0.95, 0.98, 0.999, 1.0)
+    sweep: ClassVar = (0.3, 0.6, 0.8, 0.9, 0.95, 0.98, 0.999, 0.99999)
+    sweep_end: ClassVar = 1.0
     granularity: ClassVar = "block"
     source: ClassVar = "Zhang et al., SpargeAttn, ICML 2025, arXiv 2502.18137"
 
@@ -45,7 +46,7 @@ class SpargeAttn(Method):
         alike_k = head.once(("similar-k", bk), lambda: self_similarity(head.k, bk)) >= self.similarity
         scores = head.block_scores(bq, bk).masked_fill(~alike_k, -math.inf)
         weights = torch.softmax(scores, 1).nan_to_num(0.0)  # a row without self-similar blocks has no weights
-        keep = covering(weights, self.cdf) | ~alike_q[:, None] | ~alike_k
+        keep = visible if self.cdf == 1 else covering(weights, self.cdf) | ~alike_q[:, None] | ~alike_k
         products = int((visible & alike_q[:, None] & alike_k).sum())
         return Selection((Blocks(keep & visible, bq, bk),), identify=products)
 

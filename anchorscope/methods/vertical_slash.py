@@ -27,6 +27,7 @@ class VerticalSlash(Method):
     name: ClassVar = "vertical-slash"
     parameter: ClassVar = "budget"
     sweep: ClassVar = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0, 2.0)
+    sweep_doubles: ClassVar = True
     granularity: ClassVar = "pattern"
     source: ClassVar = "Jiang et al., MInference 1.0, NeurIPS 2024, arXiv 2407.02490"
 
@@ -38,6 +39,10 @@ class VerticalSlash(Method):
 
     FORCED_COLUMNS: ClassVar = 30
     FORCED_DIAGONALS: ClassVar = 100
+
+    def dense_at(self, tokens: int) -> float | None:
+        most = max(self.vertical, self.slash)
+        return tokens / most if most else None
 
     def select(self, head: Head) -> Selection:
         columns, diagonals, products = head.once(("vertical-slash", self.last), lambda: line_sums(head, self.last))

@@ -22,8 +22,8 @@ class XAttention(Method):
     Tokens are cut into strides of s. The score of a (query stride, key stride) pair is the mean over t of the score of
     query s - 1 - t with key t; a softmax runs over the key strides that are not later, and sums over blocks estimate
     their mass. Block column 0 and the diagonal block are kept, and then blocks by descending mass until the row's kept
-    mass reaches `threshold` of its total. Tokens missing from the last stride count as zero vectors, as in the
-    authors' padding.
+    mass reaches `threshold` of its total; 1 keeps all, however sums are rounded. Tokens missing from the last stride
+    count as zero vectors, as in the authors' padding.
 
     Simplified: the authors calibrate the threshold per head for one model; here it is swept.
     """
@@ -31,6 +31,7 @@ class XAttention(Method):
     name: ClassVar = "xattention"
     parameter: ClassVar = "threshold"
     sweep: ClassVar = (0.3, 0.6, 0.8, 0.9, 0.95, 0.98, 0.995, 0.9995)
+    sweep_end: ClassVar = 1.0
     granularity: ClassVar = "block"
     source: ClassVar = "Xu et al., XAttention, ICML 2025, arXiv 2503.16428"
 
@@ -50,7 +51,7 @@ class XAttention(Method):
         forced[:, 0] = True
         forced &= visible
         missing = self.threshold * mass.sum(1) - mass.masked_fill(~forced, 0.0).sum(1)
-        keep = forced | covering(mass.masked_fill(forced, 0.0), missing)
+        keep = visible if self.threshold == 1 else forced | covering(mass.masked_fill(forced, 0.0), missing)
         return Selection((Blocks(keep, self.block, self.block),), identify=products)
 
     def _mass(self, head: Head) -> tuple[Tensor, float]:

@@ -78,12 +78,12 @@ def test_methods_csv(dump, finished):
         "prompt,layer,head,method,parameter,value,recall,recall_p05,recall_last,density,output_error,identify_cost"
     )
     assert columns.split(",") == list(COLUMNS)
-    assert len(rows) == 2 * 2 * 4 * sum(len(c.sweep) for c in lineup())
+    assert len(rows) == 2 * 2 * 4 * sum(len(c.at_length(N).sweep) for c in lineup())
     source = open_dump(dump)
     row = rows[-1]
     t = source.load(source.entry(row["prompt"], int(row["layer"])))
     head, kv = int(row["head"]), t.kv_index(int(row["head"]))
-    want = score_lineup(Head(t.q[head], t.k[kv], scale=0.3), t.v[kv], lineup())[-1]
+    want = score_lineup(Head(t.q[head], t.k[kv], scale=0.3), t.v[kv], [lineup()[-1].at_length(N)])[-1]
     assert row["method"] == want[0].label == "small"
     assert float(row["value"]) == want[1]
     assert row["parameter"] == "theta"
@@ -413,6 +413,71 @@ def test_table_fits_80_columns(dump, tmp_path, monkeypatch):
     need = {x["method"]: x["needed"] for x in report["needed"]["shared"]}["oracle-row"]
     row = next(line for line in lines if "oracle-row" in line)
     assert f"{need[0]['density']:.3f}" in row
+
+
+def test_steep_heads_are_reached_by_the_sweeps_shown_by_default(tmp_path, monkeypatch):
+    """Their anchors need a theta beyond 14, where sweeps ended before. Sweeps that a user names end where they end."""
+    monkeypatch.setenv("COLUMNS", "80")
+    g = torch.Generator().manual_seed(5)
+    keys = torch.nn.functional.normalize(torch.randn(600, 16, generator=g), dim=1)
+    q = torch.stack([strength * keys[torch.randint(0, 600, (600,), generator=g)] for strength in (10.0, 60.0)])
+    v = torch.randn(1, 600, 16, generator=g)
+    write_dump(tmp_path / "d", [{"prompt": "p", "layer": 0, "q": q, "k": keys[None], "v": v, "scale": 1.0}])
+    anchor = "anchor.block=8,anchor.step=2"
+    released = "anchor-released.block=8,anchor-released.step=2"
+
+    def table(*options):
+        out = tmp_path / f"o{len(list(tmp_path.iterdir()))}"
+        result = invoke(tmp_path / "d", "--out", out, "--no-figures", *options)
+        assert result.exit_code == 0, result.output
+        body = result.stdout[: result.stdout.index("shared: one setting")]
+        said = " ".join(result.stdout.split())
+        rows = {line.split()[0]: line.split()[1:] for line in body.splitlines() if line.strip()}
+        return rows, said, json.loads((out / "compare.json").read_text())
+
+    rows, said, report = table("--set", anchor, "--set", released, "--target-recall", "1")
+    for m in report["settings"]["methods"]:
+        assert m["end"] == ("most" if m["method"] == "anchor-released" else "dense")
+        cells = rows[m["label"]]
+        assert ("cannot" in cells) == (m["method"] == "anchor-released")
+        assert "-" not in cells[:6], m["label"]
+    most = {x["method"]: x for x in report["needed"]["largest"]}
+    assert most["anchor"]["mean"] == most["anchor"]["hardest_head"] == {"recall": 1.0, "density": 1.0}
+    assert 0.9 < most["anchor-released"]["hardest_head"]["recall"] < 1
+    assert "anchor-released cannot reach every recall: largest mean recall 0.9" in said
+    assert "the block of keys before each group is never attended." in said
+
+    rows, said, report = table("--methods", "power", "--set", anchor + ",anchor.theta=4:14:2", "--as", "short")
+    assert rows["short"][:6] == ["-"] * 6
+    assert "-" not in rows["power"]
+    least = next(x for x in report["needed"]["largest"] if x["method"] == "short")["hardest_head"]
+    points = [p for p in load_comparison(tmp_path / "o2").points if (p.method, p.head) == ("short", 1)]
+    best = max(points, key=lambda p: p.recall)
+    assert (best.value, best.recall, best.density) == (14.0, least["recall"], least["density"])
+    assert best.recall < 0.9
+    assert f"of its hardest head recall {best.recall:.3f} at density {best.density:.3f}." in said
+
+
+def test_prompts_of_different_lengths_share_their_values(tmp_path):
+    g = torch.Generator().manual_seed(5)
+    entries = [
+        {
+            "prompt": name,
+            "layer": 0,
+            "q": torch.randn(1, n, 8, generator=g),
+            "k": torch.randn(1, n, 8, generator=g),
+            "scale": 0.3,
+        }
+        for name, n in (("short", 90), ("long", 300))
+    ]
+    write_dump(tmp_path / "d", entries)
+    result = compare(tmp_path / "d", tmp_path / "o", lineup=line_up("streaming,block-topk,anchor"), figures=False)
+    for method in result.report["settings"]["methods"]:
+        for prompt in ("short", "long"):
+            mine = [p for p in result.points if (p.method, p.prompt) == (method["label"], prompt)]
+            assert [p.value for p in mine] == [float(x) for x in method["values"]]
+            assert (mine[-1].recall, mine[-1].density) == (1.0, 1.0)
+    assert result.report["settings"]["methods"][0]["values"] == [128.0, 256.0, 300.0]
 
 
 def test_json_prints_the_report_alone(dump, tmp_path):
