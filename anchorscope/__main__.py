@@ -15,7 +15,7 @@ def run() -> None:
 
         code = main()
     except KeyboardInterrupt:  # while the program itself is still being imported, or after its last line
-        print("error: interrupted; nothing unfinished looks complete", file=sys.stderr)
+        print("error: interrupted; nothing was written", file=sys.stderr)
         code = 130
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # there is nothing left to interrupt

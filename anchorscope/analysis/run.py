@@ -63,7 +63,7 @@ FOLDER = RunFolder(
     report=REPORT,
     tables=("heads.csv", "curves.csv", "thetas.csv", TOKENS),
     parts=((PROFILES, "*.safetensors"), (FIGURES, "*.png")),
-    kept=("measured heads", f"{PROFILES}/*.safetensors"),
+    kept=("head", f"{PROFILES}/*.safetensors"),
 )
 STATE_SHAPE = {"profiles": [str], "settings": {"target_recall": float, "prompts": [str], "layers": [int]}}
 REPORT_SHAPE = {

@@ -22,7 +22,7 @@ FOLDER = RunFolder(
     report=REPORT,
     parts=(("parts", "case-*.json"), (".", "time.png"), (".", "density.png")),
     figures=".",
-    kept=("timed inputs", "parts/case-*.json"),
+    kept=("timed input", "parts/case-*.json"),
     stateless=FORMAT,
 )
 _DISK = 1_000_000  # bytes of figures and JSON, at most about

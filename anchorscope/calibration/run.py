@@ -45,7 +45,7 @@ FOLDER = RunFolder(
     tables=(ANCHORS, TABLE),
     # analyses stay: another target uses them again
     parts=((FIGURES, "*.png"),),
-    kept=("measured heads", f"{ANALYSIS}/*/profile/*.safetensors"),
+    kept=("head", f"{ANALYSIS}/*/profile/*.safetensors"),
 )
 
 
@@ -115,6 +115,9 @@ class CalibrateCommand(BaseCommand[AnalysisUnit, Measured]):
 
     def files(self, root: Path, unit: AnalysisUnit) -> tuple[Path, ...]:
         return ()  # the analysis itself says what it measures again
+
+    def pieces(self) -> int:
+        return self.plan.heads
 
     def make(self, root: Path, unit: AnalysisUnit, context: Context) -> None:
         done = 0

@@ -118,6 +118,7 @@ class _Capture:
         self._folder = folder
         self._progress = progress
         self._forecast: Forecast | None = None
+        self._total = 0
 
     def check_room(self, plan: CapturePlan) -> None:
         """Say what the capture takes of disk and memory, before it begins.
@@ -125,7 +126,7 @@ class _Capture:
         Raises:
             RunFailure: the disk has not that much left.
         """
-        needed = human_bytes(plan.bytes)
+        needed, self._total = human_bytes(plan.bytes), plan.total
         self.tell(
             f"{counted(len(plan.prompts), 'prompt')} x {counted(len(plan.shapes), 'layer')} need {needed} in"
             f" {self._folder}"
@@ -204,7 +205,9 @@ class _Capture:
         count = len(manifest["entries"])
         if manifest.get("complete", True) or not count:
             return None
-        return f"{self._folder} keeps {count} finished layers: give the same command again with --resume to continue"
+        of = f"{count:,} of {counted(max(count, self._total), 'layer')}" if self._total else counted(count, "layer")
+        verb = "is" if count == 1 else "are"
+        return f"{of} {verb} kept in {self._folder}: give the same command again with --resume to continue"
 
 
 def _in_turn(*sinks: Callable[[AttentionCall], None]) -> Callable[[AttentionCall], None]:

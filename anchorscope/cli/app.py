@@ -32,7 +32,7 @@ from anchorscope.files import visible
 
 UsageError: Any = typer.BadParameter.__mro__[1]  # its home has moved between versions
 AGAIN = 0.05  # seconds until an interruption that Python dropped is raised again
-INTERRUPTED = "interrupted; nothing unfinished looks complete"
+INTERRUPTED = "interrupted; nothing was written"
 
 
 class _Stopped(Exception):

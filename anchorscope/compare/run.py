@@ -46,7 +46,7 @@ FOLDER = RunFolder(
     report=REPORT,
     tables=(TABLE,),
     parts=((SCORES, "*.json"), (FIGURES, "*.png")),
-    kept=("finished heads", f"{SCORES}/*.json"),
+    kept=("head", f"{SCORES}/*.json"),
 )
 
 _POINT = (str, int, int, str, str, *[NUMBER] * (len(COLUMNS) - 5))  # a row of a part

@@ -44,7 +44,7 @@ FOLDER = RunFolder(
     report=REPORT,
     tables=(PROMPTS, TASKS, ANSWERS),
     parts=((PARTS, "*-arm*.safetensors"), (FIGURES, "*.png")),
-    kept=("finished parts (one for each prompt or sample and arm)", f"{PARTS}/*-arm*.safetensors"),
+    kept=("prefill", f"{PARTS}/*-arm*.safetensors"),
 )
 _REPORT_SHAPE = {
     "format": "anchorscope-evaluation",

@@ -62,7 +62,7 @@ FOLDER = RunFolder(
     report=REPORT,
     tables=(TABLE,),
     parts=((PARTS, "prompt*-layer*.json"), (FIGURES, "*.png")),
-    kept=("finished layers", f"{PARTS}/prompt*-layer*.json"),
+    kept=("layer", f"{PARTS}/prompt*-layer*.json"),
 )
 STRIPE_TOKENS = 12
 

@@ -24,9 +24,10 @@ from anchorscope.errors import DumpError, InputError, Interrupted, RunFailure
 from anchorscope.files import MAX_JSON_BYTES, human_bytes, json_bytes, read_json, write_atomic
 from anchorscope.locks import folder_lock
 from anchorscope.shapes import check, fits
+from anchorscope.shown import counted
 
 _IS_FILE = "is a file or lies below one; name a folder"
-OWN = ("started", "asked")  # keys of a state that do not tell two requests apart
+OWN = ("started", "asked", "pieces")  # keys of a state that do not tell two requests apart
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,7 @@ class RunFolder:
         tables: other files at the top.
         parts: (folder, pattern) of the files below it; the first folder is made when a run begins.
         figures: the folder among them that holds pictures.
-        kept: what an interrupted run keeps, in words, and the pattern of its files.
+        kept: one of the things that an interrupted run keeps, in words, and the pattern of their files.
         stateless: `format` of a report that earlier versions wrote without a state; None if they never did.
     """
 
@@ -69,6 +70,7 @@ class RunFolder:
         disk: int,
         overwrite: bool,
         resume: bool = False,
+        pieces: int = 0,
     ) -> Iterator[Run]:
         """Lock the folder and start or continue a run in it.
 
@@ -81,6 +83,7 @@ class RunFolder:
             disk: bytes the run may need.
             overwrite: replace what an earlier run wrote.
             resume: continue a finished run of the same request instead of refusing.
+            pieces: how many things of `kept` the whole run makes; 0 where nobody knows.
 
         Raises:
             InputError: the folder cannot be used, is in use, holds something else or a run that may not be replaced.
@@ -90,7 +93,8 @@ class RunFolder:
         make_folder(path)
         with folder_lock(path):
             try:
-                state = self._begin(path, request, asked, disk=disk, overwrite=overwrite, resume=resume)
+                own = {"asked": dict(asked), "pieces": pieces}
+                state = self._begin(path, request, own, disk=disk, overwrite=overwrite, resume=resume)
                 yield Run(self, path, state)
             except KeyboardInterrupt:
                 raise Interrupted(self._kept(path)) from None
@@ -131,15 +135,15 @@ class RunFolder:
         self,
         path: Path,
         request: Mapping[str, Any],
-        asked: Mapping[str, Any],
+        own: Mapping[str, Any],
         *,
         disk: int,
         overwrite: bool,
         resume: bool,
     ) -> dict[str, Any]:
         """The state written down: the request, the version, what was asked for, when the (first) run started."""
-        identity = self._identity(request)
-        state = {**identity, "asked": dict(asked), "started": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+        identity, asked = self._identity(request), own["asked"]
+        state = {**identity, **own, "started": datetime.now(timezone.utc).isoformat(timespec="seconds")}
         free = shutil.disk_usage(path).free
         if not _is_empty(path):
             found = self._find(path)
@@ -222,9 +226,16 @@ class RunFolder:
             return "interrupted; nothing was written"
         if (path / self.report).exists():
             return f"interrupted, but {path} is complete"
-        words, pattern = self.kept
-        count = sum(1 for _ in path.glob(pattern))
-        return f"interrupted; {path} keeps {count} {words}: give the same command again to continue"
+        return f"interrupted; {self.progress(path)} kept in {path}: give the same command again to continue"
+
+    def progress(self, path: Path) -> str:
+        """How much of a begun run is done, with its verb: "12 of 30 heads are", "1 head is"."""
+        noun, pattern = self.kept
+        state = self.read(path) or {}
+        count, pieces = sum(1 for _ in path.glob(pattern)), state.get("pieces")
+        whole = max(count, pieces) if isinstance(pieces, int) and pieces > 0 else None
+        words = counted(count, noun) if whole is None else f"{count:,} of {counted(whole, noun)}"
+        return f"{words} {'is' if count == 1 else 'are'}"
 
     def covers(self, state: Mapping[str, Any], asked: Mapping[str, Any]) -> bool:
         """Whether a finished run has all that is asked for. One that does not say (by an older version) does not."""

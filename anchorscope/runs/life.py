@@ -210,6 +210,10 @@ class BaseCommand(ABC, Generic[U, T]):
         """What is to be made of the measurements; a later command may ask for more."""
         return {"figures": self.options.figures}
 
+    def pieces(self) -> int:
+        """How many of the things that `folder.kept` speaks of the whole run makes."""
+        return sum(len(self.files(Path(), unit)) for unit in self.plan.units)
+
     def executor(self) -> Executor:
         """Who measures on one device, if the caller does not say."""
         return Threads(self.plan.device, self.plan.workers)
@@ -324,7 +328,7 @@ def _workforce(command: BaseCommand[U, T]) -> Iterator[None]:
 def _run(command: BaseCommand[U, T], out: Path | str) -> Finished:
     plan, folder, options = command.plan, command.folder, command.options
     disk = plan.disk + (plan.pictures if options.figures else 0)
-    how: dict[str, Any] = {"disk": disk, "overwrite": options.overwrite, "resume": options.resume}
+    how: dict[str, Any] = {"disk": disk, "pieces": command.pieces(), **options.replacing}
     with folder.run(Path(out), plan.identity, asked=command.asked(), **how) as under_way:
         _measure(command, under_way.path)
         summary = command.summarize(Parts(command, under_way.path), under_way)

@@ -152,7 +152,7 @@ def test_a_held_lock_is_said_to_be_held(tmp_path):
 def test_signals_end_a_command_with_what_is_kept(dump, tmp_path, monkeypatch, capsys, number, code):
     import anchorscope.analysis.run as run_module
 
-    threads, real = threading.active_count(), run_module._report
+    threads, real = threading.active_count(), run_module.report_json
 
     def finish(*arguments):
         signal.raise_signal(number)
@@ -160,11 +160,11 @@ def test_signals_end_a_command_with_what_is_kept(dump, tmp_path, monkeypatch, ca
 
     before = signal.getsignal(number)
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "_report", finish)
+        patch.setattr(run_module, "report_json", finish)
         assert main(["analyze", str(dump), "--out", str(tmp_path / "o"), *COMMAND]) == code
     err = capsys.readouterr().err.splitlines()[-1]
     assert err == (
-        f"error: interrupted; {tmp_path / 'o'} keeps 2 measured heads: give the same command again to continue"
+        f"error: interrupted; 2 of 2 heads are kept in {tmp_path / 'o'}: give the same command again to continue"
     )
     assert signal.getsignal(number) is before
     assert threading.active_count() == threads
@@ -191,11 +191,11 @@ def test_an_interruption_within_a_finalizer_is_not_lost(dump, tmp_path, monkeypa
         raise AssertionError("the interruption was lost")
 
     hook = sys.unraisablehook
-    monkeypatch.setattr(run_module, "_report", finish)
+    monkeypatch.setattr(run_module, "report_json", finish)
     assert main(["analyze", str(dump), "--out", str(tmp_path / "o"), *COMMAND]) == 130
     assert went_on
     err = capsys.readouterr().err
-    assert "keeps 2 measured heads" in err
+    assert "2 of 2 heads are kept" in err
     assert "Traceback" not in err
     assert sys.unraisablehook is hook
     assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
