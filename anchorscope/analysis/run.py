@@ -204,7 +204,7 @@ class AnalyzeCommand(BaseCommand[HeadUnit, HeadProfile]):
         return saved if saved.dump_identity == self.plan.dump.identity else None
 
     def holds(self, root: Path, unit: HeadUnit) -> bool:
-        return self.load(root, unit) is not None and is_whole(self.files(root, unit)[0])
+        return self.load(root, unit) is not None and is_whole(self.files(root, unit)[0], at_any_theta=True)
 
     def summarize(self, parts: Parts[HeadUnit, HeadProfile], run: Run) -> Summary:
         lines, head_rows, curve_rows = [], [], []
@@ -305,6 +305,8 @@ def redraw(
     if theta is not None:
         thetas = [float(t) for t in state["settings"]["theta"]]
         shown = choose_figure_theta(thetas, thetas, shown.target_recall, float(thetas[find_theta(thetas, theta)]))
+        if state["profiles"]:  # refused before any picture is replaced
+            HeadProfile.load(path / PROFILES / state["profiles"][0]).led_by(shown.theta)
     with folder_lock(path):
         drawn = _draw(path, state, heatmaps, shown, progress or (lambda _: None))
         if theta is not None:
@@ -313,13 +315,15 @@ def redraw(
         return drawn
 
 
-def is_whole(profile: Path) -> bool:
-    """Whether a profile is undamaged, its heat map too, which `heat=False` leaves unread."""
+def is_whole(profile: Path, *, at_any_theta: bool = False) -> bool:
+    """Whether a profile is undamaged, its heat map too, which `heat=False` leaves unread; and, if asked, whether it
+    has the heat map of every theta, which earlier versions did not save.
+    """
     try:
-        HeadProfile.load(profile)
+        found = HeadProfile.load(profile)
     except DumpError:
         return False
-    return True
+    return not at_any_theta or found.drawn_at_any_theta
 
 
 def load_report(out: Path | str) -> dict[str, Any]:
