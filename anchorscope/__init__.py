@@ -8,6 +8,7 @@ does, these functions do:
 - `open_dump`, `verify`, `write_dump`: read, check and write dumps.
 - `analyze`, `redraw`, `load_report`, `iter_profiles`: measure a dump, and read the results again.
 - `diagnose`, `load_diagnosis`: what kind of head each one is.
+- `merge`: shards of such runs, measured by the jobs of an array, put together.
 - `compare_methods`: score other selection rules on the same heads.
 - `run_bench`: time sparse against dense attention.
 - `calibrate`: choose groups and thetas of every head, checked on held-out prompts; `AnchorConfig` is what comes out.
@@ -51,11 +52,13 @@ if TYPE_CHECKING:
     )
     from anchorscope.evaluation import EvaluateRequest, Evaluation, evaluate, load_evaluation, plan_evaluation
     from anchorscope.heads import HeadsRequest, diagnose, load_diagnosis
+    from anchorscope.merging import Merged, merge
     from anchorscope.methods import Method, line_up
     from anchorscope.models import LoadedModel, PromptInput, intercept, load_model
     from anchorscope.params import AnchorParams
     from anchorscope.profiles import HeadProfile
     from anchorscope.runs.life import RunOptions
+    from anchorscope.runs.shards import Shard
     from anchorscope.runtime import LayerUse, SparseRun, attention_clock, register_attention, sparse_attention
 
 _HOMES = {
@@ -78,11 +81,13 @@ _HOMES = {
     "anchorscope.errors": ("AnchorScopeError", "DumpError", "InputError", "MissingBackendError", "RunFailure"),
     "anchorscope.evaluation": ("EvaluateRequest", "Evaluation", "evaluate", "load_evaluation", "plan_evaluation"),
     "anchorscope.heads": ("HeadsRequest", "diagnose", "load_diagnosis"),
+    "anchorscope.merging": ("Merged", "merge"),
     "anchorscope.methods": ("Method", "line_up"),
     "anchorscope.models": ("LoadedModel", "load_model"),
     "anchorscope.params": ("AnchorParams",),
     "anchorscope.profiles": ("HeadProfile",),
     "anchorscope.runs.life": ("RunOptions",),
+    "anchorscope.runs.shards": ("Shard",),
     "anchorscope.runtime": ("LayerUse", "SparseRun", "attention_clock", "register_attention", "sparse_attention"),
 }
 _HOME_OF = {name: (home, name) for home, names in _HOMES.items() for name in names}
@@ -108,12 +113,14 @@ __all__ = [
     "LayerTensors",
     "LayerUse",
     "LoadedModel",
+    "Merged",
     "Method",
     "MissingBackendError",
     "Progress",
     "PromptInput",
     "RunFailure",
     "RunOptions",
+    "Shard",
     "SparseRun",
     "__version__",
     "analyze",
@@ -131,6 +138,7 @@ __all__ = [
     "load_evaluation",
     "load_model",
     "load_report",
+    "merge",
     "open_dump",
     "plan_analysis",
     "plan_calibration",

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
+from anchorscope.elsewhere import elsewhere
 from anchorscope.errors import InputError, MissingBackendError
 from anchorscope.parse import check_word
 from anchorscope.shown import counted
@@ -23,6 +24,8 @@ def resolve_device(name: str) -> torch.device:
         InputError: not a device name.
         MissingBackendError: CUDA was asked for and is absent, or has no such GPU.
     """
+    if elsewhere() is not None and re.fullmatch("cpu|cuda(:[0-9]+)?", name):
+        return torch.device(name)
     if name == "auto":
         return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     kind, colon, index = name.partition(":")
@@ -88,6 +91,8 @@ def resolve_backend_name(name: str, device: torch.device) -> str:
     check_word("--backend", name, BACKENDS)
     if name == "torch" or (name == "auto" and device.type == "cpu"):
         return "torch"
+    if name == "triton" and elsewhere() is not None:
+        return name
     try:
         installed = importlib.util.find_spec("triton") is not None
     except ValueError:  # a module that forbids being found

@@ -165,11 +165,6 @@ class HeadProfile(InNotebook, Measured):
         empty: dict[str, Any] = {name: nothing(name) for name in HEAT}
         return dataclasses.replace(self, **empty)
 
-    @property
-    def drawn_at_any_theta(self) -> bool:
-        """Whether the heat map can be drawn at every theta measured; earlier versions saved that of the first alone."""
-        return bool(self.step_count.size) or len(np.unique(self.thetas)) == 1
-
     def led_by(self, theta: float) -> HeadProfile:
         """The same profile with a theta first, in place of the one asked for first: figures draw the first.
 

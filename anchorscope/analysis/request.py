@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -135,6 +135,24 @@ class AnalysisPlan(Plan[HeadUnit]):
     target_recall: float
     backend: Backend
     kinds: HeadsPlan | None = None
+
+    def known_kinds(self) -> HeadsPlan | None:
+        """The diagnosis by a theta that is known before the heads are measured: the one named, or the first."""
+        shown = self.request.figure_theta
+        return self.kinds if self.kinds is None or shown is None else replace(self.kinds.request, theta=shown).plan()
+
+    def refuse_shards(self) -> None:
+        """Refuse to diagnose heads by a theta that depends on all of them, where others measure some.
+
+        Raises:
+            InputError: several thetas are measured, and none is named.
+        """
+        thetas = set(self.thetas)
+        if self.kinds is not None and len(thetas) > 1 and self.request.figure_theta is None:
+            raise InputError(
+                f"which of {len(thetas)} thetas is shown and used to diagnose heads is known when all shards are there:"
+                " name one with --figure-theta, or leave the diagnosis out with --no-diagnose"
+            )
 
 
 def heat_map_count(heatmaps: HeatMaps, heads: int, prompts: int) -> int:

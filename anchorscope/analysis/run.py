@@ -35,7 +35,7 @@ from anchorscope.figure_theta import FigureTheta, choose_figure_theta, find_thet
 from anchorscope.files import MAX_JSON_BYTES, csv_text, human_bytes, member, read_json
 from anchorscope.heads.request import HeadsPlan
 from anchorscope.heads.run import FOLDER as DIAGNOSES
-from anchorscope.heads.run import Diagnosis, clear_diagnosis, diagnose_plan
+from anchorscope.heads.run import Diagnosis, HeadsCommand, clear_diagnosis, diagnose_plan
 from anchorscope.locks import folder_lock
 from anchorscope.notebook import InNotebook
 from anchorscope.profiles import HeadProfile
@@ -43,6 +43,7 @@ from anchorscope.runs.executors import Context
 from anchorscope.runs.folder import Run, RunFolder
 from anchorscope.runs.life import BaseCommand, Parts, RunOptions, Summary, run
 from anchorscope.runs.progress import Progress, ProgressCallback
+from anchorscope.runs.recipe import GROUPS, Kinds
 from anchorscope.runs.request import planned, split, takes
 from anchorscope.runs.units import HeadUnit
 from anchorscope.runs.values import jsonable
@@ -155,6 +156,7 @@ class AnalyzeCommand(BaseCommand[HeadUnit, HeadProfile]):
 
     folder: ClassVar[RunFolder] = FOLDER
     suffix: ClassVar[str] = ".safetensors"
+    known: ClassVar[Kinds | None] = GROUPS
     plan: AnalysisPlan
     _shown: FigureTheta | None = None  # known once the heads are summed up
 
@@ -204,7 +206,7 @@ class AnalyzeCommand(BaseCommand[HeadUnit, HeadProfile]):
         return saved if saved.dump_identity == self.plan.dump.identity else None
 
     def holds(self, root: Path, unit: HeadUnit) -> bool:
-        return self.load(root, unit) is not None and is_whole(self.files(root, unit)[0], at_any_theta=True)
+        return self.load(root, unit) is not None and is_whole(self.files(root, unit)[0])
 
     def summarize(self, parts: Parts[HeadUnit, HeadProfile], run: Run) -> Summary:
         lines, head_rows, curve_rows = [], [], []
@@ -232,6 +234,10 @@ class AnalyzeCommand(BaseCommand[HeadUnit, HeadProfile]):
         assert self._shown is not None
         return _draw(run.path, run.state, run.asked["heatmaps"], self._shown, self.options.report)
 
+    def nested(self, root: Path) -> Sequence[tuple[BaseCommand[Any, Any], Path]]:
+        kinds = self.plan.known_kinds()
+        return [] if kinds is None else [(HeadsCommand(kinds, self.options), root / HEADS)]
+
     def extend(self, run: Run) -> Diagnosis | None:
         """Diagnose into a folder of the analysis; nothing of an earlier run stays there if that was not asked for."""
         if not run.asked["diagnose"]:
@@ -251,8 +257,11 @@ class AnalyzeCommand(BaseCommand[HeadUnit, HeadProfile]):
 
     def _kinds(self, run: Run, plan: HeadsPlan | None) -> HeadsPlan:
         """The diagnosis by the theta of the figures; one by another that is there and whole is not made again."""
+        if self.options.shard is not None:
+            plan = self.plan.known_kinds()
         assert plan is not None
-        assert self._shown is not None
+        if self._shown is None:
+            return plan
         before = DIAGNOSES.read(run.path / HEADS) or {}
         for theta in self.plan.thetas:
             if fits(before, {"settings": {"theta": jsonable(theta)}}):
@@ -305,8 +314,6 @@ def redraw(
     if theta is not None:
         thetas = [float(t) for t in state["settings"]["theta"]]
         shown = choose_figure_theta(thetas, thetas, shown.target_recall, float(thetas[find_theta(thetas, theta)]))
-        if state["profiles"]:  # refused before any picture is replaced
-            HeadProfile.load(path / PROFILES / state["profiles"][0]).led_by(shown.theta)
     with folder_lock(path):
         drawn = _draw(path, state, heatmaps, shown, progress or (lambda _: None))
         if theta is not None:
@@ -315,15 +322,13 @@ def redraw(
         return drawn
 
 
-def is_whole(profile: Path, *, at_any_theta: bool = False) -> bool:
-    """Whether a profile is undamaged, its heat map too, which `heat=False` leaves unread; and, if asked, whether it
-    has the heat map of every theta, which earlier versions did not save.
-    """
+def is_whole(profile: Path) -> bool:
+    """Whether a profile is undamaged, its heat map too, which `heat=False` leaves unread."""
     try:
-        found = HeadProfile.load(profile)
+        HeadProfile.load(profile)
     except DumpError:
         return False
-    return not at_any_theta or found.drawn_at_any_theta
+    return True
 
 
 def load_report(out: Path | str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from anchorscope import views
 from anchorscope.analysis.run import FOLDER as ANALYSES
-from anchorscope.analysis.run import PROFILES, analyze_plan, is_whole
+from anchorscope.analysis.run import PROFILES, AnalyzeCommand, analyze_plan, is_whole
 from anchorscope.anchors import AnchorConfig
 from anchorscope.calibration.judge import choose_and_judge, gather
 from anchorscope.calibration.request import CalibrateRequest, CalibrationPlan
@@ -26,6 +26,7 @@ from anchorscope.runs.executors import Context, Executor, InTurn
 from anchorscope.runs.folder import Run, RunFolder
 from anchorscope.runs.life import BaseCommand, Parts, RunOptions, Summary, run
 from anchorscope.runs.progress import Progress
+from anchorscope.runs.recipe import GROUPS, Kinds
 from anchorscope.runs.request import planned, split, takes
 
 ANCHORS = "anchors.json"
@@ -104,6 +105,7 @@ class CalibrateCommand(BaseCommand[AnalysisUnit, Measured]):
     """See `anchorscope.runs.life.BaseCommand`. A unit is an analysis, and its part the folder of that."""
 
     folder: ClassVar[RunFolder] = FOLDER
+    known: ClassVar[Kinds | None] = GROUPS
     plan: CalibrationPlan
 
     def __init__(self, plan: CalibrationPlan, options: RunOptions | None = None) -> None:
@@ -117,7 +119,7 @@ class CalibrateCommand(BaseCommand[AnalysisUnit, Measured]):
         return ()  # the analysis itself says what it measures again
 
     def pieces(self) -> int:
-        return self.plan.heads
+        return sum(len(self._analysis(unit).share()) for unit in self.plan.units)
 
     def make(self, root: Path, unit: AnalysisUnit, context: Context) -> None:
         done = 0
@@ -129,8 +131,19 @@ class CalibrateCommand(BaseCommand[AnalysisUnit, Measured]):
                 done = event.work
 
         how = RunOptions(figures=False, overwrite=self.options.overwrite, resume=True, progress=forward)
-        how = replace(how, notify=self.options.notify, executor=self.options.executor)
+        how = replace(how, notify=self.options.notify, executor=self.options.executor, shard=self.options.shard)
         analyze_plan(unit.analysis, root / ANALYSIS / unit.folder, how)
+
+    def share(self) -> tuple[AnalysisUnit, ...]:
+        for unit in self.plan.units if self.options.shard is not None else ():
+            self._analysis(unit).share()  # each analysis is shared out
+        return self.plan.units
+
+    def nested(self, root: Path) -> Sequence[tuple[BaseCommand[Any, Any], Path]]:
+        return [(self._analysis(unit), root / ANALYSIS / unit.folder) for unit in self.plan.units]
+
+    def _analysis(self, unit: AnalysisUnit) -> AnalyzeCommand:
+        return AnalyzeCommand(unit.analysis, self.options)
 
     def holds(self, root: Path, unit: AnalysisUnit) -> bool:
         folder = root / ANALYSIS / unit.folder

@@ -19,6 +19,7 @@ from anchorscope.cli.common import (
     warn,
     warn_of_model,
 )
+from anchorscope.cli.merge import parse_shard, print_shard
 from anchorscope.cli.tables import FittingTable, boxed_table, clean_name, print_places
 from anchorscope.errors import InputError
 from anchorscope.figure_theta import saved_figure_theta
@@ -59,6 +60,7 @@ def analyze(
     backend: opt.Backend = "auto",
     device: opt.Device = "auto",
     devices: opt.Devices = None,
+    shard: opt.ShardOf = None,
     no_diagnose: Annotated[
         bool, typer.Option("--no-diagnose", help="Skip OUT/heads: what kind of head each one is.")
     ] = False,
@@ -79,6 +81,7 @@ def analyze(
     refuse_both(overwrite, resume)
     if no_figures and heatmap is not None:
         raise InputError("--heatmap and --no-figures contradict each other: give one of them")
+    part = parse_shard(shard)
     thetas = parse_thetas(theta)
     pairs = _heatmaps(heatmap)
 
@@ -119,7 +122,11 @@ def analyze(
             progress=bar,
             notify=warn,
             plan=plan,
+            shard=part,
         )
+    if part is not None:
+        print_shard(result.path, part, as_json)
+        return
     if as_json:
         sys.stdout.write((result.path / "report.json").read_text(encoding="utf-8"))
         return

@@ -26,6 +26,7 @@ from anchorscope.cli.evaluate import evaluate
 from anchorscope.cli.heads import heads
 from anchorscope.cli.help import HelpfulCommand, HelpfulGroup
 from anchorscope.cli.info import info
+from anchorscope.cli.merge import merge
 from anchorscope.cli.report import report
 from anchorscope.errors import AnchorScopeError
 from anchorscope.files import visible
@@ -63,7 +64,7 @@ app = typer.Typer(
         " your prompts."
     ),
 )
-for command in (capture, info, analyze, figures, compare, heads, calibrate, report, evaluate, bench):
+for command in (capture, info, analyze, figures, compare, heads, calibrate, merge, report, evaluate, bench):
     app.command(cls=HelpfulCommand)(command)
 
 

@@ -11,6 +11,7 @@ import typer
 from anchorscope.cli import options as opt
 from anchorscope.cli.common import announce, progress_bar, stdout_console, warn, warn_of_model
 from anchorscope.cli.help import completes
+from anchorscope.cli.merge import parse_shard, print_shard
 from anchorscope.cli.tables import FittingTable, new_table, print_places
 from anchorscope.shown import counted, share_text, theta_text
 
@@ -91,6 +92,7 @@ def calibrate(
     backend: opt.Backend = "auto",
     device: opt.Device = "auto",
     devices: opt.Devices = None,
+    shard: opt.ShardOf = None,
     no_figures: opt.NoFigures = False,
     overwrite: Annotated[bool, opt.overwrites("an earlier calibration in OUT; its analyses are used again")] = False,
     as_json: Annotated[bool, opt.prints_json("calibration.json")] = False,
@@ -104,6 +106,7 @@ def calibrate(
     from anchorscope.calibration.sources import parse_groups
     from anchorscope.parse import parse_thetas
 
+    part = parse_shard(shard)
     kinds = None if groups is None else parse_groups(groups)
     thetas = None if theta is None else parse_thetas(theta)
 
@@ -142,7 +145,12 @@ def calibrate(
     for source in {unit.dump.identity: unit.dump for unit in plan.units}.values():
         warn_of_model(source)
     with progress_bar() as bar:
-        result = run(sources, out, figures=not no_figures, overwrite=overwrite, progress=bar, notify=warn, plan=plan)
+        result = run(
+            sources, out, figures=not no_figures, overwrite=overwrite, progress=bar, notify=warn, plan=plan, shard=part
+        )
+    if part is not None:
+        print_shard(result.path, part, as_json)
+        return
     if as_json:
         sys.stdout.write((result.path / "calibration.json").read_text(encoding="utf-8"))
         return

@@ -11,6 +11,7 @@ import typer
 from anchorscope.cli import options as opt
 from anchorscope.cli.common import announce, check_early, chosen, progress_bar, stdout_console, warn, warn_of_model
 from anchorscope.cli.help import completes
+from anchorscope.cli.merge import parse_shard, print_shard
 from anchorscope.cli.tables import clean_name, new_table, print_places
 from anchorscope.errors import InputError
 from anchorscope.shown import counted, share_text
@@ -66,6 +67,7 @@ def compare(
     prompts: opt.Prompts = "all",
     device: opt.Device = "auto",
     devices: opt.Devices = None,
+    shard: opt.ShardOf = None,
     no_figures: opt.NoFigures = False,
     overwrite: Annotated[bool, opt.overwrites("an earlier comparison in OUT")] = False,
     as_json: Annotated[bool, opt.prints_json("compare.json")] = False,
@@ -84,6 +86,7 @@ def compare(
     # Before anything heavy or slow: a misspelt method should not wait for it.
     from anchorscope.methods import line_up
 
+    part = parse_shard(shard)
     lineup = line_up(methods, settings or (), labels or ())
 
     from anchorscope.compare import compare as run
@@ -110,7 +113,12 @@ def compare(
     announce(plan, what, figures=not no_figures)
     warn_of_model(source, picked["prompts"])
     with progress_bar() as bar:
-        result = run(source, out, figures=not no_figures, overwrite=overwrite, progress=bar, notify=warn, plan=plan)
+        result = run(
+            source, out, figures=not no_figures, overwrite=overwrite, progress=bar, notify=warn, plan=plan, shard=part
+        )
+    if part is not None:
+        print_shard(result.path, part, as_json)
+        return
     if as_json:
         sys.stdout.write((result.path / "compare.json").read_text(encoding="utf-8"))
         return

@@ -9,6 +9,7 @@ import typer
 
 from anchorscope.cli import options as opt
 from anchorscope.cli.common import announce, check_early, chosen, progress_bar, stdout_console, warn, warn_of_model
+from anchorscope.cli.merge import parse_shard, print_shard
 from anchorscope.cli.tables import clean_name, new_table, optional, print_places
 from anchorscope.errors import InputError
 from anchorscope.shown import counted, share_text
@@ -33,6 +34,7 @@ def heads(
     tokenizer: opt.Tokenizer = None,
     device: opt.Device = "auto",
     devices: opt.Devices = None,
+    shard: opt.ShardOf = None,
     no_figures: opt.NoFigures = False,
     overwrite: Annotated[bool, opt.overwrites("an earlier run in OUT")] = False,
     as_json: Annotated[bool, opt.prints_json("heads.json")] = False,
@@ -46,6 +48,7 @@ def heads(
     from anchorscope.params import AnchorParams
     from anchorscope.parse import parse_thetas
 
+    part = parse_shard(shard)
     thetas = parse_thetas(theta)
     if len(thetas) != 1:
         raise InputError(f"--theta {theta!r} lists {counted(len(thetas), 'theta')}; heads takes one")
@@ -84,7 +87,11 @@ def heads(
             progress=bar,
             notify=warn,
             plan=plan,
+            shard=part,
         )
+    if part is not None:
+        print_shard(result.path, part, as_json)
+        return
     if as_json:
         sys.stdout.write((result.path / "heads.json").read_text(encoding="utf-8"))
         return

@@ -120,6 +120,14 @@ Devices = Annotated[
         metavar="LIST",
     ),
 ]
+ShardOf = Annotated[
+    str | None,
+    typer.Option(
+        "--shard",
+        help="Measure one share of the work, like 1/4, into its own folder, for `anchorscope merge`. (default: all)",
+        metavar="I/N",
+    ),
+]
 
 # What is written
 Out = Annotated[

@@ -19,13 +19,14 @@ from anchorscope.compare.tables import COLUMNS, RECALLS, Point, methods_rows, ne
 from anchorscope.dumps import Dump
 from anchorscope.errors import DumpError
 from anchorscope.files import csv_text, human_bytes, member, read_part
-from anchorscope.methods import Head
+from anchorscope.methods import Contender, Head, known_methods
 from anchorscope.notebook import InNotebook
 from anchorscope.ranges import working_dtype
 from anchorscope.runs.environment import hardware_name, versions
 from anchorscope.runs.executors import Context
 from anchorscope.runs.folder import Run, RunFolder
 from anchorscope.runs.life import Command, Parts, Summary, run
+from anchorscope.runs.recipe import Kinds
 from anchorscope.runs.request import planned, split, takes
 from anchorscope.runs.units import HeadUnit, prompt_facts
 from anchorscope.runs.values import jsonable
@@ -106,6 +107,10 @@ class CompareCommand(Command[HeadUnit, list[Point]]):
 
     folder: ClassVar[RunFolder] = FOLDER
     plan: ComparePlan
+
+    @classmethod
+    def kinds(cls) -> Kinds:
+        return {"contender": Contender, **known_methods()}
 
     def measure(self, unit: HeadUnit, context: Context) -> dict[str, Any]:
         entry = unit.entry

@@ -42,6 +42,7 @@ from anchorscope.runs.environment import hardware_name, versions
 from anchorscope.runs.executors import Context, Executor, InTurn, Threads, Tick, Work, no_tick
 from anchorscope.runs.folder import Run, RunFolder
 from anchorscope.runs.life import Command, Parts, RunOptions, Summary, run
+from anchorscope.runs.recipe import GROUPS, Kinds
 from anchorscope.runs.request import planned, split, takes
 from anchorscope.runs.units import HeadUnit, prompt_facts
 from anchorscope.shapes import fits
@@ -146,6 +147,7 @@ class HeadsCommand(Command[LayerUnit, list[HeadRow]]):
     """
 
     folder: ClassVar[RunFolder] = FOLDER
+    known: ClassVar[Kinds | None] = GROUPS
     plan: HeadsPlan
 
     def __init__(self, plan: HeadsPlan, options: RunOptions | None = None) -> None:

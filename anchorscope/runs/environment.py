@@ -11,11 +11,14 @@ from contextlib import contextmanager
 import torch
 
 from anchorscope._version import __version__
+from anchorscope.elsewhere import elsewhere
 from anchorscope.shown import threads_text
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of everything that computes; None where it is not installed."""
+    """Versions of everything that computes, or computed what is merged; None where it is not installed."""
+    if (measured := elsewhere()) is not None:
+        return dict(measured.versions)
     cudnn = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
     return {
         "anchorscope": __version__,
@@ -37,7 +40,9 @@ def installed(name: str) -> str | None:
 
 
 def hardware_name(device: torch.device) -> str:
-    """The device as people call it: the GPU's name, or "CPU, 2 threads"."""
+    """The device as people call it: the GPU's name, or "CPU, 2 threads"; where parts are merged, the one of theirs."""
+    if (measured := elsewhere()) is not None:
+        return measured.hardware
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {threads_text(torch.get_num_threads())}"

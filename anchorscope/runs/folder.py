@@ -20,14 +20,16 @@ from pathlib import Path
 from typing import Any
 
 from anchorscope._version import __version__
+from anchorscope.elsewhere import elsewhere
 from anchorscope.errors import DumpError, InputError, Interrupted, RunFailure
 from anchorscope.files import MAX_JSON_BYTES, human_bytes, json_bytes, read_json, write_atomic
 from anchorscope.locks import folder_lock
+from anchorscope.runs.shards import shard_of
 from anchorscope.shapes import check, fits
 from anchorscope.shown import counted
 
 _IS_FILE = "is a file or lies below one; name a folder"
-OWN = ("started", "asked", "pieces")  # keys of a state that do not tell two requests apart
+OWN = ("started", "asked", "pieces", "recipe")  # keys of a state that do not tell two requests apart
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +73,7 @@ class RunFolder:
         overwrite: bool,
         resume: bool = False,
         pieces: int = 0,
+        recipe: Mapping[str, Any] | None = None,
     ) -> Iterator[Run]:
         """Lock the folder and start or continue a run in it.
 
@@ -84,6 +87,7 @@ class RunFolder:
             overwrite: replace what an earlier run wrote.
             resume: continue a finished run of the same request instead of refusing.
             pieces: how many things of `kept` the whole run makes; 0 where nobody knows.
+            recipe: of a shard: how the whole is finished.
 
         Raises:
             InputError: the folder cannot be used, is in use, holds something else or a run that may not be replaced.
@@ -93,7 +97,7 @@ class RunFolder:
         make_folder(path)
         with folder_lock(path):
             try:
-                own = {"asked": dict(asked), "pieces": pieces}
+                own = {"asked": dict(asked), "pieces": pieces, **({} if recipe is None else {"recipe": dict(recipe)})}
                 state = self._begin(path, request, own, disk=disk, overwrite=overwrite, resume=resume)
                 yield Run(self, path, state)
             except KeyboardInterrupt:
@@ -142,8 +146,8 @@ class RunFolder:
         resume: bool,
     ) -> dict[str, Any]:
         """The state written down: the request, the version, what was asked for, when the (first) run started."""
-        identity, asked = self._identity(request), own["asked"]
-        state = {**identity, **own, "started": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+        identity, asked = self.identity(request), own["asked"]
+        state = {**identity, **own, "started": _now()}
         free = shutil.disk_usage(path).free
         if not _is_empty(path):
             found = self._find(path)
@@ -195,15 +199,19 @@ class RunFolder:
     def holds(self, path: Path, request: Mapping[str, Any]) -> bool:
         """Whether a folder holds a finished run of this request."""
         found = self.read(path)
-        return found is not None and (path / self.report).is_file() and _without_own(found) == self._identity(request)
+        return found is not None and (path / self.report).is_file() and _without_own(found) == self.identity(request)
 
-    def _identity(self, request: Mapping[str, Any]) -> dict[str, Any]:
+    def identity(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """What tells a run from others: its request, and the versions of the program and of the folder."""
         return {"format": self.format, "version": self.version, "anchorscope": __version__, **request}
 
     def _foreign(self) -> str:
         return f"exists and is not {self.what}; name a new folder"
 
     def _refusal(self, found: Mapping[str, Any], identity: Mapping[str, Any], finished: bool) -> str:
+        shard = shard_of(found)
+        if shard is not None and found["shard"] != identity.get("shard"):
+            return f"{shard} of {self.what}; give every shard, and what is made of all, a folder of its own"
         noun = self.what.split(" ", 1)[1]
         what = f"a finished {noun}" if finished else f"an unfinished {noun}"
         if "version" not in found:  # see `_find`
@@ -279,7 +287,10 @@ class RunFolder:
         if (path / self.report).is_file():
             return
         noun = self.what.split(" ", 1)[1]
-        if self.read(path) is not None:
+        state = self.read(path)
+        if state is not None and (shard := shard_of(state)) is not None:
+            raise DumpError(f"{path} holds {shard} of {self.what}: put all of them together with `anchorscope merge`")
+        if state is not None:
             raise DumpError(
                 f"{path} holds no finished {noun} but an unfinished one: give the same `anchorscope {self.command}`"
                 " command again to finish it"
@@ -305,6 +316,12 @@ class RunFolder:
 
 def _is_empty(path: Path) -> bool:
     return all(x.name.startswith(".") for x in path.iterdir())
+
+
+def _now() -> str:
+    """The time of day; where parts are merged, that at which their measuring began."""
+    measured = elsewhere()
+    return datetime.now(timezone.utc).isoformat(timespec="seconds") if measured is None else measured.started
 
 
 def _without_own(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,8 @@ from anchorscope.runs.executors import Context, Executor, Threads, Work
 from anchorscope.runs.folder import Run, RunFolder
 from anchorscope.runs.pool import Devices
 from anchorscope.runs.progress import Progress, ProgressCallback
+from anchorscope.runs.shards import Shard
+from anchorscope.runs.sharing import Sharing
 from anchorscope.runs.sources import Source
 from anchorscope.runs.units import Unit
 
@@ -76,6 +78,9 @@ class Plan(Generic[U]):
         """The units, by their former name."""
         return self.units
 
+    def refuse_shards(self) -> None:
+        """Refuse what cannot be done where others measure some of the units; see `anchorscope.runs.shards`."""
+
     def needs(self, *, figures: bool = True) -> str:
         """Memory and disk that a run takes, in words."""
         disk = self.disk + (self.pictures if figures else 0)
@@ -97,6 +102,7 @@ class RunOptions:
         resume: accept a finished run of the same request too, and measure nothing again.
         progress: called as work proceeds.
         notify: told sentences for the user: parts that cannot be used again, warnings.
+        shard: measure this share of the units and no more, into a folder that `anchorscope.merge` makes use of.
         executor: who measures; by default this process, or one for each of the plan's devices.
     """
 
@@ -105,6 +111,7 @@ class RunOptions:
     resume: bool = False
     progress: ProgressCallback | None = None
     notify: Callable[[str], None] | None = None
+    shard: Shard | None = None
     executor: Executor | None = None
 
     @property
@@ -153,7 +160,7 @@ class Finished:
         return self.summary.report
 
 
-class BaseCommand(ABC, Generic[U, T]):
+class BaseCommand(Sharing[U], ABC, Generic[U, T]):
     """What a resumable command says of itself, whatever its parts look like. One object is made for one run.
 
     Attributes:
@@ -170,9 +177,13 @@ class BaseCommand(ABC, Generic[U, T]):
         self.plan = plan
         self.options = options or RunOptions()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """What another process is sent: the plan. The command reports to nobody there, and knows no earlier units."""
+        return type(self), (self.plan,)
+
     def on(self, device: torch.device) -> Self:
-        """The same command on another device, as a value that another process can be sent: it reports to nobody."""
-        return type(self)(replace(self.plan, device=device, devices=()), RunOptions())
+        """The same command on another device."""
+        return type(self)(replace(self.plan, device=device, devices=()))
 
     # every command
 
@@ -211,8 +222,8 @@ class BaseCommand(ABC, Generic[U, T]):
         return {"figures": self.options.figures}
 
     def pieces(self) -> int:
-        """How many of the things that `folder.kept` speaks of the whole run makes."""
-        return sum(len(self.files(Path(), unit)) for unit in self.plan.units)
+        """How many of the things that `folder.kept` speaks of the run makes."""
+        return sum(len(self.files(Path(), unit)) for unit in self.share())
 
     def executor(self) -> Executor:
         """Who measures on one device, if the caller does not say."""
@@ -328,9 +339,14 @@ def _workforce(command: BaseCommand[U, T]) -> Iterator[None]:
 def _run(command: BaseCommand[U, T], out: Path | str) -> Finished:
     plan, folder, options = command.plan, command.folder, command.options
     disk = plan.disk + (plan.pictures if options.figures else 0)
-    how: dict[str, Any] = {"disk": disk, "pieces": command.pieces(), **options.replacing}
-    with folder.run(Path(out), plan.identity, asked=command.asked(), **how) as under_way:
+    for each in (command, *(other for other, _ in command.nested(Path(out)))):
+        each.share()  # refuses more shards than units before anything is written
+    how: dict[str, Any] = {"pieces": command.pieces(), "recipe": command.recipe(), **options.replacing}
+    how["disk"] = disk // (1 if options.shard is None else options.shard.of)
+    with folder.run(Path(out), command.identity(), asked=command.asked(), **how) as under_way:
         _measure(command, under_way.path)
+        if options.shard is not None:
+            return Finished(under_way.path, Summary({}, value=()), (), command.extend(under_way))
         summary = command.summarize(Parts(command, under_way.path), under_way)
         for name, text in summary.tables.items():
             write_atomic(under_way.path / name, text.encode())
@@ -347,10 +363,11 @@ def _run(command: BaseCommand[U, T], out: Path | str) -> Finished:
 def _measure(command: BaseCommand[U, T], root: Path) -> None:
     """Let the executor make the parts that are not there yet."""
     plan, options = command.plan, command.options
-    missing = [unit for unit in plan.units if not command.holds(root, unit)]
+    units = command.share()
+    missing = [unit for unit in units if not command.holds(root, unit)]
     if (remark := again_remark(file for unit in missing for file in command.missing(root, unit))) is not None:
         options.tell(remark)
-    total = sum(unit.work for unit in plan.units)
+    total = sum(unit.work for unit in units)
     done = total - sum(unit.work for unit in missing)
     within: dict[str, int] = {}  # of the units at work, by stem; under no name where one is at a time
     options.report(Progress(command.stage, done, total))

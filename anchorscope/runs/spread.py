@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
 from typing import TypeVar
 
 from anchorscope.runs.units import HeadUnit, Unit
 
 U = TypeVar("U", bound=Unit)
-PIECES = 4  # batches for each worker, at least, where there are enough units
 
 
 def batches(units: Sequence[U], workers: int) -> list[tuple[U, ...]]:
-    """Units that are best measured by one worker, in order: heads of one layer, which share its tensors.
+    """Units that are best measured by one worker, in order: the heads of a layer, which share its tensors.
+
+    Whole layers come first, as many for each worker. Those that are left over are cut, so that nobody waits while
+    another measures the last one, between kv heads.
 
     Args:
         units: in their order.
-        workers: how many share them; batches are small enough that none of them is idle for long.
+        workers: how many share them.
     """
-    most = max(1, len(units) // (PIECES * workers))
-    found: list[tuple[U, ...]] = []
-    for unit in units:
-        last = found[-1] if found else ()
-        together = last and isinstance(unit, HeadUnit) and isinstance(last[0], HeadUnit) and last[0].entry == unit.entry
-        if together and len(last) < most:
-            found[-1] = (*last, unit)
-        else:
-            found.append((unit,))
-    return found
+    layers = [list(found) for _, found in groupby(units, key=lambda u: u.entry if isinstance(u, HeadUnit) else u)]
+    whole = len(layers) - len(layers) % workers
+    return [
+        tuple(piece) for i, layer in enumerate(layers) for piece in ([layer] if i < whole else _cut(layer, workers))
+    ]
+
+
+def _cut(layer: list[U], pieces: int) -> Iterator[list[U]]:
+    """About as many pieces of a layer's heads, each of whole kv heads."""
+    first = layer[0]
+    share = len(first.entry.query_heads) // len(first.entry.kv_heads) if isinstance(first, HeadUnit) else 1
+    each = -(-len(layer) // (pieces * share)) * share
+    return (layer[i : i + each] for i in range(0, len(layer), each))
 
 
 class Spread:

@@ -11,19 +11,27 @@ from anchorscope.runs.spread import Spread, batches
 from anchorscope.runs.units import HeadUnit
 
 
-def heads(layers: int, each: int) -> list[HeadUnit]:
-    entries = [SimpleNamespace(layer=i, prompt="p") for i in range(layers)]
+def heads(layers: int, each: int, kv: int = 1) -> list[HeadUnit]:
+    entries = [SimpleNamespace(layer=i, query_heads=range(each), kv_heads=range(kv)) for i in range(layers)]
     return [HeadUnit(0, entry, h) for entry in entries for h in range(each)]  # type: ignore[arg-type]
 
 
-def test_a_batch_is_heads_of_one_layer_and_small_enough_for_everybody_to_get_some():
-    units = heads(4, 32)
-    found = batches(units, 2)
+@pytest.mark.parametrize(
+    ("layers", "workers", "sizes"),
+    [
+        (4, 2, [32] * 4),
+        (5, 2, [32] * 4 + [16, 16]),
+        (1, 3, [12, 12, 8]),  # whole kv heads of four query heads
+        (2, 16, [4] * 16),
+        (3, 1, [32] * 3),
+    ],
+)
+def test_a_batch_is_a_layer_and_layers_left_over_are_cut(layers, workers, sizes):
+    units = heads(layers, 32, kv=8)
+    found = batches(units, workers)
     assert [unit for batch in found for unit in batch] == units
     assert all(len({unit.entry.layer for unit in batch}) == 1 for batch in found)
-    assert {len(batch) for batch in found} == {16}
-    assert {len(batch) for batch in batches(heads(32, 32), 2)} == {32}  # a layer is the most
-    assert {len(batch) for batch in batches(heads(1, 3), 8)} == {1}
+    assert [len(batch) for batch in found] == sizes
     assert batches([Number(1), Number(2)], 2) == [(Number(1),), (Number(2),)]
     assert batches([], 2) == []
 

@@ -34,6 +34,7 @@ MAY_IMPORT = {
     "heads": {"dumps", "methods", "plots", "runs"},
     "bench": {"dumps", "kernels", "plots", "runs"},
     "calibration": {"dumps", "analysis", "plots", "runs"},
+    "merging": {"analysis", "calibration", "compare", "heads", "runs"},
     "runtime": {"models", "kernels"},
     "evaluation": {"models", "runtime", "plots", "runs"},
     "cli": {
@@ -49,6 +50,7 @@ MAY_IMPORT = {
         "heads",
         "calibration",
         "evaluation",
+        "merging",
     },
 }
 HEAVY = {"torch", "transformers", "matplotlib", "triton", "numpy", "safetensors"}
