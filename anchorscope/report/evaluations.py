@@ -184,8 +184,12 @@ def _arms(report: Report) -> Block:
     for a in report["arms"]:
         ends = [theta_text(a[name]) for name in ("theta_low", "theta_high")]
         theta = ends[0] if ends[0] == ends[1] else " to ".join(ends)
-        rows.append([a["name"], str(a["layers"]), ", ".join(a["groups"]), theta, f"{a['dense_heads']} of {a['heads']}"])
-    return table("What ran: the arms beside the dense one", ["arm", "layers", "groups", "theta", "dense heads"], rows)
+        layers, heads = str(a["layers"]), f"{a['heads'] - a['dense_heads']} of {a['heads']} named"
+        if (whole := a.get("coverage")) is not None:
+            layers, heads = f"{a['layers']} of {whole['layers']}", f"{whole['sparse_heads']:,} of {whole['heads']:,}"
+        rows.append([a["name"], layers, ", ".join(a["groups"]), theta, heads])
+    columns = ["arm", "layers named", "groups", "theta", "sparse heads"]
+    return table("What ran: the arms beside the dense one", columns, rows)
 
 
 def _prompts(report: Report) -> Iterator[Block]:

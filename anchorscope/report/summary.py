@@ -179,8 +179,8 @@ def _cost(evaluated: Sequence[Any]) -> Iterator[Item]:
 def _caveats(analyses: Analyses, found: Mapping[str, Sequence[Any]], prompts: Mapping[str, int]) -> Iterator[str]:
     """What is true of these data and speaks against trusting them, the weightiest first."""
     calibrated, evaluated, timed = found["calibration"], found["evaluation"], found["bench"]
-    for report in evaluated:
-        yield from evaluations.doubts(report)[:1]
+    said = [text for report in evaluated for text in evaluations.doubts(report)[:2]]
+    yield from said
     for report in timed:
         yield from benches.failures(report)[:1]
     for report in calibrated:
@@ -190,7 +190,8 @@ def _caveats(analyses: Analyses, found: Mapping[str, Sequence[Any]], prompts: Ma
         elif judged is not None and judged["heads_missed"]:
             missed = f"{judged['heads_missed']} of {counted(len(report['heads']), 'head')}"
             yield f"On held-out prompts {missed} keep less than the promised {judged['target']:g}."
-        yield from (f"Calibration: {text}." for text in report["warnings"] if "layers are calibrated" in text)
+        if not any("partly sparse" in text for text in said):  # once is enough
+            yield from (f"Calibration: {text}." for text in report["warnings"] if "layers are calibrated" in text)
     if any(_foreign(b, analyses, calibrated) for b in timed):
         yield "A bench timed a dump that nothing else here was measured on: it may be of another model."
     lengths, longest = [row["n"] for b in timed for row in b["rows"]], max(prompts.values(), default=0)

@@ -218,6 +218,12 @@ def test_words_read_as_text_and_nothing_in_them_reorders_the_page(shown):
     assert any("\U0001f600" in text and "<0xE2>" in text for text in around)
     assert not any("<0xF0>" in text and "\U0001f600" not in text for text in around)
     assert not any(c in text for text in found for c in "\u202e\x1b\n")
+    shown.size(390, 844, dark=False)
+    lines = shown.js(
+        "return [...document.querySelectorAll('#top td.token code')].map((x) => x.getClientRects().length)"
+    )
+    assert lines, "tokens are in the table"
+    assert set(lines) == {1}, "a token is one line, on a narrow screen too"
 
 
 def test_heat_map_zooms_and_changes_with_theta(shown):

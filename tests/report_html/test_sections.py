@@ -203,6 +203,9 @@ def test_layers_that_a_configuration_leaves_out_are_named(edited, evaluation):
     copy = edited(evaluation, "evaluation.json", lambda r: r["arms"][0].update(coverage=part))
     said = f"all runs 5 of the model's {n} heads sparse ({round(500 / n)}%), naming 1 of 3 layers"
     assert any(said in t and "partly sparse model" in t for t in warnings(section(copy)))
+    (ran, *_) = table(section(copy), "What ran")
+    assert (ran["layers named"], ran["sparse heads"]) == ("3 of 3", f"5 of {n}")
+    assert sum("partly sparse" in t or "layers are calibrated" in t for t in summary(copy)[1]) == 1, "said once on top"
 
 
 def test_evaluations_of_before_say_it_by_their_layers(edited, evaluation):

@@ -56,6 +56,6 @@ async function paintHead() {
   const lines = [...record.top_columns].map((column, i) => [column, record.top_mass[i]]).filter(([c]) => !Number.isNaN(c));
   fill("top", make("thead", {}, make("tr", {}, ...["key", "mass", ...(pieces ? ["token", "around it"] : [])].map((x, i) => make("th", { scope: "col", class: i > 1 ? "text" : null }, x)))),
     make("tbody", {}, ...lines.map(([c, m]) => make("tr", {}, make("td", {}, whole(c)), make("td", {}, fixed(m)),
-      ...(pieces ? [quoted(pieces[c]), shown(passage(pieces.slice(Math.max(0, c - 5), c + 4)))].map((t) => make("td", { class: "text" }, wordsOf(t))) : [])))));
+      ...(pieces ? [["text token", quoted(pieces[c])], ["text", shown(passage(pieces.slice(Math.max(0, c - 5), c + 4)))]].map(([kind, t]) => make("td", { class: kind }, wordsOf(t))) : [])))));
   await drawHeat(set);
 }
