@@ -116,7 +116,12 @@ def doubts(report: Report) -> list[str]:
         if x["near_chance"]
     ]
     found += [str(text) for text in proof.get("warnings", ())]
-    return found + [
+    return found + partial(report)
+
+
+def partial(report: Report) -> list[str]:
+    """The arms of which a part ran dense, in sentences."""
+    return [
         f"{arm['name']} runs {part}: these costs are those of a partly sparse model."
         for arm in report["arms"]
         if (part := _dense_part(report, arm)) is not None

@@ -179,10 +179,12 @@ def _cost(evaluated: Sequence[Any]) -> Iterator[Item]:
 def _caveats(analyses: Analyses, found: Mapping[str, Sequence[Any]], prompts: Mapping[str, int]) -> Iterator[str]:
     """What is true of these data and speaks against trusting them, the weightiest first."""
     calibrated, evaluated, timed = found["calibration"], found["evaluation"], found["bench"]
-    said = [text for report in evaluated for text in evaluations.doubts(report)[:2]]
+    said = [text for report in evaluated for text in evaluations.doubts(report)[:1]]
     yield from said
     for report in timed:
         yield from benches.failures(report)[:1]
+    partial = [text for report in evaluated for text in evaluations.partial(report)]
+    yield from (text for text in partial[:1] if text not in said)
     for report in calibrated:
         judged = report["promise"]
         if report["held_out"] is None:
@@ -190,7 +192,7 @@ def _caveats(analyses: Analyses, found: Mapping[str, Sequence[Any]], prompts: Ma
         elif judged is not None and judged["heads_missed"]:
             missed = f"{judged['heads_missed']} of {counted(len(report['heads']), 'head')}"
             yield f"On held-out prompts {missed} keep less than the promised {judged['target']:g}."
-        if not any("partly sparse" in text for text in said):  # once is enough
+        if not partial:  # once is enough
             yield from (f"Calibration: {text}." for text in report["warnings"] if "layers are calibrated" in text)
     if any(_foreign(b, analyses, calibrated) for b in timed):
         yield "A bench timed a dump that nothing else here was measured on: it may be of another model."
