@@ -343,8 +343,9 @@ def test_chunks_are_multiples_of_groups_and_windows_are_warned_of(tmp_path):
     assert any("layers 1 have sliding windows" in x for x in said)
     said.clear()
     evaluate(net, tmp_path / "b", arms={"a": 1.0}, chunk=1000, **request)
-    assert len([x for x in said if "than chance" not in x]) == 1
-    assert "2 prefills, 1,300 tokens in all" in said[0]
+    part, extent = [x for x in said if "than chance" not in x]
+    assert "a runs 6 of the model's 18 heads sparse (33%), naming 1 of 3 layers" in part
+    assert "2 prefills, 1,300 tokens in all" in extent
     # one theta for all leaves sliding layers dense
     assert [x["density"] == 1 for x in load_evaluation(tmp_path / "b").prompts[0]["layers"]] == [True, True, True]
 
