@@ -60,6 +60,7 @@ __all__ = [
     "HeadProfile",
     "Measured",
     "bin_edges",
+    "is_whole",
     "profile_filename",
 ]
 
@@ -165,6 +166,11 @@ class HeadProfile(InNotebook, Measured):
         empty: dict[str, Any] = {name: nothing(name) for name in HEAT}
         return dataclasses.replace(self, **empty)
 
+    @property
+    def drawn_at_any_theta(self) -> bool:
+        """Whether the heat map can be drawn at every theta measured; earlier versions saved that of the first alone."""
+        return bool(self.step_count.size) or len(np.unique(self.thetas)) == 1
+
     def led_by(self, theta: float) -> HeadProfile:
         """The same profile with a theta first, in place of the one asked for first: figures draw the first.
 
@@ -265,6 +271,17 @@ class HeadProfile(InNotebook, Measured):
             return cls(**header, **arrays)
         except InputError as error:
             raise DumpError(f"profile {path} is damaged ({error}): {again}") from None
+
+
+def is_whole(path: Path, *, at_any_theta: bool = False) -> bool:
+    """Whether a saved profile is undamaged, its heat map too, which `heat=False` leaves unread; and, if asked, whether
+    it has the heat map of every theta.
+    """
+    try:
+        found = HeadProfile.load(path)
+    except DumpError:
+        return False
+    return not at_any_theta or found.drawn_at_any_theta
 
 
 def profile_filename(prompt_index: int, layer: int, head: int) -> str:

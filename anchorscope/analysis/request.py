@@ -66,7 +66,7 @@ class AnalyzeRequest(DumpRequest):
             raise InputError("thetas must hold at least one number and no NaN")
         check_target(self.target_recall)
         if self.figure_theta is not None:
-            find_theta(thetas, self.figure_theta)
+            find_theta(thetas, self.figure_theta, "--figure-theta")
         devices = resolve_devices(self.device, self.devices)
         backend = resolve_backend(self.backend, str(devices[0]))
         source, units = self.choose()

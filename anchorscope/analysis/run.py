@@ -38,7 +38,7 @@ from anchorscope.heads.run import FOLDER as DIAGNOSES
 from anchorscope.heads.run import Diagnosis, HeadsCommand, clear_diagnosis, diagnose_plan
 from anchorscope.locks import folder_lock
 from anchorscope.notebook import InNotebook
-from anchorscope.profiles import HeadProfile
+from anchorscope.profiles import HeadProfile, is_whole
 from anchorscope.runs.executors import Context
 from anchorscope.runs.folder import Run, RunFolder
 from anchorscope.runs.life import BaseCommand, Parts, RunOptions, Summary, run
@@ -206,7 +206,7 @@ class AnalyzeCommand(BaseCommand[HeadUnit, HeadProfile]):
         return saved if saved.dump_identity == self.plan.dump.identity else None
 
     def holds(self, root: Path, unit: HeadUnit) -> bool:
-        return self.load(root, unit) is not None and is_whole(self.files(root, unit)[0])
+        return self.load(root, unit) is not None and is_whole(self.files(root, unit)[0], at_any_theta=True)
 
     def summarize(self, parts: Parts[HeadUnit, HeadProfile], run: Run) -> Summary:
         lines, head_rows, curve_rows = [], [], []
@@ -313,22 +313,15 @@ def redraw(
     shown = saved_figure_theta(load_report(path))
     if theta is not None:
         thetas = [float(t) for t in state["settings"]["theta"]]
-        shown = choose_figure_theta(thetas, thetas, shown.target_recall, float(thetas[find_theta(thetas, theta)]))
+        shown = choose_figure_theta(thetas, thetas, shown.target_recall, thetas[find_theta(thetas, theta, "--theta")])
+        for name in state["profiles"][:1]:  # refused before any picture is replaced
+            HeadProfile.load(path / PROFILES / name).led_by(shown.theta)
     with folder_lock(path):
         drawn = _draw(path, state, heatmaps, shown, progress or (lambda _: None))
         if theta is not None:
             for stale in set((path / FIGURES).glob("*-heatmap.*")) - set(drawn):
                 stale.unlink(missing_ok=True)
         return drawn
-
-
-def is_whole(profile: Path) -> bool:
-    """Whether a profile is undamaged, its heat map too, which `heat=False` leaves unread."""
-    try:
-        HeadProfile.load(profile)
-    except DumpError:
-        return False
-    return True
 
 
 def load_report(out: Path | str) -> dict[str, Any]:
@@ -393,6 +386,7 @@ __all__ = [
     "AnalyzeRequest",
     "Progress",
     "analyze",
+    "is_whole",
     "iter_profiles",
     "load_report",
     "plan_analysis",

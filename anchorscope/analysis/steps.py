@@ -66,7 +66,9 @@ class HeatSteps:
         mass, count = self._mass.cpu().numpy(), self._count.cpu().numpy()
         at = np.flatnonzero(count)
         column, level = np.divmod(at, self.levels + 1)
-        self._done.append(_Steps(np.full(at.size, self._row), column, level, mass[at], count[at]))
+        places = (np.full(at.size, self._row), column, level)
+        sums = (mass[at], count[at])  # halves of their size: of long prompts there are millions before they are merged
+        self._done.append(_Steps(*(x.astype(np.int32) for x in places), *(x.astype(np.float32) for x in sums)))
         self._mass.zero_()
         self._count.zero_()
         self._row = row

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -17,6 +18,7 @@ from anchorscope import AnchorParams, DumpError, InputError, analyze, iter_profi
 from anchorscope.analysis.run import redraw
 from anchorscope.analysis.tables import CURVES_COLUMNS, HEADS_COLUMNS
 from anchorscope.dumps import open_dump, write_dump
+from anchorscope.profiles import HeadProfile
 
 ROOT = Path(__file__).parents[2]
 PARAMS = AnchorParams(8, 4)
@@ -195,9 +197,7 @@ def test_redraw_at_any_theta_measured(dump, tmp_path):
     assert files(out / "figures") == two  # heat maps of other heads at another theta are gone
     redraw(out)
     assert files(out / "figures") == two
-    with pytest.raises(
-        InputError, match=r"theta of the figures must be one of those measured, not 3; there are 1, 2, i"
-    ):
+    with pytest.raises(InputError, match=r"--theta must be one of those measured, not 3; there are 1, 2, i"):
         redraw(out, theta=3.0)
     # what an earlier version left: no word of a theta, and the first is drawn
     report = json.loads((out / "report.json").read_text())
@@ -209,6 +209,33 @@ def test_redraw_at_any_theta_measured(dump, tmp_path):
     (out / "report.json").write_text(json.dumps(report))
     with pytest.raises(InputError, match="not 9"):
         redraw(out)
+
+
+def test_profiles_of_an_earlier_version(dump, tmp_path):
+    """They hold the heat map of the first theta alone: that is redrawn; others are refused, or measured again."""
+    settings = {"thetas": (1.0, 4.0), "params": PARAMS, **FEW}
+    analyze(dump, tmp_path / "o", **settings)
+    new = files(tmp_path / "o")
+    profiles = sorted((tmp_path / "o" / "profile").iterdir())
+    for path in profiles:
+        profile = HeadProfile.load(path)
+        slim = profile.without_heat()
+        steps = {f: getattr(slim, f) for f in vars(slim) if f.startswith("step_")}
+        dataclasses.replace(profile, **steps).save(path)
+    report = json.loads((tmp_path / "o" / "report.json").read_text())
+    report.pop("figure_theta")
+    (tmp_path / "o" / "report.json").write_text(json.dumps(report))
+    before = files(tmp_path / "o")
+    with pytest.raises(InputError, match=r"an earlier version, for theta 1 alone: run analyze again"):
+        redraw(tmp_path / "o", theta=4.0)
+    assert files(tmp_path / "o") == before
+    redraw(tmp_path / "o")
+    assert files(tmp_path / "o")["figures/story-grid.png"] != new["figures/story-grid.png"]  # at theta 1, as it was
+    said = []
+    analyze(dump, tmp_path / "o", **settings, resume=True, notify=said.append)
+    assert any(path.name in " ".join(said) for path in profiles)
+    after = files(tmp_path / "o")
+    assert {name for name in new if after[name] != new[name]} <= {"analysis.json", "report.json"}
 
 
 def test_without_values_columns_are_empty(tmp_path):
@@ -232,7 +259,7 @@ def test_selection(dump, tmp_path):
         ({"thetas": (math.nan,)}, "NaN"),
         ({"target_recall": 0.0}, "target recall"),
         ({"target_recall": 1.5}, "target recall"),
-        ({"figure_theta": 7.0}, r"theta of the figures must be one of those measured, not 7; there is only 12"),
+        ({"figure_theta": 7.0}, r"--figure-theta must be one of those measured, not 7; there is only 12"),
         ({"figure_theta": math.nan}, "not nan"),
         ({"thetas": [x / 2 for x in range(41)], "figure_theta": 7.3}, "the nearest of the 41 from 0 to 20 is 7.5"),
         ({"layers": [3]}, "layer 3; it has 2,7"),

@@ -30,7 +30,7 @@ def main(n: int, d: int = 128) -> None:
         score_lineup(Head(q, k, scale=d**-0.5), v, lineup)
         return time.perf_counter() - start
 
-    lineup = line_up()
+    lineup = tuple(c.at_length(n) for c in line_up())
     run(lineup[:1])
     for contender in lineup:
         print(f"{contender.label:22s} {run((contender,)):7.2f} s", flush=True)
