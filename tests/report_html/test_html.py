@@ -347,6 +347,7 @@ def test_a_file_that_cannot_be_written(run, tmp_path):
 def test_columns_and_colors_stand_once():
     """heads.csv and the palette of the figures are the source; the page's script holds neither."""
     from anchorscope.analysis.tables import HEADS_COLUMNS
+    from anchorscope.plots import style
     from anchorscope.report.curves import EXTRAS
 
     script = html.page_script()
@@ -357,3 +358,5 @@ def test_columns_and_colors_stand_once():
     data = build_data(html.Sources(()))
     assert data["columns"] == names.THETA_COLUMNS
     assert data["colors"]["short"] == palette.RED
+    for name in ("BLUE", "ORANGE", "GREEN", "RED", "SKY"):
+        assert getattr(style, name) == getattr(palette, name), "figures and page mean the same by a color"
