@@ -86,10 +86,18 @@ def candidate_range(group: int, params: AnchorParams) -> tuple[int, int]:
     return params.at((group + 1) * params.group).candidates(group)
 
 
+CUSTOMARY = tuple(
+    AnchorParams(*sizes)
+    for sizes in ((128, 16), (128, 8), (128, 4), (64, 8), (64, 4), (64, 2), (32, 4), (32, 2), (16, 2), (16, 1))
+)
+
+
 def recommend_groups(n: int, window: int | None = None, budget: float = 0.25) -> AnchorParams | None:
     """The largest customary block x step whose anchor region costs at most `budget` of the visible pairs, if any."""
-    for block, step in ((128, 16), (128, 8), (128, 4), (64, 8), (64, 4), (64, 2), (32, 4), (32, 2), (16, 2), (16, 1)):
-        params = AnchorParams(block, step)
-        if anchor_pairs(n, params, window) <= budget * visible_pairs(n, window):
-            return params
-    return None
+    fitting = (p for p in CUSTOMARY if anchor_pairs(n, p, window) <= budget * visible_pairs(n, window))
+    return next(fitting, None)
+
+
+def cheapest_groups(n: int, window: int | None = None) -> AnchorParams:
+    """The customary block x step whose anchor region costs least, the largest of equals."""
+    return min(CUSTOMARY, key=lambda p: anchor_pairs(n, p, window))

@@ -15,14 +15,14 @@ from anchorscope.dumps import Dump
 from anchorscope.errors import InputError
 from anchorscope.figure_theta import find_theta
 from anchorscope.heads.request import HeadsPlan, HeadsRequest
-from anchorscope.params import AnchorParams, anchor_pairs, recommend_groups, visible_pairs
+from anchorscope.params import AnchorParams, anchor_pairs, cheapest_groups, recommend_groups, visible_pairs
 from anchorscope.profiles import MAX_COLUMNS, MAX_ROWS, MAX_STEPS
 from anchorscope.runs.executors import threads_for
 from anchorscope.runs.life import Plan
 from anchorscope.runs.request import check_target
 from anchorscope.runs.units import DumpRequest, HeadUnit, chosen_settings
 from anchorscope.runs.values import jsonable
-from anchorscope.shown import counted
+from anchorscope.shown import counted, share_text
 
 ANCHOR_BUDGET = 0.25  # share of the pairs above which the anchor region alone is called expensive
 
@@ -204,15 +204,16 @@ def _anchor_warnings(units: Sequence[HeadUnit], params: AnchorParams) -> Iterato
         share = anchor_pairs(n, params, window) / visible_pairs(n, window)
         if share <= ANCHOR_BUDGET:
             continue
-        better = recommend_groups(n, window, ANCHOR_BUDGET)
-        hint = (
-            f"--block {better.block} --step {better.step} would cost "
-            f"{anchor_pairs(n, better, window) / visible_pairs(n, window):.0%}"
-            if better
-            else "the prompt is too short for any groups to be sparse"
-        )
+        better = recommend_groups(n, window, ANCHOR_BUDGET) or cheapest_groups(n, window)
+        least = anchor_pairs(n, better, window) / visible_pairs(n, window)
+        if least < share:
+            hint = f"--block {better.block} --step {better.step} would keep {share_text(least, 2)} of them"
+        elif share < 1:
+            hint = "no customary groups keep fewer"
+        else:
+            hint = "it is too short for groups of 16 tokens and more to be sparse"
         layers = "" if window is None else f" (sliding window {window})"
         yield (
-            f"at {counted(n, 'token')}{layers} the anchor region alone keeps {share:.0%} of the pairs with groups of "
-            f"{params.block} x {params.step}; {hint}"
+            f"at {counted(n, 'token')}{layers} the anchor region alone keeps {share_text(share, 2)} of the pairs with"
+            f" groups of {params.block} x {params.step}; {hint}"
         )

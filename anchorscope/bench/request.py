@@ -103,6 +103,7 @@ class BenchConfig:
         settings = {
             "input": "planted" if source is None else "dump",
             "dump_sha256": None if source is None else source.identity,
+            "model": None if source is None else (source.model or {}).get("name"),
             "dtype": dtype,
             "device": device.type,
             "backend": backend.name,

@@ -1,4 +1,4 @@
-"""`anchorscope info`: what a dump holds, and whether it is whole."""
+"""`anchorscope info`: what a folder of AnchorScope is and holds, and whether it is whole."""
 
 from __future__ import annotations
 
@@ -25,15 +25,21 @@ SHOWN_PROOFS = 10
 
 
 def info(
-    dump: Annotated[Path, typer.Argument(help="Dump folder.", metavar="DIR")],
+    dump: Annotated[
+        Path, typer.Argument(help="A dump, a folder that any command wrote, or an anchors.json.", metavar="DIR")
+    ],
     as_json: Annotated[bool, opt.prints_json("everything as JSON")] = False,
 ) -> None:
-    """Show what a dump holds and verify every file: verified, unverified (no checksums) or damaged.
+    """Show what a folder of AnchorScope is, what it holds, and whether it is whole; of a dump, verify every file.
 
-    Exit code 0 if it can be analyzed, 2 if it is damaged or unfinished.
+    Exit code 0 if it is whole, 2 if it is damaged or unfinished. Files of a dump are verified, unverified (no
+    checksums) or damaged.
     """
-    from anchorscope.dumps import verify
+    from anchorscope.dumps import MANIFEST, verify
 
+    if not (dump / MANIFEST).exists():
+        _show_other(dump, as_json)
+        return
     with live_bar() as bar:
         task = bar.add_task("verifying", total=None)
         result = verify(dump, lambda done, total: bar.update(task, completed=done, total=total))
@@ -51,11 +57,28 @@ def info(
         raise DumpError(f"{dump} is an unfinished capture: run the same command with --resume")
 
 
+def _show_other(path: Path, as_json: bool) -> None:
+    """What is no dump.
+
+    Raises:
+        DumpError: it is damaged, unfinished, or nothing of AnchorScope.
+    """
+    from anchorscope.cli.folders import recognize
+
+    found = recognize(path)
+    if as_json:
+        print(json.dumps(found.to_json(), indent=2))
+    else:
+        print_facts(stdout_console(), found.lines)
+    found.check()
+
+
 def describe(result: Verification) -> dict[str, Any]:
     """A verification as JSON values; `prompts` without texts and token ids."""
     dump = result.dump
     return {
         "path": str(dump.path),
+        "kind": "dump",
         "state": result.state,
         "complete": result.complete,
         "identity": dump.identity,

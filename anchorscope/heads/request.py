@@ -200,11 +200,12 @@ def _warnings(layers: Sequence[LayerUnit], params: AnchorParams) -> list[str]:
         found.append(
             f"a prompt of {counted(shortest, 'token')} is too short to class heads; it takes more than {least}"
         )
+    most = (shortest - 1) // 2  # tokens of the largest groups of which there are three
     # Group 0 has no candidates, so the first pair of neighbors with stripes is 1 and 2.
     if params.groups(shortest) < 3:
         found.append(
-            f"{counted(shortest, 'token')} make {counted(params.groups(shortest), 'group')} of"
-            f" {params.group:,}, too few to compare"
-            " neighbors; lower --block or --step"
+            f"{counted(shortest, 'token')} {'makes' if shortest == 1 else 'make'}"
+            f" {counted(params.groups(shortest), 'group')} of {params.group:,}, too few to compare neighbors"
+            + (f"; groups of at most {counted(most, 'token')} (--block x --step) do" if most else "")
         )
     return found

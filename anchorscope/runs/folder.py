@@ -129,7 +129,7 @@ class RunFolder:
             return
         if empty:
             return
-        found = self._find(path)
+        found = self.find(path)
         if found is None:
             raise InputError(f"--out {path} {self._foreign()}")
         if (path / self.report).exists() and not (overwrite or resume) and self.covers(found, asked):
@@ -150,7 +150,7 @@ class RunFolder:
         state = {**identity, **own, "started": _now()}
         free = shutil.disk_usage(path).free
         if not _is_empty(path):
-            found = self._find(path)
+            found = self.find(path)
             if found is None:
                 raise InputError(f"--out {path} {self._foreign()}")
             same = _without_own(found) == identity
@@ -176,7 +176,7 @@ class RunFolder:
         (path / self.parts[0][0]).mkdir(exist_ok=True)
         return state
 
-    def _find(self, path: Path) -> dict[str, Any] | None:
+    def find(self, path: Path) -> dict[str, Any] | None:
         """The state of the run in a folder; one that stands for it where an earlier version wrote none."""
         found = self.read(path)
         if found is not None or self.stateless is None or (path / self.state).exists():

@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 
 from anchorscope.errors import InputError
-from anchorscope.params import AnchorParams, anchor_pairs, candidate_range, recommend_groups, visible_pairs
+from anchorscope.params import (
+    AnchorParams,
+    anchor_pairs,
+    candidate_range,
+    recommend_groups,
+    visible_pairs,
+)
 
 
 @pytest.mark.parametrize(
