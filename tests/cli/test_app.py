@@ -332,7 +332,8 @@ def test_sample_dump_analyzes(capsys, tmp_path):
     assert 0.4 < row["recall_mean"] < 0.9, "layer 20 head 6 is a head that anchors serve badly"
 
 
-def test_names_mean_nothing_to_the_terminal(capsys, tmp_path):
+def test_names_mean_nothing_to_the_terminal(capsys, tmp_path, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)  # a pipe, in which no name takes two lines
     from anchorscope import write_dump
     from anchorscope.cli.common import note, stdout_console
 
