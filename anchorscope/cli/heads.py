@@ -163,7 +163,10 @@ def token_lines(rows: list[dict[str, Any]], width: int) -> list[str]:
         # without a name, every position stands for itself
         items = [x for name, where in found.items() for x in ([f"{name} {places(where)}"] if name else map(str, where))]
         for item in items:
-            if cell_len(line) + 2 + cell_len(item) > width:
+            if line.endswith(" keeps") and cell_len(line) + 2 + cell_len(item) > width:
+                lines.append(line)  # a narrow terminal: the tokens stand below
+                line = ""
+            if line and cell_len(line) + 2 + cell_len(item) > width:
                 break
             line += f"  {item}"
         lines += [line] if items else []

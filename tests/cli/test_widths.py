@@ -143,3 +143,13 @@ def test_remarks_wrap_at_words_on_a_terminal_and_are_one_line_in_a_pipe(capsys, 
     assert len(lines) == 3
     assert max(map(len, lines)) <= 40
     assert " ".join(lines) == f"warning: {sentence}"
+
+
+def test_a_narrow_terminal_shows_the_tokens_of_a_head_below_it():
+    tokens = [{"position": p, "token": " a rather long token", "token_id": 1} for p in (254, 2369, 3467)]
+    rows = [{"prompt": "p", "layer": 5, "head": 0, "window_recall": 0.5, "stripe_tokens": tokens}]
+    (wide,) = heads.token_lines(rows, 80)
+    assert "254" in wide
+    name, below = heads.token_lines(rows, 40)
+    assert name == "layer 5, head 0 keeps"
+    assert "254" in below
