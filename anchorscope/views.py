@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from anchorscope.notebook import View
+from anchorscope.pictures import picture_format
 from anchorscope.shown import counted, exact_theta, partly_sparse, share_text, theta_text
 
 Report = dict[str, Any]
@@ -319,4 +320,4 @@ def _shape(entry: Any) -> tuple[str, str, str]:
 
 def _pictures(figures: Sequence[Path], *wanted: str) -> list[Path]:
     """Those whose name holds one of the words, the first word's first."""
-    return [x for word in wanted for x in figures if word in x.name and x.suffix == ".png"]
+    return [x for word in wanted for x in figures if word in x.name and picture_format(x) == "png"]

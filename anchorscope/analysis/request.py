@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from anchorscope.runs.life import Plan
 from anchorscope.runs.request import check_target
 from anchorscope.runs.units import DumpRequest, HeadUnit, chosen_settings
 from anchorscope.runs.values import jsonable
-from anchorscope.shown import counted, share_text
+from anchorscope.shown import counted, exact_theta, share_text
 
 ANCHOR_BUDGET = 0.25  # share of the pairs above which the anchor region alone is called expensive
 
@@ -153,6 +153,19 @@ class AnalysisPlan(Plan[HeadUnit]):
                 f"which of {len(thetas)} thetas is shown and used to diagnose heads is known when all shards are there:"
                 " name one with --figure-theta, or leave the diagnosis out with --no-diagnose"
             )
+
+
+def asked_of(
+    pictures: Mapping[str, Any], heatmaps: HeatMaps = None, diagnose: bool = False, figure_theta: float | None = None
+) -> dict[str, Any]:
+    """What is to be made of the measurements, as the folder's state holds it; `pictures` of `asked_pictures`."""
+    wanted = "default" if heatmaps is None else heatmaps if isinstance(heatmaps, str) else list(map(list, heatmaps))
+    return {
+        **pictures,
+        "heatmaps": wanted if pictures["figures"] else None,
+        "diagnose": diagnose,
+        "figure_theta": None if figure_theta is None else exact_theta(figure_theta),  # as text: 0 is a word, too
+    }
 
 
 def heat_map_count(heatmaps: HeatMaps, heads: int, prompts: int) -> int:

@@ -17,7 +17,7 @@ import numpy as np
 from anchorscope import views
 from anchorscope.analysis.accumulate import HeadShape
 from anchorscope.analysis.outcome import REPORT_VERSION, report_json
-from anchorscope.analysis.request import AnalysisPlan, AnalyzeRequest, HeatMaps, heat_map_count
+from anchorscope.analysis.request import AnalysisPlan, AnalyzeRequest, HeatMaps, asked_of, heat_map_count
 from anchorscope.analysis.tables import (
     CURVES_COLUMNS,
     HEADS_COLUMNS,
@@ -38,6 +38,7 @@ from anchorscope.heads.run import FOLDER as DIAGNOSES
 from anchorscope.heads.run import Diagnosis, HeadsCommand, clear_diagnosis, diagnose_plan
 from anchorscope.locks import folder_lock
 from anchorscope.notebook import InNotebook
+from anchorscope.pictures import DPI, Formats, picture_formats, picture_patterns
 from anchorscope.profiles import HeadProfile, is_whole
 from anchorscope.runs.executors import Context
 from anchorscope.runs.folder import Run, RunFolder
@@ -48,7 +49,7 @@ from anchorscope.runs.request import planned, split, takes
 from anchorscope.runs.units import HeadUnit
 from anchorscope.runs.values import jsonable
 from anchorscope.shapes import check, fits
-from anchorscope.shown import counted, exact_theta
+from anchorscope.shown import counted
 
 STATE = "analysis.json"
 REPORT = "report.json"
@@ -63,7 +64,7 @@ FOLDER = RunFolder(
     state=STATE,
     report=REPORT,
     tables=("heads.csv", "curves.csv", "thetas.csv", TOKENS),
-    parts=((PROFILES, "*.safetensors"), (FIGURES, "*.png")),
+    parts=((PROFILES, "*.safetensors"), *picture_patterns(FIGURES)),
     kept=("head", f"{PROFILES}/*.safetensors"),
 )
 STATE_SHAPE = {"profiles": [str], "settings": {"target_recall": float, "prompts": [str], "layers": [int]}}
@@ -126,7 +127,7 @@ def analyze(dump: Dump | Path | str, out: Path | str, *, plan: AnalysisPlan | No
     how, asked = split(options)
     if plan is None:
         wanted = {name: asked[name] for name in ("heatmaps", "diagnose", "figure_theta") if name in asked}
-        FOLDER.refuse_early(Path(out), asked_of(how.figures, **wanted), **how.replacing)
+        FOLDER.refuse_early(Path(out), asked_of(how.asked, **wanted), **how.replacing)
     return analyze_plan(
         planned(AnalyzeRequest, plan, dump, asked, late=("heatmaps", "figure_theta", "diagnose")), out, how
     )
@@ -136,19 +137,6 @@ def analyze_plan(plan: AnalysisPlan, out: Path | str, options: RunOptions) -> An
     """Carry out a plan; see `analyze`."""
     done = run(AnalyzeCommand(plan, options), out)
     return Analysis(done.path, done.report, done.summary.value, done.figures, done.extension)
-
-
-def asked_of(
-    figures: bool, heatmaps: HeatMaps = None, diagnose: bool = False, figure_theta: float | None = None
-) -> dict[str, Any]:
-    """What is to be made of the measurements, as the folder's state holds it."""
-    wanted = "default" if heatmaps is None else heatmaps if isinstance(heatmaps, str) else list(map(list, heatmaps))
-    return {
-        "figures": figures,
-        "heatmaps": wanted if figures else None,
-        "diagnose": diagnose,
-        "figure_theta": None if figure_theta is None else exact_theta(figure_theta),  # as text: 0 is a word, too
-    }
 
 
 class AnalyzeCommand(BaseCommand[HeadUnit, HeadProfile]):
@@ -228,11 +216,12 @@ class AnalyzeCommand(BaseCommand[HeadUnit, HeadProfile]):
 
     def asked(self) -> dict[str, Any]:
         request = self.plan.request
-        return asked_of(self.options.figures, request.heatmaps, request.diagnose, request.figure_theta)
+        return asked_of(self.options.asked, request.heatmaps, request.diagnose, request.figure_theta)
 
     def draw(self, run: Run, summary: Summary) -> Sequence[Path]:
         assert self._shown is not None
-        return _draw(run.path, run.state, run.asked["heatmaps"], self._shown, self.options.report)
+        how: dict[str, Any] = {"theta": self._shown, "model": self.plan.dump.model, "formats": run.pictures}
+        return _draw(run.path, run.state, run.asked["heatmaps"], self.options.report, **how)
 
     def nested(self, root: Path) -> Sequence[tuple[BaseCommand[Any, Any], Path]]:
         kinds = self.plan.known_kinds()
@@ -249,10 +238,9 @@ class AnalyzeCommand(BaseCommand[HeadUnit, HeadProfile]):
 
         request = self.plan.request if self.plan.kinds else replace(self.plan.request, diagnose=True)
         plan = self._kinds(run, self.plan.kinds or request.plan().kinds)
-        figures = bool(run.asked["figures"])
-        if not figures:  # the last word on an unfinished analysis counts for the diagnosis in it too
-            DIAGNOSES.reopen(run.path / HEADS, {"figures": True})
-        how = replace(self.options, figures=figures, overwrite=True, resume=True, progress=kinds)
+        drawn: dict[str, Any] = {"figures": bool(run.asked["figures"]), "formats": run.pictures}
+        how = replace(self.options, **drawn, overwrite=True, resume=True, progress=kinds)
+        DIAGNOSES.reopen(run.path / HEADS, how.asked)  # the last word on an analysis counts for the diagnosis in it too
         return diagnose_plan(plan, run.path / HEADS, how)
 
     def _kinds(self, run: Run, plan: HeadsPlan | None) -> HeadsPlan:
@@ -293,6 +281,8 @@ def redraw(
     *,
     heatmaps: HeatMaps = None,
     theta: float | None = None,
+    formats: Formats = ("png",),
+    dpi: int = DPI,
     progress: ProgressCallback | None = None,
 ) -> list[Path]:
     """Draw the figures of an analysis again, from its saved profiles; the dump is not needed.
@@ -302,22 +292,27 @@ def redraw(
         heatmaps: (layer, head) pairs, "all", or None for the worst, the median and the best head.
         theta: what to draw, one of the thetas measured; None means the one that report.json names. Heat maps of other
             heads that an earlier call drew at another theta are removed.
+        formats, dpi: as of `RunOptions`.
         progress: called as work proceeds.
 
     Raises:
         DumpError: the folder holds no analysis, or a profile is damaged.
-        InputError: the theta was not measured, or an earlier version saved the heat maps of the first theta alone.
+        InputError: an unknown format, a resolution out of range, a heat map of a head or a theta that was not measured,
+            or an earlier version saved the heat maps of the first theta alone.
     """
+    pictures = picture_formats(formats, dpi)
     path = Path(out)
     state = _state(path)
-    shown = saved_figure_theta(load_report(path))
+    report = load_report(path)
+    shown = saved_figure_theta(report)
     if theta is not None:
         thetas = [float(t) for t in state["settings"]["theta"]]
         shown = choose_figure_theta(thetas, thetas, shown.target_recall, thetas[find_theta(thetas, theta, "--theta")])
         for name in state["profiles"][:1]:  # refused before any picture is replaced
             HeadProfile.load(path / PROFILES / name).led_by(shown.theta)
+    how: dict[str, Any] = {"theta": shown, "model": report["dump"].get("model"), "formats": pictures}
     with folder_lock(path):
-        drawn = _draw(path, state, heatmaps, shown, progress or (lambda _: None))
+        drawn = _draw(path, state, heatmaps, progress or (lambda _: None), **how)
         if theta is not None:
             for stale in set((path / FIGURES).glob("*-heatmap.*")) - set(drawn):
                 stale.unlink(missing_ok=True)
@@ -356,10 +351,10 @@ def _draw(
     path: Path,
     state: Mapping[str, Any],
     heatmaps: Sequence[Sequence[int]] | str | None,
-    shown: FigureTheta,
     report: Callable[[Progress], None],
+    **how: Any,
 ) -> list[Path]:
-    """Every figure, from the saved profiles."""
+    """Every figure, from the saved profiles; `how` as of `draw_all`."""
     from anchorscope.plots.draw import draw_all
 
     wanted: list[tuple[int, int]] | str | None = None
@@ -368,7 +363,7 @@ def _draw(
     target = state["settings"]["target_recall"]
     profiles = [path / PROFILES / name for name in state["profiles"]]
     prompts, layers = len(state["settings"]["prompts"]), len(state["settings"]["layers"])
-    total = prompts * (1 + 2 * layers) + heat_map_count(wanted, len(profiles), prompts)
+    total = (prompts * (1 + 2 * layers) + heat_map_count(wanted, len(profiles), prompts)) * len(how["formats"])
     done = 0
 
     def drawn_one(file: Path) -> None:
@@ -377,7 +372,8 @@ def _draw(
         report(Progress("figures", min(done, total), total, file.stem))
 
     report(Progress("figures", 0, total))
-    return draw_all(profiles, path / FIGURES, heatmaps=wanted, theta=shown, target_recall=target, progress=drawn_one)
+    how["progress"] = drawn_one
+    return draw_all(profiles, path / FIGURES, heatmaps=wanted, target_recall=target, **how)
 
 
 __all__ = [

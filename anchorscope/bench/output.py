@@ -10,6 +10,7 @@ from typing import Any
 
 from anchorscope.bench.rows import FORMAT
 from anchorscope.errors import InputError
+from anchorscope.pictures import DPI, Formats, asked_pictures, picture_bytes, picture_formats, picture_patterns
 from anchorscope.runs.folder import RunFolder
 
 REPORT = "bench.json"
@@ -20,7 +21,7 @@ FOLDER = RunFolder(
     format=f"{FORMAT}-run",
     version=VERSION,
     report=REPORT,
-    parts=(("parts", "case-*.json"), (".", "time.png"), (".", "density.png")),
+    parts=(("parts", "case-*.json"), *picture_patterns(".", ("time", "density"))),
     figures=".",
     kept=("timed input", "parts/case-*.json"),
     stateless=FORMAT,
@@ -28,13 +29,16 @@ FOLDER = RunFolder(
 _DISK = 1_000_000  # bytes of figures and JSON, at most about
 
 
-def save(data: dict[str, Any], out: str | Path, *, overwrite: bool = False) -> list[Path]:
+def save(
+    data: dict[str, Any], out: str | Path, *, overwrite: bool = False, formats: Formats = ("png",), dpi: int = DPI
+) -> list[Path]:
     """Write bench.json and the figures of a result.
 
     Args:
         data: `BenchResult.to_json()`, with `against` added if compared.
         out: folder, made if missing.
         overwrite: replace an existing result.
+        formats, dpi: of the figures, as in `bench`.
 
     Returns:
         The files written, bench.json first.
@@ -46,9 +50,10 @@ def save(data: dict[str, Any], out: str | Path, *, overwrite: bool = False) -> l
     from anchorscope.bench.figures import draw_all
 
     content = {"result": hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()}
-    asked = {"figures": True}
-    with FOLDER.run(Path(out), content, asked=asked, disk=_DISK, overwrite=overwrite) as under_way:
-        figures = draw_all(data, under_way.path)
+    pictures = picture_formats(formats, dpi)
+    asked, disk = asked_pictures(True, pictures), picture_bytes(_DISK, pictures)
+    with FOLDER.run(Path(out), content, asked=asked, disk=disk, overwrite=overwrite) as under_way:
+        figures = draw_all(data, under_way.path, formats=under_way.pictures)
         under_way.finish(data)
     return [under_way.path / REPORT, *figures]
 

@@ -150,14 +150,15 @@ def bench(
         **options: the fields of `RunOptions`.
 
     Returns:
-        The finished bench. `out` then holds bench.json, time.png, density.png (with two thetas or more) and parts/.
+        The finished bench. `out` then holds bench.json, parts/ and the figures: time and, with two thetas or more,
+        density.
 
     Raises:
         InputError, DumpError, MissingBackendError: see `BenchConfig.plan`; also an `out` that is in use.
         RunFailure: disk full, out of memory.
     """
     how, _ = split(options)
-    FOLDER.refuse_early(Path(out), {"figures": how.figures}, **how.replacing)
+    FOLDER.refuse_early(Path(out), how.asked, **how.replacing)
     return bench_plan(config.plan(dump), out, how, Remarks(command, against))
 
 
@@ -216,7 +217,9 @@ class BenchCommand(Command[Case, MeasuredRow]):
     def draw(self, run: Run, summary: Summary) -> Sequence[Path]:
         from anchorscope.bench.figures import draw_all
 
-        return draw_all(summary.report, run.path)
+        model = None if self.plan.source is None else self.plan.source.model
+
+        return draw_all(summary.report, run.path, model, formats=run.pictures)
 
     def result(self, rows: Sequence[MeasuredRow]) -> BenchResult:
         """All rows together; the bench was created, and its hardware last looked at, with the last of them."""

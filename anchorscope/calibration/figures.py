@@ -10,48 +10,68 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import Normalize
+from matplotlib.colors import Colormap, Normalize
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 
 from anchorscope.calibration.tables import aim
-from anchorscope.plots.maps import LayerHead, bare, color_bar, color_cells, paint, some_ticks, write_cells
+from anchorscope.plots.maps import (
+    LayerHead,
+    bare,
+    cell_share,
+    color_bar,
+    color_cells,
+    paint,
+    some_ticks,
+    theta_cells,
+    write_cells,
+)
+from anchorscope.plots.notes import Notes
 from anchorscope.plots.save import save_all
 from anchorscope.plots.style import (
+    ALONE,
     BLUE,
+    DENSE,
     FAINT,
     GREEN,
     INK,
+    KINDS,
+    MISSED,
     MUTED,
-    ORANGE,
     PAPER,
     RED,
-    SKY,
     SMALL,
     TEXT,
+    THETA,
     label,
-    legend,
     legend_below,
     new_figure,
     panel_title,
+    setting_text,
     tidy,
 )
-from anchorscope.shown import share_text, theta_text
+from anchorscope.shown import theta_text
 
-DENSE, ALONE = "#bdbdbd", "#d6e6f4"
 NUMBERS = (16, 32)  # most heads and layers with a number in each cell
 RECALLS = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 0.9999)
 DENSITIES = (0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
 GROUP_DASHES = ((0, (5, 1.5)), (0, (1, 1)), (0, (3, 1.5, 1, 1.5)), (0, (8, 2)), (0, (6, 1, 1, 1, 1, 1)))
+GROUPS = (KINDS[2], KINDS[5], KINDS[7], KINDS[4], KINDS[8])
 LEAST_MISSED = 1e-4  # recall is drawn up to 1 minus this
 
 Report = Mapping[str, Any]
 
 
-def draw_all(report: Report, folder: Path) -> list[Path]:
-    """Draw and save every figure: `thetas.png`, `fitted-held-out.png` (if prompts were held out), `recall-density.png`,
-    and `lengths.png` (if prompts differ in length).
+def draw_all(report: Report, folder: Path, *, formats: Mapping[str, int] | None = None) -> list[Path]:
+    """Draw and save every figure: `thetas`, `fitted-held-out` (if prompts were held out), `recall-density`, and
+    `lengths` (if prompts differ in length).
+
+    Args:
+        report: what calibration.json holds.
+        folder: where to.
+        formats: dpi by format; see `anchorscope.plots.save.save_all`.
 
     Returns:
         The files, in the order written.
@@ -63,7 +83,15 @@ def draw_all(report: Report, folder: Path) -> list[Path]:
         figures.append(("recall-density", recall_density(report)))
     if report["lengths"]:
         figures.append(("lengths", length_matrix(report)))
-    return save_all(figures, folder)
+    return save_all(figures, folder, formats=formats)
+
+
+def _setting(report: Report, held_out: bool | None = None) -> str:
+    """Model, prompts and chosen groups, and what was aimed at; `held_out` says which prompts, None all."""
+    prompts = [p for p in report["prompts"] if held_out is None or p["held_out"] == held_out]
+    groups = [(row["block"], row["step"]) for row in report["layers"]]
+    named = [(p["name"], p["tokens"]) for p in prompts]
+    return setting_text(report.get("model"), named, groups, (), aim(report["settings"]))
 
 
 def theta_map(report: Report) -> Figure:
@@ -71,22 +99,20 @@ def theta_map(report: Report) -> Figure:
     rows = report["heads"]
     place = LayerHead((r["layer"], r["head"]) for r in rows)
     layers, heads = place.layers, place.heads
+    grid = place.fill((r["layer"], r["head"], math.inf if r["theta"] == "dense" else float(r["theta"])) for r in rows)
     dense = place.fill((r["layer"], r["head"], r["theta"] == "dense") for r in rows) == 1
-    grid = place.fill((r["layer"], r["head"], float(r["theta"])) for r in rows if r["theta"] != "dense")
     known = grid[np.isfinite(grid)]
-    low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 1.0)
-    norm = Normalize(low, high if high > low else low + 1)
     cell = place.row_height(0.17, 5.6)
-    span = f"{theta_text(low)} to {theta_text(high)} nats" if known.size else "none sparse"
+    span = f"{theta_text(known.min())} to {theta_text(known.max())} nats" if known.size else "none sparse"
     figure = new_figure(
         max(0.5 * min(len(heads), 24) + 3.4, 8.2),
         cell * len(layers) + 2.0,
         "Theta of every head",
-        f"{aim(report['settings'])}  |  {span}; {int(dense.sum())} of {len(rows)} heads dense",
+        _setting(report),
+        f"{span}  |  {int(dense.sum())} of {len(rows)} heads dense",
     )
     axes = figure.subplots()
-    colors = matplotlib.colormaps["viridis"]
-    image = color_cells(grid, colors, norm, special=((np.isneginf(grid), ALONE), (dense, DENSE)))
+    image, norm = theta_cells(grid)
     paint(axes, image)
     if len(heads) <= NUMBERS[0] and len(layers) <= NUMBERS[1]:
         texts = {at: "dense" if dense[at] else _nats(float(value)) for at, value in np.ndenumerate(grid)}
@@ -99,11 +125,14 @@ def theta_map(report: Report) -> Figure:
     for side in (axes, right):
         bare(side)
     label(axes, "query head", "layer")
-    color_bar(axes, norm, colors, text="theta (nats)", fraction=0.035, pad=0.02)
+    if norm is not None:
+        color_bar(axes, norm, THETA, text="theta (nats)", fraction=0.035, pad=0.02)
     handles = [Patch(facecolor=DENSE, label="runs dense")] if dense.any() else []
+    if (np.isposinf(grid) & ~dense).any():
+        handles.append(Patch(facecolor=DENSE, edgecolor=MUTED, label="inf: keeps all"))
     if np.isneginf(grid).any():
         handles.append(Patch(facecolor=ALONE, edgecolor=MUTED, label="-inf: the anchor region alone suffices"))
-    if (np.isnan(grid) & ~dense).any():
+    if np.isnan(grid).any():
         handles.append(Patch(facecolor=PAPER, edgecolor=MUTED, label="not measured"))
     if handles:
         legend_below(figure, columns=3, handles=handles)
@@ -117,8 +146,8 @@ def fitted_held_out(report: Report) -> Figure:
     rows = [r for r in report["heads"] if r["theta"] != "dense"]
     broken = np.array([r["kept"] is False for r in rows], dtype=bool)
     found = report["promise"]
-    said = "" if found is None else f"  |  {found['heads_missed']} of {len(report['heads'])} heads below the target"
-    figure = new_figure(11.4, 5.6, "Do the thetas hold on prompts they never saw?", f"{aim(report['settings'])}{said}")
+    said = "" if found is None else f"{found['heads_missed']} of {len(report['heads'])} heads below the target"
+    figure = new_figure(11.4, 5.6, "Do the thetas hold on prompts they never saw?", _setting(report), said)
     panels = figure.subplots(1, 2)
     for axes, name, words in ((panels[0], key, f"{s['statistic']} recall"), (panels[1], "density", "density")):
         x, y = (np.array([r[f"{part}_{name}"] for r in rows], dtype=float) for part in ("fitted", "held_out"))
@@ -140,8 +169,12 @@ def fitted_held_out(report: Report) -> Figure:
         axes.set_ylim(low - pad, high + pad)
         label(axes, f"{words}, fitting prompts (share)", f"{words}, held-out prompts (share)")
         tidy(axes)
+    handles = [*panels[0].get_legend_handles_labels()[0]]
+    handles.append(Line2D([], [], color=MUTED, linewidth=0.9, label="equal on both"))
+    if target is not None:
+        handles.append(Line2D([], [], color=INK, linewidth=0.9, linestyle=":", label=f"target {target:g}"))
+    legend_below(figure, columns=4, handles=handles)
     _name_worst(panels[0], rows, key)
-    legend(panels[0], loc="lower right" if target is None else "lower left")
     return figure
 
 
@@ -154,7 +187,8 @@ def recall_density(report: Report) -> Figure:
         12.2,
         6.0,
         "Per-head thetas against one theta for all heads",
-        f"{aim(report['settings'])}  |  on the {where} prompts; further up and left is better",
+        _setting(report, part == "held_out"),
+        f"on the {where} prompts; further up and left is better",
     )
     panels = figure.subplots(1, 2)
     lines = _lines(found, part)
@@ -176,7 +210,7 @@ def recall_density(report: Report) -> Figure:
             [max(1 - own[key], LEAST_MISSED)],
             s=110,
             marker="*",
-            color=RED,
+            color=INK,
             edgecolor="white",
             linewidth=0.6,
             zorder=9,
@@ -189,8 +223,7 @@ def recall_density(report: Report) -> Figure:
         )
         panel_title(axes, title)
         tidy(axes)
-    handles, names = panels[0].get_legend_handles_labels()
-    legend(figure, handles=handles, labels=names, loc="outside lower center", ncols=4)
+    legend_below(figure, columns=4, handles=panels[0].get_legend_handles_labels()[0])
     return figure
 
 
@@ -199,30 +232,31 @@ def length_matrix(report: Report) -> Figure:
     cells = report["lengths"]
     fits, at = sorted({c["fit_tokens"] for c in cells}), sorted({c["tokens"] for c in cells})
     statistic = report["settings"]["statistic"]
-    maps = [("value", f"{statistic} recall, mean over heads", "cividis"), ("density", "density", "viridis")]
+    maps: list[tuple[str, str, Colormap]] = [
+        ("value", f"{statistic} recall, mean over heads", matplotlib.colormaps["cividis"]),
+        ("density", "density", matplotlib.colormaps["viridis"]),
+    ]
     if report["settings"]["target"] is not None:
-        maps.append(("heads_missed_share", "share of heads below the target", "magma_r"))
+        maps.append(("heads_missed_share", "share of heads below the target", MISSED))
     figure = new_figure(
         max((0.85 * len(at) + 1.6) * len(maps), 9.0),
         0.62 * len(fits) + 2.3,
         "Do thetas fitted at one length hold at another?",
-        f"{aim(report['settings'])}  |  on held-out prompts of that length, if any (* else on fitting ones)",
+        _setting(report),
+        "on held-out prompts of that length, if any (* else on fitting ones)",
     )
-    for axes, (key, title, cmap) in zip(figure.subplots(1, len(maps), squeeze=False)[0], maps, strict=True):
+    for axes, (key, title, colors) in zip(figure.subplots(1, len(maps), squeeze=False)[0], maps, strict=True):
         grid = np.full((len(fits), len(at)), math.nan)
         for c in cells:
             grid[fits.index(c["fit_tokens"]), at.index(c["tokens"])] = c[key]
         low, high = float(np.nanmin(grid)), float(np.nanmax(grid))
         norm = Normalize(low, max(high, low + 0.02))
-        image = color_cells(grid, matplotlib.colormaps[cmap], norm, missing="white")
+        image = color_cells(grid, colors, norm, missing="white")
         paint(axes, image)
         texts: dict[tuple[int, int], str] = {}
         for c in cells:
             row, column = fits.index(c["fit_tokens"]), at.index(c["tokens"])
-            text = (f"{c[key]:.0%}" if key == "heads_missed_share" else share_text(c[key])) + (
-                "" if c["held_out"] else "*"
-            )
-            texts[row, column] = text
+            texts[row, column] = cell_share(c[key]) + ("" if c["held_out"] else "*")
         write_cells(axes, image, texts, size=SMALL)
         some_ticks(axes.xaxis, [f"{n:,}" for n in at], 1)
         some_ticks(axes.yaxis, [f"{n:,}" for n in fits], 1)
@@ -236,21 +270,17 @@ def length_matrix(report: Report) -> Figure:
 
 
 def _nats(value: float) -> str:
-    return "" if math.isnan(value) else theta_text(float(value))
+    return "" if math.isnan(value) else theta_text(value)
 
 
 def _name_worst(axes: Axes, rows: Sequence[Report], key: str, most: int = 4) -> None:
-    """Layer and head beside the points that fall furthest below the target."""
+    """Layer and head beside the points that fall furthest below the target, where there is room."""
     short = sorted((r for r in rows if r["shortfall"]), key=lambda r: -r["shortfall"])[:most]
+    if not short:
+        return
+    notes = Notes(axes, [(r[f"fitted_{key}"], r[f"held_out_{key}"]) for r in rows])
     for r in short:
-        axes.annotate(
-            f"{r['layer']}:{r['head']}",
-            (r[f"fitted_{key}"], r[f"held_out_{key}"]),
-            xytext=(6, -3),
-            textcoords="offset points",
-            size=SMALL,
-            color=MUTED,
-        )
+        notes.write((r[f"fitted_{key}"], r[f"held_out_{key}"]), f"{r['layer']}:{r['head']}", color=MUTED)
 
 
 def _lines(found: Report, part: str) -> list[tuple[str, list[Any], dict[str, Any]]]:
@@ -270,13 +300,13 @@ def _lines(found: Report, part: str) -> list[tuple[str, list[Any], dict[str, Any
         (
             "one theta, groups of equal slope",
             of("one theta, same groups"),
-            {"color": ORANGE, "linewidth": 2.0, "zorder": 4},
+            {"color": KINDS[1], "linewidth": 2.0, "zorder": 4},
         ),
     ]
     groups = dict.fromkeys(r["group"] for b in found["budgets"] for r in b["rows"] if "group" in r)
     for i, group in enumerate(groups):
         look = {
-            "color": SKY if i == 0 else MUTED,
+            "color": GROUPS[i % len(GROUPS)],
             "linewidth": 1.4,
             "linestyle": GROUP_DASHES[i % len(GROUP_DASHES)],
             "zorder": 5,  # over the line of mixed groups, with which one of them may coincide

@@ -22,6 +22,7 @@ from anchorscope.calibration.tables import COLUMNS, table_row
 from anchorscope.errors import DumpError
 from anchorscope.files import csv_text
 from anchorscope.notebook import InNotebook
+from anchorscope.pictures import picture_patterns
 from anchorscope.runs.executors import Context, Executor, InTurn
 from anchorscope.runs.folder import Run, RunFolder
 from anchorscope.runs.life import BaseCommand, Parts, RunOptions, Summary, run
@@ -45,7 +46,7 @@ FOLDER = RunFolder(
     report=REPORT,
     tables=(ANCHORS, TABLE),
     # analyses stay: another target uses them again
-    parts=((FIGURES, "*.png"),),
+    parts=picture_patterns(FIGURES),
     kept=("head", f"{ANALYSIS}/*/profile/*.safetensors"),
 )
 
@@ -96,7 +97,7 @@ def calibrate(
     """
     how, asked = split(options)
     if plan is None:
-        FOLDER.refuse_early(Path(out), {"figures": how.figures}, **how.replacing)
+        FOLDER.refuse_early(Path(out), how.asked, **how.replacing)
     done = run(CalibrateCommand(planned(CalibrateRequest, plan, sources, asked), how), out)
     return Calibration(done.path, done.summary.value, done.report, done.figures)
 
@@ -177,4 +178,4 @@ class CalibrateCommand(BaseCommand[AnalysisUnit, Measured]):
     def draw(self, run: Run, summary: Summary) -> Sequence[Path]:
         from anchorscope.calibration.figures import draw_all
 
-        return draw_all(summary.report, run.path / FIGURES)
+        return draw_all(summary.report, run.path / FIGURES, formats=run.pictures)

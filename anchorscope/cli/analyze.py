@@ -13,6 +13,7 @@ from anchorscope.cli.common import (
     announce,
     check_early,
     chosen,
+    drawn,
     progress_bar,
     refuse_both,
     stdout_console,
@@ -23,6 +24,7 @@ from anchorscope.cli.merge import parse_shard, print_shard
 from anchorscope.cli.tables import FittingTable, boxed_table, clean_name, print_places
 from anchorscope.errors import InputError
 from anchorscope.figure_theta import saved_figure_theta
+from anchorscope.pictures import asked_pictures
 from anchorscope.shown import counted, exact_theta, share_text, theta_text
 
 if TYPE_CHECKING:
@@ -65,6 +67,8 @@ def analyze(
         bool, typer.Option("--no-diagnose", help="Skip OUT/heads: what kind of head each one is.")
     ] = False,
     no_figures: Annotated[bool, typer.Option("--no-figures", help="Write tables and profiles only.")] = False,
+    form: opt.Format = None,
+    dpi: opt.Dpi = None,
     overwrite: Annotated[bool, opt.overwrites("an earlier analysis in OUT")] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue in OUT; an interrupted run of the same settings does so anyway.")
@@ -83,15 +87,16 @@ def analyze(
         raise InputError("--heatmap and --no-figures contradict each other: give one of them")
     part = parse_shard(shard)
     thetas = parse_thetas(theta)
-    pairs = _heatmaps(heatmap)
+    pairs, pictures = _heatmaps(heatmap), drawn(form, dpi, no_figures)
 
-    from anchorscope.analysis.run import FOLDER, asked_of, plan_analysis
+    from anchorscope.analysis.request import asked_of
+    from anchorscope.analysis.run import FOLDER, plan_analysis
     from anchorscope.analysis.run import analyze as run
     from anchorscope.dumps import open_dump
     from anchorscope.params import AnchorParams
 
     params = AnchorParams(block, step, init, lookback)
-    wanted = asked_of(not no_figures, pairs, not no_diagnose, figure_theta)
+    wanted = asked_of(asked_pictures(**pictures), pairs, not no_diagnose, figure_theta)
     FOLDER.refuse_early(out, wanted, overwrite=overwrite, resume=resume)
     check_early(device, backend, target_recall)
     source = open_dump(dump)
@@ -110,13 +115,13 @@ def analyze(
         diagnose=not no_diagnose,
     )
     what = f"{counted(len(plan.units), 'head')}, back end {plan.backend.name} on {plan.backend.hardware}"
-    announce(plan, what, figures=not no_figures)
+    announce(plan, what, **pictures)
     warn_of_model(source, picked["prompts"])
     with progress_bar() as bar:
         result = run(
             source,
             out,
-            figures=not no_figures,
+            **pictures,
             overwrite=overwrite,
             resume=resume,
             progress=bar,
@@ -142,14 +147,16 @@ def figures(
             help="Theta to draw, nats: one of those measured (default: that of the analysis).", metavar="NATS"
         ),
     ] = None,
+    form: opt.Format = None,
+    dpi: opt.Dpi = None,
 ) -> None:
     """Draw the figures of an analysis again from its saved profiles; the dump is not needed."""
-    pairs = _heatmaps(heatmap)
+    pairs, formats = _heatmaps(heatmap), drawn(form, dpi)["formats"]
     from anchorscope.analysis.run import redraw
 
     with progress_bar() as bar:
-        drawn = redraw(out, heatmaps=pairs, theta=theta, progress=bar)
-    for path in drawn:
+        written = redraw(out, heatmaps=pairs, theta=theta, formats=formats, progress=bar)
+    for path in written:
         print(path)
 
 

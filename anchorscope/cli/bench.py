@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from anchorscope.cli import options as opt
-from anchorscope.cli.common import announce, note, progress_bar, stdout_console, warn
+from anchorscope.cli.common import announce, drawn, note, progress_bar, stdout_console, warn
 from anchorscope.cli.help import completes
 from anchorscope.cli.tables import FittingTable, new_table, optional
 from anchorscope.errors import InputError, RunFailure
 from anchorscope.files import human_bytes
 from anchorscope.names import DENSE
+from anchorscope.pictures import asked_pictures
 from anchorscope.shown import counted, exact_theta, share_text, threads_text
 
 if TYPE_CHECKING:
@@ -91,6 +92,8 @@ def bench(
         Path | None,
         typer.Option("--out", help="Folder for bench.json and figures. (default: none, tables only)", metavar="OUT"),
     ] = None,
+    form: opt.Format = None,
+    dpi: opt.Dpi = None,
     overwrite: Annotated[bool, opt.overwrites("an earlier bench in OUT")] = False,
     against: Annotated[
         Path | None,
@@ -108,6 +111,9 @@ def bench(
 
     sizes = None if lengths is None else parse_lengths(lengths, most=MAX_LENGTH)
     thetas = None if theta is None else parse_thetas(theta)
+    pictures = drawn(form, dpi)
+    if out is None and (form is not None or dpi is not None):
+        raise InputError("--format and --dpi are about the figures in OUT: give --out too")
 
     from anchorscope.bench import BenchConfig, load_result
     from anchorscope.params import AnchorParams
@@ -131,7 +137,7 @@ def bench(
     if out is not None:
         from anchorscope.bench.output import FOLDER
 
-        FOLDER.refuse_early(out, {"figures": True}, overwrite=overwrite)
+        FOLDER.refuse_early(out, asked_pictures(**pictures), overwrite=overwrite)
     elif overwrite:
         raise InputError("--overwrite replaces a bench in a folder: give the folder with --out, or leave it out")
     old = None if against is None else (against.name, load_result(against))
@@ -140,8 +146,8 @@ def bench(
     if out is None:
         note(f"{what}; needs about {plan.memory_words()}")
     else:
-        announce(plan, what, figures=True)
-    data = _carry_out(plan, out, overwrite, old)
+        announce(plan, what, **pictures)
+    data = _carry_out(plan, out, {**pictures, "overwrite": overwrite}, old)
     for sentence in data["against"]["notes"] if old is not None else ():
         warn(sentence)
     if data["hardware"]["type"] == "cpu":
@@ -157,7 +163,7 @@ def bench(
 
 
 def _carry_out(
-    plan: BenchPlan, out: Path | None, overwrite: bool, old: tuple[str, dict[str, Any]] | None
+    plan: BenchPlan, out: Path | None, how: dict[str, Any], old: tuple[str, dict[str, Any]] | None
 ) -> dict[str, Any]:
     """The content of bench.json, measured into a folder if there is one."""
     from anchorscope.bench.run import Remarks, bench_plan, measure_plan
@@ -167,7 +173,7 @@ def _carry_out(
     with progress_bar() as bar:
         if out is None:
             return measure_plan(plan, bar, remarks)
-        done = bench_plan(plan, out, RunOptions(overwrite=overwrite, progress=bar, notify=warn), remarks)
+        done = bench_plan(plan, out, RunOptions(**how, progress=bar, notify=warn), remarks)
     for path in (out / "bench.json", *done.figures):
         note(f"wrote {path}")
     return done.report

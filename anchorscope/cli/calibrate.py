@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from anchorscope.cli import options as opt
-from anchorscope.cli.common import announce, progress_bar, stdout_console, warn, warn_of_model
+from anchorscope.cli.common import announce, drawn, progress_bar, stdout_console, warn, warn_of_model
 from anchorscope.cli.help import completes
 from anchorscope.cli.merge import parse_shard, print_shard
 from anchorscope.cli.tables import FittingTable, new_table, print_places
+from anchorscope.pictures import asked_pictures
 from anchorscope.shown import counted, share_text, theta_text
 
 if TYPE_CHECKING:
@@ -94,6 +95,8 @@ def calibrate(
     devices: opt.Devices = None,
     shard: opt.ShardOf = None,
     no_figures: opt.NoFigures = False,
+    form: opt.Format = None,
+    dpi: opt.Dpi = None,
     overwrite: Annotated[bool, opt.overwrites("an earlier calibration in OUT; its analyses are used again")] = False,
     as_json: Annotated[bool, opt.prints_json("calibration.json")] = False,
 ) -> None:
@@ -107,6 +110,7 @@ def calibrate(
     from anchorscope.parse import parse_thetas
 
     part = parse_shard(shard)
+    pictures = drawn(form, dpi, no_figures)
     kinds = None if groups is None else parse_groups(groups)
     thetas = None if theta is None else parse_thetas(theta)
 
@@ -114,7 +118,7 @@ def calibrate(
     from anchorscope.calibration import plan_calibration
     from anchorscope.calibration.run import FOLDER
 
-    FOLDER.refuse_early(out, {"figures": not no_figures}, overwrite=overwrite)
+    FOLDER.refuse_early(out, asked_pictures(**pictures), overwrite=overwrite)
     plan = plan_calibration(
         sources,
         target_recall=target_recall,
@@ -141,13 +145,11 @@ def calibrate(
         )
     else:
         what = f"{counted(len(plan.sources.prompts), 'prompt')}, measured already"
-    announce(plan, what, figures=not no_figures)
+    announce(plan, what, **pictures)
     for source in {unit.dump.identity: unit.dump for unit in plan.units}.values():
         warn_of_model(source)
     with progress_bar() as bar:
-        result = run(
-            sources, out, figures=not no_figures, overwrite=overwrite, progress=bar, notify=warn, plan=plan, shard=part
-        )
+        result = run(sources, out, **pictures, overwrite=overwrite, progress=bar, notify=warn, plan=plan, shard=part)
     if part is not None:
         print_shard(result.path, part, as_json)
         return

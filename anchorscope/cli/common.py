@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -74,9 +74,24 @@ def say(sentence: str) -> None:
     print(sentence, file=sys.stderr)
 
 
-def announce(plan: Plan[Any], what: str, *, figures: bool) -> None:
-    """Say on stderr what a run is going to do and take, and what there is to warn of."""
-    note(f"{what}; {plan.needs(figures=figures)}")
+def drawn(form: str | None, dpi: int | None, no_figures: bool = False) -> dict[str, Any]:
+    """What --format, --dpi and --no-figures ask for, as keyword arguments `figures` and `formats` of a run.
+
+    Raises:
+        InputError: an unknown format, a resolution out of range, or figures described and refused at once.
+    """
+    from anchorscope.pictures import DPI, picture_formats
+
+    formats = picture_formats("png" if form is None else form, DPI if dpi is None else dpi, ("--format", "--dpi"))
+    for option, value in (("--format", form), ("--dpi", dpi)):
+        if no_figures and value is not None:
+            raise InputError(f"--no-figures and {option} contradict each other: give one of them")
+    return {"figures": not no_figures, "formats": formats}
+
+
+def announce(plan: Plan[Any], what: str, *, figures: bool = True, formats: Mapping[str, int] | None = None) -> None:
+    """Say on stderr what a run is going to do and take, and what there is to warn of; see `drawn`."""
+    note(f"{what}; {plan.needs(figures=figures, formats=formats or ('png',))}")
     for sentence in plan.warnings:
         warn(sentence)
 

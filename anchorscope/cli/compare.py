@@ -9,11 +9,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from anchorscope.cli import options as opt
-from anchorscope.cli.common import announce, check_early, chosen, progress_bar, stdout_console, warn, warn_of_model
+from anchorscope.cli.common import (
+    announce,
+    check_early,
+    chosen,
+    drawn,
+    progress_bar,
+    stdout_console,
+    warn,
+    warn_of_model,
+)
 from anchorscope.cli.help import completes
 from anchorscope.cli.merge import parse_shard, print_shard
 from anchorscope.cli.tables import clean_name, new_table, print_places
 from anchorscope.errors import InputError
+from anchorscope.pictures import asked_pictures
 from anchorscope.shown import counted, share_text
 
 if TYPE_CHECKING:
@@ -69,6 +79,8 @@ def compare(
     devices: opt.Devices = None,
     shard: opt.ShardOf = None,
     no_figures: opt.NoFigures = False,
+    form: opt.Format = None,
+    dpi: opt.Dpi = None,
     overwrite: Annotated[bool, opt.overwrites("an earlier comparison in OUT")] = False,
     as_json: Annotated[bool, opt.prints_json("compare.json")] = False,
     list_methods: Annotated[bool, typer.Option("--list", help="List methods and their settings, and stop.")] = False,
@@ -87,6 +99,7 @@ def compare(
     from anchorscope.methods import line_up
 
     part = parse_shard(shard)
+    pictures = drawn(form, dpi, no_figures)
     lineup = line_up(methods, settings or (), labels or ())
 
     from anchorscope.compare import compare as run
@@ -94,7 +107,7 @@ def compare(
     from anchorscope.compare.run import FOLDER
     from anchorscope.dumps import open_dump
 
-    FOLDER.refuse_early(out, {"figures": not no_figures}, overwrite=overwrite)
+    FOLDER.refuse_early(out, asked_pictures(**pictures), overwrite=overwrite)
     check_early(device, target_recall=target_recall)
     source = open_dump(dump)
     picked = chosen(source, layers, heads, prompts)
@@ -110,12 +123,10 @@ def compare(
     what = ", ".join(
         (counted(len(plan.units), "head"), counted(len(lineup), "method"), counted(settings_count, "setting"))
     )
-    announce(plan, what, figures=not no_figures)
+    announce(plan, what, **pictures)
     warn_of_model(source, picked["prompts"])
     with progress_bar() as bar:
-        result = run(
-            source, out, figures=not no_figures, overwrite=overwrite, progress=bar, notify=warn, plan=plan, shard=part
-        )
+        result = run(source, out, **pictures, overwrite=overwrite, progress=bar, notify=warn, plan=plan, shard=part)
     if part is not None:
         print_shard(result.path, part, as_json)
         return

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from anchorscope.cli import options as opt
-from anchorscope.cli.common import announce, note, progress_bar, quiet_loading, stdout_console
+from anchorscope.cli.common import announce, drawn, note, progress_bar, quiet_loading, stdout_console
 from anchorscope.cli.help import completes
 from anchorscope.cli.tables import clean_name, new_table, print_places
 from anchorscope.errors import InputError
 from anchorscope.names import PERPLEXITY, TASKS
+from anchorscope.pictures import asked_pictures
 from anchorscope.shown import counted, partly_sparse, share_text
 
 if TYPE_CHECKING:
@@ -98,6 +99,8 @@ def evaluate(
         bool, typer.Option("--force", help="Accept a configuration made for another model of the same shape.")
     ] = False,
     no_figures: opt.NoFigures = False,
+    form: opt.Format = None,
+    dpi: opt.Dpi = None,
     overwrite: Annotated[bool, opt.overwrites("an earlier run in OUT")] = False,
     as_json: Annotated[bool, opt.prints_json("evaluation.json")] = False,
 ) -> None:
@@ -111,6 +114,7 @@ def evaluate(
     # Before anything heavy or slow: a misspelt option should not wait for it.
     from anchorscope.parse import parse_lengths, parse_shares
 
+    pictures = drawn(form, dpi, no_figures)
     asked: dict[str, Any] = {
         "arms": _arms(config or [], names or [], theta),
         "params": _groups(block, step, theta),
@@ -142,14 +146,14 @@ def evaluate(
     from anchorscope.evaluation.run import FOLDER
 
     quiet_transformers()
-    FOLDER.refuse_early(out, {"figures": not no_figures}, overwrite=overwrite)
+    FOLDER.refuse_early(out, asked_pictures(**pictures), overwrite=overwrite)
     request = EvaluateRequest(model, **asked)
     request.check()
     note(f"loading {model}")
     plan = request.plan(note)
-    announce(plan, plan.extent, figures=not no_figures)
+    announce(plan, plan.extent, **pictures)
     with progress_bar() as bar:
-        result = run(model, out, figures=not no_figures, overwrite=overwrite, progress=bar, notify=note, plan=plan)
+        result = run(model, out, **pictures, overwrite=overwrite, progress=bar, notify=note, plan=plan)
     if as_json:
         sys.stdout.write((result.path / "evaluation.json").read_text(encoding="utf-8"))
         return

@@ -8,10 +8,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from anchorscope.cli import options as opt
-from anchorscope.cli.common import announce, check_early, chosen, progress_bar, stdout_console, warn, warn_of_model
+from anchorscope.cli.common import (
+    announce,
+    check_early,
+    chosen,
+    drawn,
+    progress_bar,
+    stdout_console,
+    warn,
+    warn_of_model,
+)
 from anchorscope.cli.merge import parse_shard, print_shard
 from anchorscope.cli.tables import clean_name, new_table, optional, print_places
 from anchorscope.errors import InputError
+from anchorscope.pictures import asked_pictures
 from anchorscope.shown import counted, share_text
 
 if TYPE_CHECKING:
@@ -36,6 +46,8 @@ def heads(
     devices: opt.Devices = None,
     shard: opt.ShardOf = None,
     no_figures: opt.NoFigures = False,
+    form: opt.Format = None,
+    dpi: opt.Dpi = None,
     overwrite: Annotated[bool, opt.overwrites("an earlier run in OUT")] = False,
     as_json: Annotated[bool, opt.prints_json("heads.json")] = False,
 ) -> None:
@@ -52,7 +64,7 @@ def heads(
     thetas = parse_thetas(theta)
     if len(thetas) != 1:
         raise InputError(f"--theta {theta!r} lists {counted(len(thetas), 'theta')}; heads takes one")
-    params = AnchorParams(block, step)
+    params, pictures = AnchorParams(block, step), drawn(form, dpi, no_figures)
     pieces = None
     if tokenizer is not None:
         from anchorscope.tokens import load_vocabulary
@@ -63,7 +75,7 @@ def heads(
     from anchorscope.heads import diagnose, plan_heads
     from anchorscope.heads.run import FOLDER, asked_of
 
-    FOLDER.refuse_early(out, asked_of(not no_figures, pieces), overwrite=overwrite)
+    FOLDER.refuse_early(out, asked_of(asked_pictures(**pictures), pieces), overwrite=overwrite)
     check_early(device)
     source = open_dump(dump)
     picked = chosen(source, layers, heads, prompts)
@@ -75,14 +87,14 @@ def heads(
         device=device,
         devices=devices,
     )
-    announce(plan, counted(plan.heads, "head"), figures=not no_figures)
+    announce(plan, counted(plan.heads, "head"), **pictures)
     warn_of_model(source, picked["prompts"])
     with progress_bar() as bar:
         result = diagnose(
             source,
             out,
             pieces=pieces,
-            figures=not no_figures,
+            **pictures,
             overwrite=overwrite,
             progress=bar,
             notify=warn,

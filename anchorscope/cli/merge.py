@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from anchorscope.cli import options as opt
-from anchorscope.cli.common import note, progress_bar, warn
+from anchorscope.cli.common import drawn, note, progress_bar, warn
 from anchorscope.files import visible
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ def merge(
     ],
     out: opt.Out,
     no_figures: opt.NoFigures = False,
+    form: opt.Format = None,
+    dpi: opt.Dpi = None,
     overwrite: Annotated[bool, opt.overwrites("an earlier run in --out")] = False,
     as_json: Annotated[bool, opt.prints_json("the merged report as JSON")] = False,
 ) -> None:
@@ -32,10 +34,14 @@ def merge(
 
     Nothing is measured, and no GPU is needed. The dump that was measured must be where it was.
     """
+    pictures = drawn(form, dpi, no_figures)
+    if form is None and dpi is None:
+        del pictures["formats"]  # those that the shards were asked for
+
     from anchorscope.merging import merge as run
 
     with progress_bar() as bar:
-        merged = run(outs, out, figures=not no_figures, overwrite=overwrite, progress=bar, notify=warn)
+        merged = run(outs, out, **pictures, overwrite=overwrite, progress=bar, notify=warn)
     note(f"merged {merged.shards} shards of {merged.command}")
     if as_json:
         print(json.dumps(merged.result.report, indent=2))

@@ -15,6 +15,7 @@ import typer
 from anchorscope.cli.help import completes
 from anchorscope.errors import BadOption, InputError
 from anchorscope.parse import parse_tokens
+from anchorscope.pictures import FORMATS
 
 # Words that a shell completes without loading what knows them; a test keeps them true.
 DTYPES = ("bf16", "fp16", "fp32")
@@ -135,6 +136,21 @@ Out = Annotated[
     typer.Option("--out", help="Folder for the results; new, or an unfinished run to continue.", metavar="OUT"),
 ]
 NoFigures = Annotated[bool, typer.Option("--no-figures", help="Write tables only.")]
+Format = Annotated[
+    str | None,
+    typer.Option(
+        "--format",
+        help="What figures are saved as, separated by commas: png, pdf, svg. (default: png)",
+        metavar="FORMATS",
+        autocompletion=completes(lambda: FORMATS),
+    ),
+]
+Dpi = Annotated[
+    int | None,
+    typer.Option(
+        help="Pixels per inch of PNG figures, and of the maps in PDF and SVG, 30 to 600. (default: 110)", metavar="DPI"
+    ),
+]
 HeatMaps = Annotated[
     str | None,
     typer.Option(

@@ -2,125 +2,106 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import string
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FixedLocator, FuncFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator
 
+from anchorscope.compare.looks import Look, looks
 from anchorscope.compare.tables import Point, by_head, head_needs, per_head_need, shared_curve, winners
-from anchorscope.plots.maps import LayerHead, paint, write_cells
+from anchorscope.plots.maps import LayerHead, color_bar, color_cells, paint, write_cells
+from anchorscope.plots.names import file_names
 from anchorscope.plots.save import save_all
 from anchorscope.plots.style import (
     FAINT,
     INK,
     MUTED,
     PAPER,
+    SKY,
     SMALL,
-    TEXT,
     label,
-    legend,
     legend_below,
     legend_name,
     new_figure,
     panel_title,
     plain_log,
+    setting_text,
     share,
     tidy,
 )
-from anchorscope.shown import short_name
+from anchorscope.plots.text import PARTS, name_text
 
-# Twelve colors told apart side by side; methods beyond them repeat with another dash.
-COLORS = (
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#D55E00",
-    "#56B4E9",
-    "#CC79A7",
-    "#8C6D1F",
-    "#7A3E9D",
-    "#A3B018",
-    "#B22222",
-    "#4D4D9A",
-    "#1FA3A3",
-)
-MARKERS = "osDv^<>PX*hp"
-DASHES = ("-", (0, (4, 1.5)))
-ORACLES = ((0, (1, 1)), (0, (5, 1.5)), (0, (3, 1.5, 1, 1.5)), (0, (8, 1, 1, 1, 1, 1)), "-")
 TICKS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.99, 1.0)
+DENSITY = "density (kept pairs / visible pairs)"
 PANELS = 36  # heads drawn in one figure
 
 
-class Look(NamedTuple):
-    """How one method is drawn everywhere."""
-
-    color: str
-    marker: str
-    dash: Any
-    oracle: bool
-
-
-def looks(methods: Sequence[Mapping[str, Any]]) -> dict[str, Look]:
-    """A look per label; `methods` as in compare.json's settings. Oracles are black lines without markers."""
-    out: dict[str, Look] = {}
-    plain, oracles = 0, 0
-    for method in methods:
-        if method["oracle"]:
-            out[method["label"]] = Look(INK, "", ORACLES[oracles % len(ORACLES)], True)
-            oracles += 1
-        else:
-            turn, place = divmod(plain, len(COLORS))
-            out[method["label"]] = Look(COLORS[place], MARKERS[place], DASHES[turn % len(DASHES)], False)
-            plain += 1
-    return out
-
-
 def draw_all(
-    points: Sequence[Point], folder: Path, methods: Sequence[Mapping[str, Any]], *, target_recall: float
+    points: Sequence[Point], folder: Path, report: Mapping[str, Any], *, formats: Mapping[str, int] | None = None
 ) -> list[Path]:
     """Draw and save every figure of a comparison.
 
-    For all prompts together: `pooled-recall-density.png`, `density-needed.png`, `winners.png`,
-    `stripes-against-blocks.png`; and per prompt and layer `P-layer05-recall-density.png`, with P the number of the
-    prompt.
+    For all prompts together: `pooled-recall-density`, `density-needed`, `winners`, `stripes-against-blocks`; and per
+    prompt and layer `PROMPT-layer05-recall-density`.
+
+    Args:
+        points: what was scored.
+        folder: where to.
+        report: what compare.json holds.
+        formats: dpi by format; see `anchorscope.plots.save.save_all`.
 
     Returns:
         The files, in the order written.
     """
-    return save_all(_figures(points, methods, target_recall), folder)
+    return save_all(_figures(points, report), folder, formats=formats)
 
 
-def _figures(
-    points: Sequence[Point], methods: Sequence[Mapping[str, Any]], target: float
-) -> Iterator[tuple[str, Figure]]:
+def _figures(points: Sequence[Point], report: Mapping[str, Any]) -> Iterator[tuple[str, Figure]]:
     """File names and figures, one at a time."""
+    methods, target = report["settings"]["methods"], report["settings"]["target_recall"]
+    tokens = {p["name"]: p["tokens"] for p in report.get("prompts", ())}
+    model = report["dump"].get("model")
+    own = [m["settings"] for m in methods if m["method"] == "anchor"]
+    groups = [(int(s["block"]), int(s["step"])) for s in own if {"block", "step"} <= s.keys()]
+
+    def setting(prompts: Iterable[str]) -> str:
+        found = setting_text(model, [(name, tokens.get(name)) for name in prompts])
+        return PARTS.join(filter(None, [found, f"anchors in {setting_text(groups=groups)}" if groups else ""]))
+
     style = looks(methods)
-    yield "pooled-recall-density", pooled_curves(points, style, target=target)
-    yield "density-needed", density_needed(points, style, target=target)
-    yield "winners", winner_map(points, style, target=target)
-    pairs = stripes_against_blocks(points, methods, target=target)
+    names = file_names([p.prompt for p in points])
+    everything: dict[str, Any] = {"target": target, "setting": setting(names)}
+    yield "pooled-recall-density", pooled_curves(points, style, **everything)
+    yield "density-needed", density_needed(points, style, **everything)
+    yield "winners", winner_map(points, style, **everything)
+    pairs = stripes_against_blocks(points, methods, **everything)
     if pairs is not None:
         yield "stripes-against-blocks", pairs
-    for index, prompt in enumerate(dict.fromkeys(p.prompt for p in points)):
+    for prompt, name in names.items():
         for layer in sorted({p.layer for p in points if p.prompt == prompt}):
             mine = [p for p in points if p.prompt == prompt and p.layer == layer]
-            yield f"prompt{index:02d}-layer{layer:02d}-recall-density", head_curves(mine, style, target=target)
+            figure = head_curves(mine, style, target=target, setting=setting([prompt]))
+            yield f"{name}-layer{layer:02d}-recall-density", figure
 
 
-def pooled_curves(points: Sequence[Point], style: Mapping[str, Look], *, target: float) -> Figure:
+def pooled_curves(points: Sequence[Point], style: Mapping[str, Look], *, target: float, setting: str = "") -> Figure:
     """Recall against density, both means over all heads at each shared setting; one line per method."""
     figure = new_figure(
         10.6,
         6.2,
         "Recall against density: every method, one setting for all heads",
+        setting,
         f"mean over {_count(points)}; marks are measured settings; further up and left is better",
     )
     axes = figure.subplots()
@@ -131,25 +112,27 @@ def pooled_curves(points: Sequence[Point], style: Mapping[str, Look], *, target:
     return figure
 
 
-def head_curves(points: Sequence[Point], style: Mapping[str, Look], *, target: float) -> Figure:
+def head_curves(points: Sequence[Point], style: Mapping[str, Look], *, target: float, setting: str = "") -> Figure:
     """Recall against density of every head of one layer and prompt, after a panel with the layer's mean.
 
     Args:
         points: the points of one prompt and one layer.
         style: a look per method.
         target: recall marked by a line.
+        setting: of what, see `anchorscope.plots.style.setting_text`; the prompt's name by default.
     """
-    prompt, layer = points[0].prompt, points[0].layer
+    layer = points[0].layer
     heads = sorted({p.head for p in points})
     shown = heads[: PANELS - 1]
     columns = min(4, len(shown) + 1)
     rows = math.ceil((len(shown) + 1) / columns)
     more = "" if len(shown) == len(heads) else f"; the first {len(shown)} of {len(heads)} heads are shown"
-    width = max(3.0 * columns + 1.9, 8.2)
+    width = max(3.0 * columns + 0.4, 8.2)
     figure = new_figure(
         width,
         2.75 * rows + 1.1,
-        f"Recall against density, layer {layer}: {short_name(prompt)}",
+        f"Recall against density, head by head, layer {layer}",
+        setting or setting_text(prompts=[(points[0].prompt, None)]),
         f"each head, and the mean of the layer's heads; marks are measured settings{more}",
     )
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
@@ -158,16 +141,19 @@ def head_curves(points: Sequence[Point], style: Mapping[str, Look], *, target: f
         mine = points if head is None else [p for p in points if p.head == head]
         for name, look in style.items():
             _line(axes, shared_curve(mine, name), name, look, small=True)
-        _curve_axes(axes, densities, target)
+        _curve_axes(axes, densities, target, small=True)
         panel_title(axes, f"mean of {len(heads)} heads" if head is None else f"head {head}", loc="center")
         axes.label_outer()
     for axes in panels[len(shown) + 1 :]:
         axes.set_visible(False)
+    for axes in panels[max(0, len(shown) + 1 - columns) : len(shown) + 1]:  # the lowest of each column
+        axes.tick_params(labelbottom=True)
+        label(axes, DENSITY, axes.get_ylabel())
     _legend(figure, style)
     return figure
 
 
-def density_needed(points: Sequence[Point], style: Mapping[str, Look], *, target: float) -> Figure:
+def density_needed(points: Sequence[Point], style: Mapping[str, Look], *, target: float, setting: str = "") -> Figure:
     """Mean density that reaches the target, every head at its own setting: method x layer. Empty: not reached."""
     layers = sorted({p.layer for p in points})
     by_layer = {layer: [p for p in points if p.layer == layer] for layer in layers}
@@ -182,36 +168,35 @@ def density_needed(points: Sequence[Point], style: Mapping[str, Look], *, target
         max(0.28 * len(layers) + 3.4 if wide else 0.62 * len(layers) + 4.2, 7.4),
         0.3 * len(names) + 2.0,
         f"Density needed for recall {target:g}: method x layer",
+        setting,
         f"mean over {_count(points)}, each head at its own, interpolated between settings; gray: not reached",
     )
     axes = figure.subplots()
     known = values[np.isfinite(values)]
     low = float(known.min()) if known.size else 0.01
     norm = LogNorm(max(min(low, 0.5), 1e-4), 1.0)
-    axes.set_facecolor(FAINT)
-    image = axes.imshow(np.ma.masked_invalid(values), cmap="viridis", norm=norm, aspect="auto", interpolation="nearest")
+    colors = matplotlib.colormaps["viridis"]
+    image = color_cells(values, colors, norm, missing=FAINT)
+    paint(axes, image)
+    texts: dict[tuple[int, int], str] = {}
     for (row, column), value in np.ndenumerate(values):
         if column == 0 or not wide:
-            text = "-" if math.isnan(value) else share(float(value))
-            dark = not math.isnan(value) and norm(value) < 0.55
-            axes.text(column, row, text, ha="center", va="center", size=SMALL, color="white" if dark else INK)
+            texts[row, column] = "-" if math.isnan(value) else share(float(value))
+    write_cells(axes, image, texts, size=SMALL)
     axes.axvline(0.5, color="white", linewidth=3)
     oracles = sum(style[n].oracle for n in names)
     if 0 < oracles < len(names):
         axes.axhline(len(names) - oracles - 0.5, color="white", linewidth=3)
     step = max(1, math.ceil(len(layers) / 16))
     axes.set_xticks([0, *range(1, len(layers) + 1, step)], ["all", *map(str, layers[::step])])
-    axes.set_yticks(range(len(names)), names)
+    axes.set_yticks(range(len(names)), [name_text(name, 28) for name in names])
     tidy(axes, grid=False)
     label(axes, "layer")
-    bar = figure.colorbar(image, ax=axes, pad=0.02)
-    bar.set_label("density needed", size=TEXT, color=INK)
-    plain_log(bar.ax.yaxis)
-    bar.ax.tick_params(labelsize=SMALL)
+    plain_log(color_bar(axes, norm, colors, text="density needed", pad=0.02).ax.yaxis)
     return figure
 
 
-def winner_map(points: Sequence[Point], style: Mapping[str, Look], *, target: float) -> Figure:
+def winner_map(points: Sequence[Point], style: Mapping[str, Look], *, target: float, setting: str = "") -> Figure:
     """Which method reaches the target with the least density: layer x head, one panel per prompt."""
     names = [n for n in style if not style[n].oracle]
     best = winners(points, names, target)
@@ -222,12 +207,13 @@ def winner_map(points: Sequence[Point], style: Mapping[str, Look], *, target: fl
     down = math.ceil(len(prompts) / across)
     figure = new_figure(
         max(across * max(0.34 * len(place.heads) + 1.0, 2.6), 7.6),
-        down * max(0.26 * len(place.layers) + 1.1, 2.0) + 1.1 + 0.2 * math.ceil(len(winning) / 4),
+        down * max(0.26 * len(place.layers) + 1.1, 2.0) + 1.2,
         f"Least density for recall {target:g}: which method, for which head",
+        setting,
         "oracles excluded, identification not counted; in brackets, how many heads each method wins",
     )
     panels = figure.subplots(down, across, squeeze=False).ravel()
-    letters = {n: chr(ord("A") + i) for i, n in enumerate(winning)}
+    letters = dict(zip(winning, itertools.cycle(string.ascii_uppercase + string.ascii_lowercase), strict=False))
     for axes, prompt in zip(panels, prompts, strict=False):
         won = {place.cell(layer, head): name for (p, layer, head), name in best.items() if p == prompt and name}
         image = np.full((*place.shape, 4), to_rgba(PAPER))
@@ -236,15 +222,15 @@ def winner_map(points: Sequence[Point], style: Mapping[str, Look], *, target: fl
         paint(axes, image)
         if image.size <= 4 * 400:
             texts = {cell: letters[name] for cell, name in won.items()}
-            write_cells(axes, image, texts, size=SMALL, color="white", weight="bold")
-        panel_title(axes, short_name(prompt, 28), loc="center", parse_math=False)
+            write_cells(axes, image, texts, size=SMALL, weight="bold")
+        panel_title(axes, name_text(prompt, 28), loc="center")
         place.numbers(axes, most=(16, 16))
         tidy(axes, grid=False)
         label(axes, "query head", "layer")
     for axes in panels[len(prompts) :]:
         axes.set_visible(False)
     total = {n: sum(x == n for x in best.values()) for n in winning}
-    handles = [Patch(facecolor=style[n].color, label=f"{letters[n]}  {n} ({total[n]})") for n in winning]
+    handles = [Patch(facecolor=style[n].color, label=f"{letters[n]}  {name_text(n, 28)} ({total[n]})") for n in winning]
     if None in best.values():
         missed = sum(x is None for x in best.values())
         handles.append(Patch(facecolor=PAPER, edgecolor=MUTED, label=f"none reaches it ({missed})"))
@@ -253,7 +239,7 @@ def winner_map(points: Sequence[Point], style: Mapping[str, Look], *, target: fl
 
 
 def stripes_against_blocks(
-    points: Sequence[Point], methods: Sequence[Mapping[str, Any]], *, target: float
+    points: Sequence[Point], methods: Sequence[Mapping[str, Any]], *, target: float, setting: str = ""
 ) -> Figure | None:
     """Per head, the least density of any stripe method against that of any block method, at equal recall.
 
@@ -271,6 +257,7 @@ def stripes_against_blocks(
         8.2,
         6.0,
         f"Stripes against blocks at recall {target:g}",
+        setting,
         f"one mark per head, {_count(points)}; above the line, blocks cost more than stripes",
     )
     axes = figure.subplots()
@@ -288,7 +275,7 @@ def stripes_against_blocks(
         x, y = [best["stripe"][k] for k in both], [best["block"][k] for k in both]
         seen += x + y
         wins = sum(a < b for a, b in zip(x, y, strict=True))
-        color = COLORS[0] if not oracle else INK
+        color = SKY if not oracle else INK
         axes.plot(
             x,
             y,
@@ -307,7 +294,7 @@ def stripes_against_blocks(
     plain_log(axes.yaxis)
     tidy(axes)
     label(axes, "density needed by the best stripe method", "density needed by the best block method")
-    legend(axes, loc="lower right", framealpha=0.8)
+    legend_below(figure, columns=2, handles=axes.get_legend_handles_labels()[0])
     return figure
 
 
@@ -345,11 +332,11 @@ def _line(
         marker=look.marker or None,
         markersize=2.6 if small else 4.2,
         zorder=3 if look.oracle else 2,
-        label=legend_name(name, 99),
+        label=legend_name(name, 28),
     )
 
 
-def _curve_axes(axes: Axes, densities: Sequence[float], target: float) -> None:
+def _curve_axes(axes: Axes, densities: Sequence[float], target: float, *, small: bool = False) -> None:
     """Log density; recall stretched towards 1, where the differences are."""
     low = max(min(densities, default=0.01) * 0.35, 1e-4)  # room for the oracles, which start much further left
     axes.set_xscale("log")
@@ -359,9 +346,10 @@ def _curve_axes(axes: Axes, densities: Sequence[float], target: float) -> None:
     axes.yaxis.set_major_locator(FixedLocator(TICKS))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     axes.axhline(target, color=MUTED, linewidth=0.9)
-    plain_log(axes.xaxis)
+    crowded = small and low < 0.02
+    plain_log(axes.xaxis, LogLocator(numticks=6) if crowded else None)
     tidy(axes)
-    label(axes, "density (kept pairs / visible pairs)", "recall (attention mass kept)")
+    label(axes, DENSITY, "recall (attention mass kept)")
 
 
 def _stretch(recall: np.ndarray) -> np.ndarray:
@@ -375,6 +363,6 @@ def _unstretch(height: np.ndarray) -> np.ndarray:
 def _legend(figure: Figure, style: Mapping[str, Look]) -> None:
     handles = [
         Line2D([], [], color=look.color, linestyle=look.dash, marker=look.marker or None, markersize=4.5, label=shown)
-        for shown, look in ((legend_name(name, 99), look) for name, look in style.items())
+        for shown, look in ((legend_name(name, 28), look) for name, look in style.items())
     ]
-    legend(figure, handles=handles, loc="outside right upper", handlelength=2.8, framealpha=0.8)
+    legend_below(figure, columns=6, handles=handles, handlelength=2.8)

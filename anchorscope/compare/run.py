@@ -21,6 +21,7 @@ from anchorscope.errors import DumpError
 from anchorscope.files import csv_text, human_bytes, member, read_part
 from anchorscope.methods import Contender, Head, known_methods
 from anchorscope.notebook import InNotebook
+from anchorscope.pictures import picture_patterns, pictures_in
 from anchorscope.ranges import working_dtype
 from anchorscope.runs.environment import hardware_name, versions
 from anchorscope.runs.executors import Context
@@ -46,7 +47,7 @@ FOLDER = RunFolder(
     state="run.json",
     report=REPORT,
     tables=(TABLE,),
-    parts=((SCORES, "*.json"), (FIGURES, "*.png")),
+    parts=((SCORES, "*.json"), *picture_patterns(FIGURES)),
     kept=("head", f"{SCORES}/*.json"),
 )
 
@@ -97,7 +98,7 @@ def compare(dump: Dump | Path | str, out: Path | str, *, plan: ComparePlan | Non
     """
     how, asked = split(options)
     if plan is None:
-        FOLDER.refuse_early(Path(out), {"figures": how.figures}, **how.replacing)
+        FOLDER.refuse_early(Path(out), how.asked, **how.replacing)
     done = run(CompareCommand(planned(CompareRequest, plan, dump, asked), how), out)
     return Comparison(done.path, done.report, done.summary.value, done.figures)
 
@@ -145,8 +146,7 @@ class CompareCommand(Command[HeadUnit, list[Point]]):
     def draw(self, run: Run, summary: Summary) -> Sequence[Path]:
         from anchorscope.compare.figures import draw_all
 
-        methods, target = self.plan.settings["methods"], self.plan.target_recall
-        return draw_all(summary.value, run.path / FIGURES, methods, target_recall=target)
+        return draw_all(summary.value, run.path / FIGURES, summary.report, formats=run.pictures)
 
     def out_of_memory(self) -> str:
         longest = max(u.entry.tokens for u in self.plan.units)
@@ -172,7 +172,7 @@ def load_comparison(out: Path | str) -> Comparison:
         if found is None:
             raise DumpError(f"{path / SCORES / name} is missing or damaged: run the comparison again")
         points.extend(found)
-    return Comparison(path, report, tuple(points), tuple(sorted((path / FIGURES).glob("*.png"))))
+    return Comparison(path, report, tuple(points), pictures_in(path / FIGURES))
 
 
 def _points(saved: dict[str, Any] | None, identity: str) -> list[Point] | None:

@@ -26,6 +26,7 @@ from anchorscope.evaluation.units import EvaluationUnit, LongPrompt
 from anchorscope.files import MAX_JSON_BYTES, read_json
 from anchorscope.models.placement import model_device
 from anchorscope.notebook import InNotebook
+from anchorscope.pictures import picture_patterns, pictures_in
 from anchorscope.runs.executors import Context, Executor, InTurn
 from anchorscope.runs.folder import Run, RunFolder
 from anchorscope.runs.life import BaseCommand, Parts, RunOptions, Summary, run
@@ -43,7 +44,7 @@ FOLDER = RunFolder(
     version=VERSION,
     report=REPORT,
     tables=(PROMPTS, TASKS, ANSWERS),
-    parts=((PARTS, "*-arm*.safetensors"), (FIGURES, "*.png")),
+    parts=((PARTS, "*-arm*.safetensors"), *picture_patterns(FIGURES)),
     kept=("prefill", f"{PARTS}/*-arm*.safetensors"),
 )
 _REPORT_SHAPE = {
@@ -111,9 +112,9 @@ def evaluate(
     """
     how, asked = split(options)
     if plan is None:
-        FOLDER.refuse_early(Path(out), {"figures": how.figures}, **how.replacing)
+        FOLDER.refuse_early(Path(out), how.asked, **how.replacing)
         plan = EvaluateRequest(model, **asked).plan(how.tell)
-        how.tell(f"{plan.extent}; {plan.needs(figures=how.figures)}")
+        how.tell(f"{plan.extent}; {plan.needs(figures=how.figures, formats=how.pictures)}")
     else:
         plan = planned(EvaluateRequest, plan, model, asked)
     doubting = replace(how, notify=lambda sentence: how.tell(WARNING + sentence))
@@ -207,7 +208,7 @@ class EvaluateCommand(BaseCommand[EvaluationUnit, tuple[Part, ...]]):
     def draw(self, run: Run, summary: Summary) -> Sequence[Path]:
         from anchorscope.evaluation.figures import draw_all
 
-        return draw_all(summary.report, run.path / FIGURES)
+        return draw_all(summary.report, run.path / FIGURES, formats=run.pictures)
 
     def out_of_memory(self) -> str:
         return "out of memory: use a smaller --chunk, shorter --lengths or fewer arms at a time"
@@ -226,4 +227,4 @@ def load_evaluation(out: Path | str) -> Evaluation:
         check(report, _REPORT_SHAPE, str(path / REPORT))
     except InputError as error:
         raise DumpError(f"{path} holds no finished evaluation ({error}): run evaluate first") from None
-    return Evaluation(path, report, tuple(sorted((path / FIGURES).glob("*.png"))))
+    return Evaluation(path, report, pictures_in(path / FIGURES))

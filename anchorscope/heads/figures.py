@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -17,23 +17,13 @@ from matplotlib.patches import Patch
 from anchorscope.errors import InputError
 from anchorscope.heads.diagnostics import CLASSES
 from anchorscope.heads.tables import HeadRow
-from anchorscope.plots.maps import LayerHead, color_bar, color_cells, paint, write_cells, write_numbers
+from anchorscope.plots.maps import LayerHead, cell_share, color_bar, color_cells, paint, write_cells, write_numbers
+from anchorscope.plots.names import file_names
 from anchorscope.plots.save import save_all
-from anchorscope.plots.style import (
-    BLUE,
-    GREEN,
-    MUTED,
-    ORANGE,
-    PAPER,
-    SMALL,
-    legend_below,
-    new_figure,
-    panel_title,
-    share,
-)
-from anchorscope.shown import short_name
+from anchorscope.plots.style import MUTED, PAPER, SMALL, legend_below, new_figure, panel_title, setting_text, share
 
-CLASS_COLORS = dict(zip(CLASSES, (BLUE, GREEN, ORANGE), strict=True))
+# Light to dark, and none of the colors that mean something in all figures.
+CLASS_COLORS = dict(zip(CLASSES, ("#86C5A4", "#7C8BA1", "#7F2F5B"), strict=True))
 NUMBERS = (10, 32)  # most heads and layers with a number or letter in each cell
 
 
@@ -66,11 +56,12 @@ PERSISTENCE = (
 )
 
 
-def class_map(rows: Sequence[HeadRow]) -> Figure:
+def class_map(rows: Sequence[HeadRow], setting: str = "") -> Figure:
     """Which heads stream, which retrieve, which are mixed: one layer x head map.
 
     Args:
         rows: heads of one prompt; heads that are missing are left gray.
+        setting: of what, see `anchorscope.plots.style.setting_text`; the prompt's name by default.
 
     Raises:
         InputError: no rows, or rows of several prompts.
@@ -81,7 +72,8 @@ def class_map(rows: Sequence[HeadRow]) -> Figure:
     figure = new_figure(
         max(0.34 * len(grid.heads) + 1.4, 7.6),
         height,
-        f"What kind of head: {short_name(rows[0].prompt)}",
+        "What kind of head each one is",
+        setting or setting_text(prompts=[(rows[0].prompt, None)]),
         "by the attention that the first 64 and the last 256 keys keep",
     )
     axes = figure.subplots()
@@ -93,7 +85,7 @@ def class_map(rows: Sequence[HeadRow]) -> Figure:
     paint(axes, image)
     if len(grid.heads) <= 2 * NUMBERS[0] and len(grid.layers) <= NUMBERS[1]:
         letters = {grid.cell(r.layer, r.head): r.kind[0].upper() for r in rows if r.kind}
-        write_cells(axes, image, letters, size=SMALL, color="white", weight="bold")
+        write_cells(axes, image, letters, size=SMALL, weight="bold")
     grid.ticks(axes)
     grid.kv_lines(axes)
     means = {"streaming": "0.95 and more", "mixed": "between", "retrieval": "below 0.80"}
@@ -104,13 +96,16 @@ def class_map(rows: Sequence[HeadRow]) -> Figure:
     return figure
 
 
-def metric_maps(rows: Sequence[HeadRow], panels: Sequence[Panel], title: str, subtitle: str) -> Figure:
+def metric_maps(
+    rows: Sequence[HeadRow], panels: Sequence[Panel], title: str, subtitle: str, setting: str = ""
+) -> Figure:
     """Layer x head maps of several metrics.
 
     Args:
         rows: heads of one prompt; heads that are missing, or to which a metric does not apply, are left gray.
         panels: what to draw, three in a row.
-        title, subtitle: above the maps; the prompt's name is added to the title.
+        title, subtitle: above the maps.
+        setting: of what, see `anchorscope.plots.style.setting_text`; the prompt's name by default.
 
     Raises:
         InputError: no rows or panels, or rows of several prompts.
@@ -122,7 +117,8 @@ def metric_maps(rows: Sequence[HeadRow], panels: Sequence[Panel], title: str, su
     down = math.ceil(len(panels) / across)
     width = min(max(0.46 * len(grid.heads), 3.4), 4.8)
     each = max(grid.row_height(0.15, 5.2) * len(grid.layers), 1.1) + 1.15
-    figure = new_figure(across * width + 1.4, down * each + 1.25, f"{title}: {short_name(rows[0].prompt)}", subtitle)
+    setting = setting or setting_text(prompts=[(rows[0].prompt, None)])
+    figure = new_figure(across * width + 1.4, down * each + 1.25, title, setting, subtitle)
     gray = False
     for axes, panel in zip(figure.subplots(down, across, squeeze=False).ravel(), panels, strict=False):
         values = grid.fill((r.layer, r.head, getattr(r, panel.metric)) for r in rows)
@@ -136,33 +132,46 @@ def metric_maps(rows: Sequence[HeadRow], panels: Sequence[Panel], title: str, su
     return figure
 
 
-def draw_all(rows: Sequence[HeadRow], out: Path | str) -> list[Path]:
-    """Draw and save every figure: four per prompt.
+def draw_all(
+    rows: Sequence[HeadRow],
+    out: Path | str,
+    report: Mapping[str, Any] | None = None,
+    *,
+    formats: Mapping[str, int] | None = None,
+) -> list[Path]:
+    """Draw and save every figure: four per prompt, `PROMPT-classes`, `-attention`, `-shapes` and `-persistence`.
+
+    Args:
+        rows: heads of any number of prompts.
+        out: folder, made when missing.
+        report: what heads.json holds, of which figures name model, lengths, groups and theta.
+        formats: dpi by format; see `anchorscope.plots.save.save_all`.
 
     Raises:
         RunFailure: a file cannot be written.
     """
-    return save_all(_figures(rows), out)
+    return save_all(_figures(rows, report or {}), out, formats=formats)
 
 
-def _figures(rows: Sequence[HeadRow]) -> Iterator[tuple[str, Figure]]:
+def _figures(rows: Sequence[HeadRow], report: Mapping[str, Any]) -> Iterator[tuple[str, Figure]]:
     """File names and figures, one at a time."""
-    for i, prompt in enumerate(dict.fromkeys(r.prompt for r in rows)):
+    model = report.get("dump", {}).get("model")
+    tokens = {p["name"]: p["tokens"] for p in report.get("prompts", ())}
+    s = report.get("settings")
+    for prompt, name in file_names([r.prompt for r in rows]).items():
         mine = [r for r in rows if r.prompt == prompt]
         density = [r.stripe_density for r in mine if not math.isnan(r.stripe_density)]
         stripes = f"stripes are {share(float(np.mean(density)))} of the candidates on average" if density else "none"
-        name = f"prompt{i:02d}"
-        yield f"{name}-classes", class_map(mine)
-        yield (
-            f"{name}-attention",
-            metric_maps(mine, WHERE, "Where attention goes", "means over the queries of a head"),
-        )
-        yield (
-            f"{name}-shapes",
-            metric_maps(mine, SHAPES, "Columns, diagonals or blocks", "equal numbers of lines, exact masses"),
-        )
-        subtitle = f"Jaccard overlap, 1 = the same stripes; {stripes}{_gaps(mine)}"
-        yield f"{name}-persistence", metric_maps(mine, PERSISTENCE, "Do stripes persist", subtitle)
+        prompts = [(prompt, tokens.get(prompt))]
+        setting = setting_text(model, prompts)
+        yield f"{name}-classes", class_map(mine, setting)
+        about = "means over the queries of a head"
+        yield f"{name}-attention", metric_maps(mine, WHERE, "Where attention goes", about, setting)
+        about = "equal numbers of lines, exact masses"
+        yield f"{name}-shapes", metric_maps(mine, SHAPES, "Columns, diagonals or blocks", about, setting)
+        about = f"Jaccard overlap, 1 = the same stripes  |  {stripes}{_gaps(mine)}"
+        selected = setting_text(model, prompts, [(s["block"], s["step"])], [s["theta"]]) if s else setting
+        yield f"{name}-persistence", metric_maps(mine, PERSISTENCE, "Do stripes persist", about, selected)
 
 
 def _gaps(rows: Sequence[HeadRow]) -> str:
@@ -171,7 +180,7 @@ def _gaps(rows: Sequence[HeadRow]) -> str:
     if not pairs:
         return ""
     shown = ", ".join(f"{layer} with {before}" for before, layer in pairs[:4])
-    return f"; layers not consecutive: {shown}" + (", ..." if len(pairs) > 4 else "")
+    return f"  |  layers not consecutive: {shown}" + (", ..." if len(pairs) > 4 else "")
 
 
 def _grid_of(rows: Sequence[HeadRow]) -> LayerHead:
@@ -206,7 +215,7 @@ def _map(axes: Axes, values: np.ndarray, panel: Panel) -> None:
 
 
 def _digits(value: float, scale: str) -> str:
-    return f"{value:.2f}" if scale == "share" else _amount(value)
+    return cell_share(value) if scale == "share" else _amount(value)
 
 
 def _amount(value: float) -> str:

@@ -38,6 +38,7 @@ from anchorscope.heads.tables import (
 from anchorscope.locks import folder_lock
 from anchorscope.methods import Head
 from anchorscope.notebook import InNotebook
+from anchorscope.pictures import picture_patterns, pictures_in
 from anchorscope.runs.environment import hardware_name, versions
 from anchorscope.runs.executors import Context, Executor, InTurn, Threads, Tick, Work, no_tick
 from anchorscope.runs.folder import Run, RunFolder
@@ -62,7 +63,7 @@ FOLDER = RunFolder(
     state="run.json",
     report=REPORT,
     tables=(TABLE,),
-    parts=((PARTS, "prompt*-layer*.json"), (FIGURES, "*.png")),
+    parts=((PARTS, "prompt*-layer*.json"), *picture_patterns(FIGURES)),
     kept=("layer", f"{PARTS}/prompt*-layer*.json"),
 )
 STRIPE_TOKENS = 12
@@ -124,13 +125,13 @@ def diagnose(dump: Dump | Path | str, out: Path | str, *, plan: HeadsPlan | None
     """
     how, asked = split(options)
     if plan is None:
-        FOLDER.refuse_early(Path(out), asked_of(how.figures, asked.get("pieces")), **how.replacing)
+        FOLDER.refuse_early(Path(out), asked_of(how.asked, asked.get("pieces")), **how.replacing)
     return diagnose_plan(planned(HeadsRequest, plan, dump, asked, late=("pieces",)), out, how)
 
 
-def asked_of(figures: bool, pieces: Vocabulary | Sequence[str] | None = None) -> dict[str, Any]:
-    """What is to be made of the measurements, as the folder's state holds it."""
-    return {"figures": figures, "tokens": None if pieces is None else _digest(pieces)}
+def asked_of(pictures: Mapping[str, Any], pieces: Vocabulary | Sequence[str] | None = None) -> dict[str, Any]:
+    """What is to be made of the measurements, as the folder's state holds it; `pictures` of `asked_pictures`."""
+    return {**pictures, "tokens": None if pieces is None else _digest(pieces)}
 
 
 def diagnose_plan(plan: HeadsPlan, out: Path | str, options: RunOptions) -> Diagnosis:
@@ -209,12 +210,12 @@ class HeadsCommand(Command[LayerUnit, list[HeadRow]]):
         return Summary(_report(self.plan, run.state["started"], rows, texts), {TABLE: table}, rows)
 
     def asked(self) -> dict[str, Any]:
-        return asked_of(self.options.figures, self.plan.request.pieces)
+        return asked_of(self.options.asked, self.plan.request.pieces)
 
     def draw(self, run: Run, summary: Summary) -> Sequence[Path]:
         from anchorscope.heads.figures import draw_all
 
-        return draw_all(summary.value, run.path / FIGURES)
+        return draw_all(summary.value, run.path / FIGURES, summary.report, formats=run.pictures)
 
     def out_of_memory(self) -> str:
         longest = max(x.entry.tokens for x in self.plan.units)
@@ -247,7 +248,7 @@ def load_diagnosis(out: Path | str) -> Diagnosis:
         if found is None:
             raise DumpError(f"{path / PARTS / name} is missing or damaged: run `anchorscope heads` again")
         rows.extend(found)
-    return Diagnosis(path, report, tuple(rows), tuple(sorted((path / FIGURES).glob("*.png"))))
+    return Diagnosis(path, report, tuple(rows), pictures_in(path / FIGURES))
 
 
 def clear_diagnosis(out: Path | str) -> None:

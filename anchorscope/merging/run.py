@@ -17,6 +17,7 @@ from anchorscope.elsewhere import Elsewhere, measured
 from anchorscope.errors import DumpError, InputError, RunFailure
 from anchorscope.files import write_atomic
 from anchorscope.merging.shards import Folder, check_complete, open_shards, request_of
+from anchorscope.pictures import DPI, FORMATS
 from anchorscope.runs.executors import Context, Work
 from anchorscope.runs.life import RunOptions
 from anchorscope.runs.units import Unit
@@ -84,8 +85,8 @@ def merge(folders: Sequence[Path | str], out: Path | str, **options: Any) -> Mer
     Args:
         folders: of all shards, in any order.
         out: the output folder; new, empty, or holding an unfinished merger of the same run.
-        **options: `overwrite`, `resume`, `progress` and `notify` of `RunOptions`; figures are drawn if the shards were
-            asked for them, unless `figures=False`.
+        **options: `overwrite`, `resume`, `progress` and `notify` of `RunOptions`; figures are drawn as the shards were
+            asked for them, unless `figures=False`, or `formats` and `dpi` say otherwise.
 
     Returns:
         The merged run: byte for byte the folder that the command writes without `shard`, but for the time at which
@@ -105,7 +106,10 @@ def merge(folders: Sequence[Path | str], out: Path | str, **options: Any) -> Mer
     shards = open_shards(paths)
     first = shards[0]
     started = min(shard.state["started"] for shard in shards)
-    figures = options.pop("figures", True) and first.state["recipe"]["figures"]
+    recipe = first.state["recipe"]
+    drawn = {form: recipe[form] for form in FORMATS if recipe.get(form)} or {"png": DPI}
+    how: dict[str, Any] = {"formats": drawn, **options}
+    how["figures"] = options.get("figures", True) and recipe["figures"]
     with measured(Elsewhere(first.state["hardware"], first.state["versions"], started)):
         plan = _plan(first)
         command = first.kind.command(replace(plan, devices=()), RunOptions())
@@ -114,7 +118,7 @@ def merge(folders: Sequence[Path | str], out: Path | str, **options: Any) -> Mer
                 f"{first} was measured of other inputs than are there now: the dump or the results that it read changed"
             )
         check_complete(shards, command)
-        how = {**options, "figures": figures, "executor": Gather(paths, target)}
+        how["executor"] = Gather(paths, target)
         source = next(iter(vars(plan.request).values()))
         return Merged(command.folder.command, len(shards), first.kind.function(source, target, plan=plan, **how))
 

@@ -7,7 +7,7 @@ display and is safe in threads.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import matplotlib
@@ -18,46 +18,51 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import LogLocator
-from matplotlib.transforms import Bbox
 
 from anchorscope.errors import InputError
-from anchorscope.plots.maps import LayerHead, color_bar, color_cells, paint, write_numbers
+from anchorscope.plots.maps import LayerHead, cell_share, color_bar, color_cells, paint, theta_cells, write_numbers
+from anchorscope.plots.notes import Notes
 from anchorscope.plots.style import (
+    ALONE,
     BLUE,
-    GREEN,
+    DENSE,
     MUTED,
     ORANGE,
     PAPER,
     RED,
     SKY,
-    SMALL,
+    THETA,
+    joined,
     label,
-    legend,
     legend_below,
     new_figure,
     panel_title,
     plain_log,
-    setting,
+    profile_setting,
     share,
     shown_positions,
+    theta_colors,
     tidy,
     token_ticks,
 )
 from anchorscope.profiles import HeadProfile
-from anchorscope.shown import exact_theta, short_name
+from anchorscope.shown import exact_theta
 
-_ALONE, _DENSE = "#cfe8f7", "#4d4d4d"  # cells of the theta grid whose theta is -inf or +inf
 _MEAN: dict[str, Any] = {"color": BLUE, "linewidth": 2.6}
 _ORACLE: dict[str, Any] = {"color": ORANGE, "linewidth": 2.0, "linestyle": (0, (5, 2))}
 _TARGET: dict[str, Any] = {"color": MUTED, "linewidth": 0.9, "linestyle": ":"}
 
 
-def layer_head_grid(profiles: Sequence[HeadProfile], *, target_recall: float = 0.95) -> Figure:
+def layer_head_grid(
+    profiles: Sequence[HeadProfile], *, target_recall: float = 0.95, model: object = None, note: str = ""
+) -> Figure:
     """Recall and sparsity at the first theta, and the theta each head needs, as three layer x head grids.
 
     Args:
         profiles: heads of one prompt, in any order; heads that are missing are left gray.
         target_recall: heads below it are framed, and the third grid shows the theta that reaches it.
+        model: its name, or its record in a report.
+        note: words above the figure, behind those that sum it up.
 
     Raises:
         InputError: no profile, or profiles of different prompts or thetas.
@@ -74,22 +79,22 @@ def layer_head_grid(profiles: Sequence[HeadProfile], *, target_recall: float = 0
     cell_height = grid.row_height(0.21, 5.6)
     panel = min(max(0.46 * len(heads), 2.9), 4.6)
     height = cell_height * len(layers) + 2.25
-    title = f"Recall, sparsity and the theta needed: {short_name(first.prompt)}"
-    subtitle = (
-        f"{setting(first)}  |  mean recall {share(float(np.nanmean(recall)))} at sparsity "
-        f"{share(float(np.nanmean(sparsity)))}  |  {int(short.sum())} of {len(profiles)} heads "
-        f"below {target_recall:g}"
+    title = "Recall, sparsity and the theta needed, head by head"
+    finding = (
+        f"mean recall {share(float(np.nanmean(recall)))} at sparsity {share(float(np.nanmean(sparsity)))}  |  "
+        f"{int(short.sum())} of {len(profiles)} heads below recall {target_recall:g}"
     )
-    figure = new_figure(max(3 * panel + 1.9, 11.0), height, title, subtitle)
+    setting = profile_setting(first, model, thetas=first.thetas[:1])
+    figure = new_figure(max(3 * panel + 1.9, 11.0), height, title, setting, joined(finding, note))
     panels = figure.subplots(1, 3, squeeze=True)
     at_theta = f"at theta {exact_theta(float(first.thetas[0]))}"
     floor = min(0.9, math.floor(float(np.nanmin(recall)) * 10) / 10)
-    _grid(panels[0], recall, f"recall {at_theta}", "cividis", (floor, 1.0))
-    _grid(panels[1], sparsity, f"sparsity {at_theta}", "viridis", (0.0, 1.0))
-    finite = theta[np.isfinite(theta)]
-    span = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
-    span = span if span[1] > span[0] else (span[0] - 0.5, span[0] + 0.5)
-    _grid(panels[2], theta, f"theta needed for recall {target_recall:g} (nats)", "magma", span, up=True)
+    _share_grid(panels[0], recall, f"recall {at_theta}", "cividis", (floor, 1.0), below=target_recall)
+    _share_grid(panels[1], sparsity, f"sparsity {at_theta}", "viridis", (0.0, 1.0))
+    image, norm = theta_cells(theta)
+    _grid(panels[2], theta, image, f"theta needed for recall {target_recall:g} (nats)", _digits_up)
+    if norm is not None:
+        color_bar(panels[2], norm, THETA, **_BAR)
 
     for axes in panels:
         grid.ticks(axes, most=(32, 16), color="black")
@@ -100,8 +105,8 @@ def layer_head_grid(profiles: Sequence[HeadProfile], *, target_recall: float = 0
         panels[0].add_patch(frame)
     patches: tuple[tuple[bool, dict[str, Any], str], ...] = (
         (True, {"fill": False, "edgecolor": RED, "linewidth": 1.6}, f"recall below {target_recall:g}"),
-        (bool(np.isneginf(theta).any()), {"facecolor": _ALONE}, "anchor region alone reaches it (-inf)"),
-        (bool(np.isposinf(theta).any()), {"facecolor": _DENSE}, "only dense attention reaches it (inf)"),
+        (bool(np.isneginf(theta).any()), {"facecolor": ALONE}, "anchor region alone reaches it (-inf)"),
+        (bool(np.isposinf(theta).any()), {"facecolor": DENSE}, "only dense attention reaches it (inf)"),
         (bool(np.isnan(recall).any()), {"facecolor": PAPER}, "not analyzed"),
         (bool(grid.breaks), {"facecolor": "white"}, "white line: next kv head"),
     )
@@ -110,7 +115,9 @@ def layer_head_grid(profiles: Sequence[HeadProfile], *, target_recall: float = 0
     return figure
 
 
-def recall_density(profiles: Sequence[HeadProfile], *, target_recall: float = 0.95) -> Figure:
+def recall_density(
+    profiles: Sequence[HeadProfile], *, target_recall: float = 0.95, model: object = None, note: str = ""
+) -> Figure:
     """Recall against density of all heads of a layer, their mean at one theta, and the stripe oracle.
 
     The mean line moves all heads along with one theta. The oracle gets the same mean density and may share it out over
@@ -120,6 +127,8 @@ def recall_density(profiles: Sequence[HeadProfile], *, target_recall: float = 0.
     Args:
         profiles: heads of one layer and prompt.
         target_recall: drawn as a horizontal line.
+        model: its name, or its record in a report.
+        note: words above the figure, behind those that sum it up.
 
     Raises:
         InputError: no profile, or profiles of different prompts or thetas.
@@ -131,9 +140,11 @@ def recall_density(profiles: Sequence[HeadProfile], *, target_recall: float = 0.
     at = np.stack([[p.density, p.recall] for p in profiles]).mean(0)  # [2, T]
     needed = _crossing(density, recall, target_recall)
     best = _crossing(oracle_density, oracle_recall, target_recall)
-    subtitle = f"{setting(first, thetas=False)}  |  density for mean recall {target_recall:g}: "
-    subtitle += f"{_or_none(needed)} with one theta, {_or_none(best)} for the oracle"
-    figure = new_figure(9.6, 6.2, f"Recall against density: {short_name(first.prompt)}, layer {first.layer}", subtitle)
+    finding = f"density for mean recall {target_recall:g}: "
+    finding += f"{_or_none(needed)} with one theta, {_or_none(best)} for the oracle"
+    shown = _thetas_shown(first.thetas, 6)
+    setting = profile_setting(first, model, thetas=first.thetas[shown])
+    figure = new_figure(9.6, 6.2, f"Recall against density, layer {first.layer}", setting, joined(finding, note))
     axes = figure.subplots()
     for p in profiles:
         axes.plot(*p.curve(), color=SKY, linewidth=0.9, alpha=0.75, zorder=2)
@@ -141,28 +152,26 @@ def recall_density(profiles: Sequence[HeadProfile], *, target_recall: float = 0.
     axes.scatter(marks[:, 0], marks[:, 1], s=13, color=SKY, edgecolor="white", linewidth=0.4, zorder=3)
     axes.plot(oracle_density, oracle_recall, **_ORACLE, zorder=4)
     axes.plot(density, recall, **_MEAN, zorder=5)
-    axes.scatter(at[0], at[1], s=44, facecolor="white", edgecolor=BLUE, linewidth=1.8, zorder=6)
+    axes.scatter(at[0, shown], at[1, shown], s=44, facecolor="white", edgecolor=BLUE, linewidth=1.8, zorder=6)
     axes.scatter(at[0, :1], at[1, :1], s=52, color=BLUE, zorder=7)
     axes.axhline(target_recall, **_TARGET, zorder=1)
     least = min(float(density.min()), *(float(p.density.min()) for p in profiles))
     _recall_density_axes(axes, least, min(float(p.curve_recall[0]) for p in profiles))
 
-    notes: list[Bbox] = []
-    for t in _thetas_shown(first.thetas, 6):
-        _note(axes, at[:, t], f"theta {exact_theta(float(first.thetas[t]))}", (-7, 6), BLUE, notes, bold=t == 0)
-    numbers = 0
-    if len(profiles) <= 12:
-        numbers = sum(
-            _note(axes, mark, str(p.head), (9, -10), MUTED, notes) for p, mark in zip(profiles, marks, strict=True)
-        )
-    of_heads = f"a head; dot at theta {exact_theta(float(first.thetas[0]))}{', with its number' if numbers else ''}"
+    few = len(profiles) <= 12
+    of_heads = f"a head; dot at theta {exact_theta(float(first.thetas[0]))}{', with its number' if few else ''}"
     handles = [
         Line2D([], [], color=SKY, linewidth=1.2, marker="o", markersize=4, label=of_heads),
         Line2D([], [], **_MEAN, marker="o", markersize=6, label="mean of heads, one theta for all"),
         Line2D([], [], **_ORACLE, label="stripe oracle at the same mean density"),
         Line2D([], [], **_TARGET, label=f"target recall {target_recall:g}"),
     ]
-    legend(axes, handles=handles, loc="lower right")
+    legend_below(figure, columns=2, handles=handles)
+    notes = Notes(axes, [*at[:, shown].T, *marks])
+    for t in shown:
+        notes.write(at[:, t], f"theta {exact_theta(float(first.thetas[t]))}", color=BLUE, bold=t == 0)
+    for p, mark in zip(profiles, marks, strict=True) if few else ():
+        notes.write(mark, str(p.head), color=MUTED)
     return figure
 
 
@@ -183,8 +192,13 @@ def _recall_density_axes(axes: Axes, least: float, lowest: float) -> None:
     )
 
 
-def recall_by_position(profiles: Sequence[HeadProfile]) -> Figure:
+def recall_by_position(profiles: Sequence[HeadProfile], *, model: object = None, note: str = "") -> Figure:
     """Recall of the queries by their position: each head of a layer at the first theta, and the mean at every theta.
+
+    Args:
+        profiles: heads of one layer and prompt.
+        model: its name, or its record in a report.
+        note: words above the figure, behind those that sum it up.
 
     Raises:
         InputError: no profile, or profiles of different prompts or thetas.
@@ -194,29 +208,26 @@ def recall_by_position(profiles: Sequence[HeadProfile]) -> Figure:
     mean = rows.mean(0)
     last = float(np.mean([p.recall_last[0] for p in profiles]))
     worst = min(profiles, key=lambda p: float(p.recall_p05[0]))
-    title = f"Recall by query position: {short_name(first.prompt)}, layer {first.layer}"
-    subtitle = (
-        f"{setting(first)}  |  mean recall of the last block {share(last)}  |  "
+    theta = exact_theta(float(first.thetas[0]))
+    finding = (
+        f"at theta {theta}: mean recall of the last block {share(last)}  |  "
         f"worst 5% of queries: head {worst.head}, recall {share(float(worst.recall_p05[0]))} or less"
     )
-    figure = new_figure(9.6, 4.8, title, subtitle)
+    shown = _thetas_shown(first.thetas)
+    setting = profile_setting(first, model, thetas=first.thetas[shown])
+    figure = new_figure(9.6, 4.8, f"Recall by query position, layer {first.layer}", setting, joined(finding, note))
     axes = figure.subplots()
     for row in rows:
         axes.stairs(row[0], edges, baseline=None, color=SKY, linewidth=0.8, alpha=0.7)
-    shown = _thetas_shown(first.thetas)
-    shades = [BLUE, GREEN, ORANGE, RED]
-    handles = [Line2D([], [], color=SKY, linewidth=1.0, label=f"a head at theta {exact_theta(float(first.thetas[0]))}")]
-    for shade, t in zip(shades, shown, strict=False):
-        axes.stairs(
-            mean[t],
-            edges,
-            baseline=None,
-            color=shade,
-            linewidth=2.4 if t == 0 else 1.3,
-            zorder=4 if t == 0 else 3,
-        )
+    handles = [Line2D([], [], color=SKY, linewidth=1.0, label=f"a head at theta {theta}")]
+    looks: list[dict[str, Any]] = [
+        {"color": color, "linewidth": 1.4, "zorder": 3} for color in theta_colors(first.thetas[shown])
+    ]
+    looks[0] = {"color": BLUE, "linewidth": 2.4, "zorder": 4}
+    for t, look in sorted(zip(shown, looks, strict=True), key=lambda x: float(first.thetas[x[0]])):
+        axes.stairs(mean[t], edges, baseline=None, **look)
         text = f"mean of heads at theta {exact_theta(float(first.thetas[t]))}"
-        handles.append(Line2D([], [], color=shade, linewidth=2.4 if t == 0 else 1.3, label=text))
+        handles.append(Line2D([], [], color=look["color"], linewidth=look["linewidth"], label=text))
     low = min(float(rows[:, 0].min()), float(mean[shown].min()))
     floor = min(0.9, max(0.0, math.floor((low - 0.02) * 10) / 10))
     axes.set_ylim(floor, 1 + 0.02 * (1 - floor))
@@ -280,29 +291,29 @@ def _crossing(density: np.ndarray, recall: np.ndarray, target: float) -> float |
     return float(density[reached[0]]) if reached.size else None
 
 
-def _grid(
-    axes: Axes, values: np.ndarray, title: str, cmap: str, span: tuple[float, float], *, up: bool = False
-) -> None:
-    """One grid with its own color bar; numbers in the cells where they fit.
+_BAR: dict[str, Any] = {"orientation": "horizontal", "fraction": 0.05, "pad": 0.02, "aspect": 34}
 
-    Shares are rounded down (0.997 is not "1.00": something is missed), a theta up (`up`), so that it still suffices.
-    """
-    colors = matplotlib.colormaps[cmap]
-    norm = Normalize(*span)
-    special = ((np.isneginf(values), _ALONE), (np.isposinf(values), _DENSE))
-    image = color_cells(values, colors, norm, special=special)
+
+def _share_grid(
+    axes: Axes, values: np.ndarray, title: str, cmap: str, span: tuple[float, float], *, below: float = 1.0
+) -> None:
+    """A grid of shares with its color bar; no number looks like `below` or 1 that is less."""
+    colors, norm = matplotlib.colormaps[cmap], Normalize(*span)
+    _grid(axes, values, color_cells(values, colors, norm), title, lambda value: cell_share(value, below=below))
+    color_bar(axes, norm, colors, **_BAR)
+
+
+def _grid(axes: Axes, values: np.ndarray, image: np.ndarray, title: str, text: Callable[[float], str]) -> None:
+    """One grid; numbers in the cells where they fit."""
     paint(axes, image)
     panel_title(axes, title, pad=6)
     if values.shape[1] <= 10 and values.shape[0] <= 32:
-        write_numbers(axes, image, values, lambda value: _digits(value, up=up))
-    color_bar(axes, norm, colors, orientation="horizontal", fraction=0.05, pad=0.02, aspect=34)
+        write_numbers(axes, image, values, text)
 
 
-def _digits(value: float, *, up: bool) -> str:
-    """A share rounded down to two digits, or (`up`) a theta rounded up to one."""
-    if not math.isfinite(value):
-        return exact_theta(value)
-    return f"{math.ceil(value * 10 - 1e-6) / 10:.1f}" if up else f"{math.floor(value * 100 + 1e-6) / 100:.2f}"
+def _digits_up(theta: float) -> str:
+    """A theta rounded up to one decimal, so that it still suffices."""
+    return f"{math.ceil(theta * 10 - 1e-6) / 10:.1f}" if math.isfinite(theta) else exact_theta(theta)
 
 
 def _thetas_shown(thetas: np.ndarray, most: int = 4) -> list[int]:
@@ -311,36 +322,3 @@ def _thetas_shown(thetas: np.ndarray, most: int = 4) -> list[int]:
     if len(others) > most - 1:
         others = [others[round(i)] for i in np.linspace(0, len(others) - 1, most - 1)]
     return [0, *others]
-
-
-def _note(
-    axes: Axes,
-    at: np.ndarray,
-    text: str,
-    shift: tuple[int, int],
-    color: str,
-    taken: list[Bbox],
-    *,
-    bold: bool = False,
-) -> bool:
-    """A small text beside a data point, `shift` in points, unless it would touch one in `taken` (pixels)."""
-    pixel = axes.figure.dpi / 72
-    right, bottom = axes.transData.transform(at) + np.array(shift) * pixel
-    # widths are estimated: measuring would need a renderer, and a letter more or less does not matter here
-    box = Bbox.from_extents(right - 0.62 * SMALL * pixel * len(text), bottom, right, bottom + SMALL * pixel)
-    if any(box.overlaps(other) for other in taken):
-        return False
-    taken.append(box)
-    axes.annotate(
-        text,
-        (float(at[0]), float(at[1])),
-        xytext=shift,
-        textcoords="offset points",
-        ha="right",
-        size=SMALL,
-        color=color,
-        weight="bold" if bold else "normal",
-        zorder=8,
-        bbox={"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.75},
-    )
-    return True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,8 +12,8 @@ from anchorscope.errors import InputError
 from anchorscope.figure_theta import FigureTheta
 from anchorscope.plots.analysis import layer_head_grid, recall_by_position, recall_density
 from anchorscope.plots.heatmap import stripe_heatmap
-from anchorscope.plots.save import file_names, save_all
-from anchorscope.plots.style import MUTED, SMALL
+from anchorscope.plots.names import file_names
+from anchorscope.plots.save import save_all
 from anchorscope.profiles import HeadProfile
 
 Source = HeadProfile | Path | str
@@ -26,12 +26,14 @@ def draw_all(
     heatmaps: Sequence[tuple[int, int]] | str | None = None,
     theta: FigureTheta | None = None,
     target_recall: float = 0.95,
+    model: object = None,
+    formats: Mapping[str, int] | None = None,
     progress: Callable[[Path], None] | None = None,
 ) -> list[Path]:
-    """Draw and save every figure of an analysis as PNG files in the folder `out`.
+    """Draw and save every figure of an analysis in the folder `out`.
 
-    Per prompt: `PROMPT-grid.png`; per layer `PROMPT-layer05-recall-density.png` and `PROMPT-layer05-recall-
-    by-position.png`; for the heads chosen `PROMPT-layer05-head03-heatmap.png`.
+    Per prompt: `PROMPT-grid`; per layer `PROMPT-layer05-recall-density` and `PROMPT-layer05-recall-by-position`; for
+    the heads chosen `PROMPT-layer05-head03-heatmap`; each with the endings of its formats.
 
     Args:
         profiles: profiles or paths of saved ones, in any order. From paths, heat maps are read one at a time.
@@ -39,6 +41,8 @@ def draw_all(
         heatmaps: (layer, head) pairs, "all", or None for the heads of worst, median and best recall of each prompt.
         theta: the theta to draw, one of those measured; None means the first.
         target_recall: see `layer_head_grid`.
+        model: its name, or its record in a report.
+        formats: dpi by format; see `anchorscope.plots.save.save_all`.
         progress: called with each file written.
 
     Returns:
@@ -60,19 +64,9 @@ def draw_all(
                 raise InputError(f"no heat map for layer {layer}, head {head}: it was not analyzed")
     elif heatmaps not in (None, "all"):
         raise InputError(f"heatmaps must be 'all' or a list of (layer, head) pairs, not {heatmaps!r}")
-    figures = _figures(heads, names, heatmaps, theta, target_recall)
-    if theta is not None and theta.of > 1:
-        figures = _noted(figures, theta.sentence(" over all prompts and heads"))
-    return save_all(figures, out, progress=progress)
-
-
-def _noted(figures: Iterable[tuple[str, Figure]], note: str) -> Iterator[tuple[str, Figure]]:
-    """The figures with a small line at their upper right, in the row of the title."""
-    for name, figure in figures:
-        width, height = figure.get_size_inches()
-        at: dict[str, Any] = {"ha": "right", "va": "top", "size": SMALL, "color": MUTED}
-        figure.text(1 - 0.16 / width, 1 - 0.16 / height, note, parse_math=False, **at)
-        yield name, figure
+    how = {"model": model, "note": theta.sentence(" over all prompts and heads") if theta and theta.of > 1 else ""}
+    figures = _figures(heads, names, heatmaps, theta, target_recall, how)
+    return save_all(figures, out, formats=formats, progress=progress)
 
 
 class _Head(NamedTuple):
@@ -98,21 +92,22 @@ def _figures(
     heatmaps: Sequence[tuple[int, int]] | str | None,
     theta: FigureTheta | None,
     target_recall: float,
+    how: dict[str, Any],
 ) -> Iterator[tuple[str, Figure]]:
-    """File names and figures, one at a time."""
+    """File names and figures, one at a time; `how` has what all of them take: model and note."""
     for prompt, name in names.items():
         mine = [h for h in heads if h.profile.prompt == prompt]
-        yield f"{name}-grid", layer_head_grid([h.profile for h in mine], target_recall=target_recall)
+        yield f"{name}-grid", layer_head_grid([h.profile for h in mine], target_recall=target_recall, **how)
         for layer in sorted({h.profile.layer for h in mine}):
             group = [h.profile for h in mine if h.profile.layer == layer]
             yield (
                 f"{name}-layer{layer:02d}-recall-density",
-                recall_density(group, target_recall=target_recall),
+                recall_density(group, target_recall=target_recall, **how),
             )
-            yield f"{name}-layer{layer:02d}-recall-by-position", recall_by_position(group)
+            yield f"{name}-layer{layer:02d}-recall-by-position", recall_by_position(group, **how)
         for h in _chosen(mine, heatmaps):
             file = f"{name}-layer{h.profile.layer:02d}-head{h.profile.head:02d}-heatmap"
-            yield file, stripe_heatmap(h.full(theta))
+            yield file, stripe_heatmap(h.full(theta), **how)
 
 
 def _chosen(heads: list[_Head], heatmaps: Sequence[tuple[int, int]] | str | None) -> list[_Head]:

@@ -14,7 +14,7 @@ from matplotlib.colors import Colormap, LogNorm, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Polygon
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 
 from anchorscope.errors import InputError
 from anchorscope.plots.style import (
@@ -27,30 +27,36 @@ from anchorscope.plots.style import (
     RED,
     SKY,
     SMALL,
+    joined,
     label,
     legend,
     new_figure,
     panel_title,
-    setting,
+    profile_setting,
     share,
     shown_positions,
     tidy,
     token_ticks,
 )
 from anchorscope.profiles import HeadProfile
-from anchorscope.shown import exact_theta, short_name
+from anchorscope.shown import exact_theta
 
 MASS_FLOOR = 1e-5  # low end of the heat map's colors, the same in all figures so that heads compare
 MASS = matplotlib.colormaps["magma"]
 SHOWN_ROWS, SHOWN_COLUMNS = 64, 480  # cells drawn: more would be narrower than a pixel and could vanish
 
 
-def stripe_heatmap(profile: HeadProfile) -> Figure:
+def stripe_heatmap(profile: HeadProfile, *, model: object = None, note: str = "") -> Figure:
     """Where a head's attention mass lies, what the first theta keeps of it, and what it misses.
 
     Left: attention mass by query group (down) and key position (across), anchor region outlined, stripes marked in a
     track along the lower edge of each group. Middle: the mass that is missed, over the regions that are kept. Right:
     recall by query position. The strips below sum over the queries.
+
+    Args:
+        profile: the head.
+        model: its name, or its record in a report.
+        note: words above the figure, behind those that sum it up.
 
     Raises:
         InputError: the profile was loaded without its heat map.
@@ -61,15 +67,14 @@ def stripe_heatmap(profile: HeadProfile) -> Figure:
     cells = _shown_cells(p)
     recall, density = float(p.recall[0]), float(p.density[0])
     theta = exact_theta(float(p.thetas[0]))
-    title = f"{short_name(p.prompt)}, layer {p.layer}, head {p.head} (kv head {p.kv_head})"
-    title += f": what theta {theta} keeps"
+    title = f"Layer {p.layer}, head {p.head} (kv head {p.kv_head}): what theta {theta} keeps"
     stripes = "no candidates" if p.candidate_pairs == 0 else f"stripe density {share(float(p.stripe_density[0]))}"
-    subtitle = (
-        f"{setting(p, thetas=False)}  |  recall {share(recall)} at density {share(density)} "
-        f"(sparsity {share(1 - density)}, "
-        f"{stripes})  |  missed mass {share(max(0.0, 1 - recall))}"
+    finding = (
+        f"recall {share(recall)} at density {share(density)} (sparsity {share(1 - density)}, {stripes})  |  "
+        f"missed mass {share(max(0.0, 1 - recall))}"
     )
-    figure = new_figure(13.4, 7.9, title, subtitle, constrained=False)
+    setting = profile_setting(p, model, thetas=p.thetas[:1])
+    figure = new_figure(13.4, 7.9, title, setting, joined(finding, note), constrained=False)
     panels, norm = _panels(figure), LogNorm(MASS_FLOOR, 1.0)
     _draw_maps(panels, p, cells, norm)
     _draw_strips(panels, cells)
@@ -97,7 +102,7 @@ def _panels(figure: Figure) -> _Panels:
         left=0.066,
         right=0.985,
         bottom=0.185,
-        top=0.88,
+        top=figure.subplotpars.top - 0.2 / figure.get_size_inches()[1],
         wspace=0.085,
         hspace=0.1,
     )
@@ -134,8 +139,10 @@ def _draw_strips(panels: _Panels, cells: _Cells) -> None:
     mass, missed = cells.by_key(cells.mass), cells.by_key(cells.missed)
     left, right = panels.below
     _strip(left, cells, mass, INK, f"attention mass per {per}, all queries (log scale)", log=True)
-    _strip(right, cells, missed, RED, f"missed mass per {per}, all queries", log=False)
-    right.yaxis.tick_right()
+    # Its scale is said in words: numbers beside it would stand between the other axes.
+    highest = f"; highest {share(float(missed.max()))}" if missed.any() else "; none"
+    _strip(right, cells, missed, RED, f"missed mass per {per}, all queries{highest}", log=False)
+    right.set_yticks([])
     for axes in panels.below:
         label(axes, x="key position (tokens)")
 
@@ -304,8 +311,6 @@ def _strip(axes: Axes, cells: _Cells, values: np.ndarray, color: str, text: str,
         values = np.maximum(values, MASS_FLOOR / 10)
     else:
         axes.set_ylim(0, max(float(values.max()) * 1.1, 1e-4))
-        axes.yaxis.set_major_locator(MaxNLocator(2))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.stairs(values, cells.columns, fill=True, color=color, baseline=MASS_FLOOR / 10 if log else 0)
     tidy(axes, grid=False)
     axes.tick_params(labelsize=SMALL, length=3)

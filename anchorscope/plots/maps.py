@@ -14,7 +14,8 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colorbar import Colorbar
 from matplotlib.colors import Colormap, Normalize, to_rgba
 
-from anchorscope.plots.style import INK, PAPER, SMALL, TEXT, label
+from anchorscope.plots.style import ALONE, DENSE, INK, PAPER, SMALL, TEXT, THETA, label, theta_norm
+from anchorscope.shown import share_text
 
 FIGURES = 7.5  # points of the number in a cell
 
@@ -83,9 +84,34 @@ def bare(axes: Axes | SecondaryAxis, color: str = INK) -> None:
         spine.set_visible(False)
 
 
-def ink_on(background: Sequence[float] | np.ndarray) -> str:
-    """The ink that is readable on a color (r, g, b, ...), by its luma."""
-    return "white" if float(np.dot(np.asarray(background)[:3], (0.299, 0.587, 0.114))) < 0.55 else INK
+def luminance(color: Any) -> float:
+    """Relative luminance of a color, as WCAG 2 defines it: 0 is black, 1 white."""
+    channels = np.asarray(to_rgba(color)[:3])
+    linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+    return float(linear @ (0.2126, 0.7152, 0.0722))
+
+
+def ink_on(background: Any) -> str:
+    """The ink that is readable on a color: black or white has a contrast of 4.5 and more on any."""
+    return "white" if luminance(background) < 0.179 else "black"
+
+
+def cell_share(value: float, *, below: float = 1.0) -> str:
+    """A share with two decimals or as many more as say what it is not: 0 or `below`; at most six characters."""
+    text = share_text(value, 2, below=below)
+    if len(text) <= 6:
+        return text
+    return "<0.01" if value < 0.01 else f"<{below:g}" if value < below < 1 else ">0.99"
+
+
+def theta_cells(values: np.ndarray) -> tuple[np.ndarray, Normalize | None]:
+    """Cells (rows, columns, 4) of thetas (rows, columns), and their scale; None where no theta is finite.
+
+    -inf (the anchor region alone) and +inf (dense) have colors of their own.
+    """
+    norm = theta_norm(values[~np.isnan(values)])
+    special = ((np.isneginf(values), ALONE), (np.isposinf(values), DENSE))
+    return color_cells(values, THETA, norm, special=special), norm if np.isfinite(values).any() else None
 
 
 def some_ticks(axis: Axis | SecondaryAxis, labels: Sequence[object], stride: int) -> None:

@@ -3,52 +3,85 @@
 from __future__ import annotations
 
 import io
-import re
-from collections.abc import Callable, Iterable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import matplotlib
 from matplotlib.figure import Figure
-from matplotlib.text import Text
-from matplotlib.ticker import FixedFormatter, FuncFormatter
 
 from anchorscope.files import write_atomic
+from anchorscope.pictures import DPI, picture_format, picture_path
+from anchorscope.plots.text import as_it_is
+
+MOST_PIXELS = 30_000  # of a side; matplotlib draws no more than 65,535
+# What matplotlib would write of itself and of the time; pictures should not differ because of them.
+_METADATA: dict[str, dict[str, Any]] = {
+    "png": {"Software": None},
+    "pdf": {"Creator": None, "Producer": None, "CreationDate": None},
+    "svg": {"Creator": None, "Date": None},
+}
+_SETTINGS: Any = {"svg.hashsalt": "anchorscope", "svg.fonttype": "none", "pdf.fonttype": 42}
+_lock = threading.Lock()
 
 
-def save_figure(figure: Figure, path: Path | str) -> None:
-    """Save a figure as PNG at its own resolution, atomically; the same figure gives the same bytes.
+def save_figure(figure: Figure, path: Path | str, *, dpi: int | None = None) -> None:
+    """Save a figure as PNG, PDF or SVG, atomically; the same figure gives the same bytes, whatever came before.
+
+    Text stays text in a PDF (as TrueType) and in an SVG (which names its fonts and does not hold them). Maps of many
+    cells are pixels in both.
+
+    Args:
+        figure: drawn as it is; `$` in a name begins no formula. Where its axes stand is settled when it is first saved.
+        path: the file; its ending says the format.
+        dpi: pixels per inch, of a PNG and of the maps inside a PDF or SVG; by default the figure's own.
 
     Raises:
+        InputError: the path does not end in a format.
         RunFailure: the file cannot be written.
     """
-    _names_literally(figure)
+    form = picture_format(path)
+    as_it_is(figure)
+    _settle(figure)
     buffer = io.BytesIO()
-    # matplotlib would write its version into the file; pictures should not differ because of it
-    figure.savefig(buffer, format="png", dpi=figure.dpi, metadata={"Software": None})
+    fits = int(MOST_PIXELS / max(figure.get_size_inches()))
+    with _settings(form):
+        figure.savefig(buffer, format=form, dpi=min(dpi or figure.dpi, fits), metadata=_METADATA[form])
     write_atomic(path, buffer.getvalue())
 
 
-def _names_literally(figure: Figure) -> None:
-    """Draw every text as it is: a `$` in a name begins no formula. Numbers beside an axis may be formulas (10^3)."""
-    numbers = [
-        text
-        for axes in figure.axes
-        for axis in (axes.xaxis, axes.yaxis)
-        if not isinstance(axis.get_major_formatter(), (FixedFormatter, FuncFormatter))
-        for text in (*axis.get_ticklabels(which="both"), axis.get_offset_text())
-    ]
-    for text in figure.findobj(Text):
-        if isinstance(text, Text) and text not in numbers:
-            text.set_parse_math(False)
+def _settle(figure: Figure) -> None:
+    """Lay a figure out for good: another layout would begin where the last one ended."""
+    if figure.get_layout_engine() is not None:
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
+
+
+@contextmanager
+def _settings(form: str) -> Iterator[None]:
+    """Matplotlib's settings of a format, which it takes from nowhere else; a PNG needs none of them."""
+    if form == "png":
+        yield
+        return
+    with _lock, matplotlib.rc_context(_SETTINGS):
+        yield
 
 
 def save_all(
-    figures: Iterable[tuple[str, Figure]], folder: Path | str, *, progress: Callable[[Path], None] | None = None
+    figures: Iterable[tuple[str, Figure]],
+    folder: Path | str,
+    *,
+    formats: Mapping[str, int] | None = None,
+    progress: Callable[[Path], None] | None = None,
 ) -> list[Path]:
     """Save figures under their names, one at a time, into a folder that is made when missing.
 
     Args:
         figures: file names without ending, and figures; drawn as they are asked for.
         folder: where to.
+        formats: dpi by format; PNG at 110 by default.
         progress: called with each file written.
 
     Returns:
@@ -61,23 +94,10 @@ def save_all(
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name, figure in figures:
-        path = folder / f"{name}.png"
-        save_figure(figure, path)
-        written.append(path)
-        if progress is not None:
-            progress(path)
+        for form, dpi in (formats or {"png": DPI}).items():
+            path = picture_path(folder, name, form)
+            save_figure(figure, path, dpi=dpi)
+            written.append(path)
+            if progress is not None:
+                progress(path)
     return written
-
-
-def file_names(prompts: Sequence[str]) -> dict[str, str]:
-    """Prompt names, in order of appearance, as parts of file names; equal after cleaning means a number behind."""
-    names: dict[str, str] = {}
-    for prompt in prompts:
-        if prompt not in names:
-            base = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(prompt).name.removesuffix(".txt"))[:48].strip("-.") or "prompt"
-            name, number = base, 1
-            while name in names.values():
-                number += 1
-                name = f"{base}-{number}"
-            names[prompt] = name
-    return names

@@ -24,6 +24,7 @@ from anchorscope.elsewhere import elsewhere
 from anchorscope.errors import DumpError, InputError, Interrupted, RunFailure
 from anchorscope.files import MAX_JSON_BYTES, human_bytes, json_bytes, read_json, write_atomic
 from anchorscope.locks import folder_lock
+from anchorscope.pictures import DPI, FORMATS
 from anchorscope.runs.shards import shard_of
 from anchorscope.shapes import check, fits
 from anchorscope.shown import counted
@@ -161,6 +162,8 @@ class RunFolder:
                 state["started"] = found["started"]
                 if finished:  # nothing may look finished while more is being made
                     state["asked"] = _both(before or {}, asked)
+                    if not set(FORMATS) & set(before or {}):  # earlier versions called pictures otherwise
+                        self._clear(path, (x for x in self.parts if x[0] == self.figures))
                     (path / self.report).unlink()
                 elif before is not None and before != state["asked"]:
                     self._clear(path, (x for x in self.parts if x[0] == self.figures))
@@ -251,9 +254,9 @@ class RunFolder:
         return isinstance(before, dict) and all(not v or before.get(k) == v for k, v in asked.items())
 
     def reopen(self, path: Path, asked: Mapping[str, Any]) -> None:
-        """Make a finished run of which all this was asked an unfinished one, so that the next command's word counts."""
+        """Make a finished run that has other pictures than these an unfinished one, so that the next word counts."""
         found = self.read(path)
-        if found is not None and self.covers(found, asked):
+        if found is not None and _pictures(found.get("asked")) != _pictures(asked):
             (path / self.report).unlink(missing_ok=True)
 
     def read(self, path: Path) -> dict[str, Any] | None:
@@ -333,6 +336,12 @@ def _both(before: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]
     return {**before, **{key: value for key, value in asked.items() if value or not before.get(key)}}
 
 
+def _pictures(asked: Any) -> dict[str, Any]:
+    """What is asked of figures."""
+    known = asked if isinstance(asked, dict) else {}
+    return {key: known[key] for key in ("figures", *FORMATS) if known.get(key)}
+
+
 @dataclass(frozen=True)
 class Run:
     """A run under way in its locked folder.
@@ -351,6 +360,11 @@ class Run:
     def asked(self) -> dict[str, Any]:
         """What is to be made, things asked for by earlier commands included."""
         return dict(self.state["asked"])
+
+    @property
+    def pictures(self) -> dict[str, int]:
+        """Dpi of every format that figures are to be saved in."""
+        return {form: self.asked[form] for form in FORMATS if self.asked.get(form)} or {"png": DPI}
 
     def finish(self, report: Mapping[str, Any]) -> None:
         """Write the report, last of all: a folder without it is an unfinished run.

@@ -8,7 +8,7 @@ whose parts are missing, writes each part once under a checksum, shows progress,
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,11 +19,12 @@ import torch
 from anchorscope.devices import is_out_of_memory
 from anchorscope.errors import RunFailure
 from anchorscope.files import again_remark, human_bytes, read_part, write_atomic, write_part
+from anchorscope.pictures import Formats, picture_bytes, picture_formats
 from anchorscope.runs.executors import Context, Executor, Threads, Work
 from anchorscope.runs.folder import Run, RunFolder
+from anchorscope.runs.options import RunOptions as RunOptions
 from anchorscope.runs.pool import Devices
-from anchorscope.runs.progress import Progress, ProgressCallback
-from anchorscope.runs.shards import Shard
+from anchorscope.runs.progress import Progress
 from anchorscope.runs.sharing import Sharing
 from anchorscope.runs.sources import Source
 from anchorscope.runs.units import Unit
@@ -81,53 +82,19 @@ class Plan(Generic[U]):
     def refuse_shards(self) -> None:
         """Refuse what cannot be done where others measure some of the units; see `anchorscope.runs.shards`."""
 
-    def needs(self, *, figures: bool = True) -> str:
-        """Memory and disk that a run takes, in words."""
-        disk = self.disk + (self.pictures if figures else 0)
+    def needs(self, *, figures: bool = True, formats: Formats = ("png",)) -> str:
+        """Memory and disk that a run takes, in words; arguments as of `RunOptions`."""
+        disk = self.needed_disk(picture_formats(formats) if figures else {})
         return f"needs about {self.memory_words()} and {human_bytes(disk)} of disk"
+
+    def needed_disk(self, formats: Mapping[str, int]) -> int:
+        """Bytes of disk that a run takes, about, with figures in these formats (dpi by format)."""
+        return self.disk + picture_bytes(self.pictures, formats)
 
     def memory_words(self) -> str:
         """The working memory, in words."""
         each = f" on each of {len(self.devices)} GPUs" if self.devices else ""
         return f"{human_bytes(self.memory)} of {'memory' if self.device.type == 'cpu' else 'GPU memory'}{each}"
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """How a plan is carried out; nothing of this changes what is measured.
-
-    Attributes:
-        figures: draw the figures.
-        overwrite: replace what an earlier run left in the folder.
-        resume: accept a finished run of the same request too, and measure nothing again.
-        progress: called as work proceeds.
-        notify: told sentences for the user: parts that cannot be used again, warnings.
-        shard: measure this share of the units and no more, into a folder that `anchorscope.merge` makes use of.
-        executor: who measures; by default this process, or one for each of the plan's devices.
-    """
-
-    figures: bool = True
-    overwrite: bool = False
-    resume: bool = False
-    progress: ProgressCallback | None = None
-    notify: Callable[[str], None] | None = None
-    shard: Shard | None = None
-    executor: Executor | None = None
-
-    @property
-    def replacing(self) -> dict[str, bool]:
-        """What may be done to an earlier run in the folder."""
-        return {"overwrite": self.overwrite, "resume": self.resume}
-
-    def report(self, event: Progress) -> None:
-        """Pass progress on."""
-        if self.progress is not None:
-            self.progress(event)
-
-    def tell(self, sentence: str) -> None:
-        """Pass a sentence on."""
-        if self.notify is not None:
-            self.notify(sentence)
 
 
 @dataclass(frozen=True)
@@ -219,7 +186,7 @@ class BaseCommand(Sharing[U], ABC, Generic[U, T]):
 
     def asked(self) -> dict[str, Any]:
         """What is to be made of the measurements; a later command may ask for more."""
-        return {"figures": self.options.figures}
+        return self.options.asked
 
     def pieces(self) -> int:
         """How many of the things that `folder.kept` speaks of the run makes."""
@@ -338,7 +305,7 @@ def _workforce(command: BaseCommand[U, T]) -> Iterator[None]:
 
 def _run(command: BaseCommand[U, T], out: Path | str) -> Finished:
     plan, folder, options = command.plan, command.folder, command.options
-    disk = plan.disk + (plan.pictures if options.figures else 0)
+    disk = plan.needed_disk(options.pictures)
     for each in (command, *(other for other, _ in command.nested(Path(out)))):
         each.share()  # refuses more shards than units before anything is written
     how: dict[str, Any] = {"pieces": command.pieces(), "recipe": command.recipe(), **options.replacing}

@@ -67,7 +67,7 @@ class Sharing(Generic[U]):
             raise InputError(f"`{self.folder.command}` cannot be done in shards")
         paths = {name: _as_paths(getattr(request, name)) for name in PATHS if hasattr(request, name)}
         made = to_json(replace(request, **paths), {"request": type(request), **kinds})
-        return {"request": made, "figures": self.options.figures}
+        return {"request": made, **self.options.asked}
 
     def nested(self, root: Path) -> Sequence[tuple[BaseCommand[Any, Any], Path]]:
         """Other commands, and their folders, whose parts are measured with those of this one."""

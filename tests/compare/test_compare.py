@@ -109,7 +109,7 @@ def test_report_and_figures(finished):
     assert {b["method"] for b in report["best"]}.isdisjoint({"oracle-row", "oracle-block"})
     names = {p.name for p in finished.figures}
     assert {"pooled-recall-density.png", "density-needed.png", "winners.png", "stripes-against-blocks.png"} <= names
-    assert {f"prompt0{p}-layer0{i}-recall-density.png" for p in (0, 1) for i in (2, 7)} <= names
+    assert {f"{p}-layer0{i}-recall-density.png" for p in ("story", "code") for i in (2, 7)} <= names
     for path in finished.figures:
         assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
@@ -250,7 +250,7 @@ def test_figures_of_a_large_grid_and_of_nothing_reached(tmp_path):
     care.
     """
     methods = [
-        {"label": label, "oracle": oracle, "granularity": kind}
+        {"label": label, "method": label, "settings": {}, "oracle": oracle, "granularity": kind}
         for label, oracle, kind in (("a", False, "stripe"), ("b$_x", False, "block"), ("o", True, "stripe"))
     ]
     points = [
@@ -260,7 +260,8 @@ def test_figures_of_a_large_grid_and_of_nothing_reached(tmp_path):
         for m in methods
         for x, d, r in ((1, 0.1, 0.5), (2, 0.5, 0.9))
     ]
-    drawn = draw_all(points, tmp_path / "f", methods, target_recall=0.99)
+    report = {"settings": {"methods": methods, "target_recall": 0.99}, "dump": {}}
+    drawn = draw_all(points, tmp_path / "f", report)
     assert len(drawn) == 4 + 2
     assert all(p.stat().st_size > 5000 for p in drawn)
 

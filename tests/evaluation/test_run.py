@@ -161,8 +161,8 @@ def test_figures_are_those_of_the_results(finished):
     assert names == {
         "perplexity",
         "layers",
-        "prompt00-positions",
-        "prompt01-positions",
+        "alice-positions",
+        "p-positions",
         "needle-grid",
         "needle-grid-logprob",
         "tasks",

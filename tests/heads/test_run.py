@@ -467,6 +467,6 @@ def test_overlap_across_a_gap_of_layers_says_so(dump, finished, capsys):
     assert "says little" in out
     assert max(map(len, out.splitlines()[:20])) <= 80
     rows = [r for r in finished.rows if r.prompt == "story"]
-    assert _gaps(rows) == "; layers not consecutive: 7 with 2, 9 with 7"
+    assert _gaps(rows) == "  |  layers not consecutive: 7 with 2, 9 with 7"
     assert _gaps([dataclasses.replace(r, previous_layer=r.layer - 1) for r in rows]) == ""
     assert _gaps([dataclasses.replace(r, previous_layer=None) for r in rows]) == ""

@@ -21,6 +21,7 @@ from anchorscope.plots import draw
 from anchorscope.plots.analysis import layer_head_grid, mean_curve, pooled_oracle, recall_by_position, recall_density
 from anchorscope.plots.draw import draw_all
 from anchorscope.plots.heatmap import _shown_cells, stripe_heatmap
+from anchorscope.plots.maps import cell_share
 from anchorscope.plots.save import save_figure
 from anchorscope.plots.style import share
 from anchorscope.profiles import HeadProfile
@@ -73,15 +74,15 @@ def test_grid_shows_every_number_rounded_to_the_safe_side() -> None:
     profiles = heads(3, (2, 7))
     shown = texts(layer_head_grid(list(reversed(profiles)), target_recall=0.9))
     for p in profiles:
-        assert f"{math.floor(p.recall[0] * 100 + 1e-6) / 100:.2f}" in shown
-        assert f"{math.floor(p.sparsity[0] * 100 + 1e-6) / 100:.2f}" in shown
+        assert cell_share(float(p.recall[0]), below=0.9) in shown
+        assert cell_share(float(p.sparsity[0])) in shown
         theta = p.theta_at_recall(0.9)
         assert theta is not None
         text = exact_theta(theta) if math.isinf(theta) else f"{math.ceil(theta * 10 - 1e-6) / 10:.1f}"
         assert text in shown
         assert math.isinf(theta) or float(text) >= theta
     below = sum(p.recall[0] < 0.9 for p in profiles)
-    assert any(f"{below} of 6 heads below 0.9" in text for text in shown)
+    assert any(f"{below} of 6 heads below recall 0.9" in text for text in shown)
     mean = np.mean([p.recall[0] for p in profiles])
     assert any(f"mean recall {share(float(mean))}" in text for text in shown)
 
@@ -334,4 +335,4 @@ def test_shares_keep_the_digits_that_matter(value: float, text: str) -> None:
 
 def test_names_in_titles() -> None:
     shown = texts(recall_by_position(heads(1, prompt="cost $5 and $6\nlines")))
-    assert any("cost $5 and $6?lines" in text for text in shown)
+    assert any("cost $5 and $6\\nlines" in text for text in shown)

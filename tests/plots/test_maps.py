@@ -11,7 +11,7 @@ from matplotlib.colors import LogNorm, Normalize, to_rgba
 from matplotlib.figure import Figure
 
 from anchorscope.plots.maps import LayerHead, color_cells, ink_on, paint, write_cells, write_numbers
-from anchorscope.plots.style import INK, PAPER
+from anchorscope.plots.style import PAPER
 
 
 def test_cells_stand_by_layer_and_head_whatever_is_missing() -> None:
@@ -54,7 +54,7 @@ def test_numbers_are_written_in_readable_ink_where_something_is_known() -> None:
     paint(axes, image)
     write_numbers(axes, image, values, lambda value: f"{value:.2f}")
     found = {text.get_position(): (text.get_text(), text.get_color()) for text in axes.texts}
-    assert found == {(0, 0): ("0.00", "white"), (0, 1): ("1.00", INK), (1, 1): ("0.25", "white")}
-    assert ink_on(image[1, 0]) == INK
+    assert found == {(0, 0): ("0.00", "white"), (0, 1): ("1.00", "black"), (1, 1): ("0.25", "white")}
+    assert ink_on(image[1, 0]) == "black"
     write_cells(axes, image, {(1, 0): "X"}, color="red", weight="bold")
     assert (axes.texts[-1].get_color(), axes.texts[-1].get_weight()) == ("red", "bold")

@@ -333,3 +333,52 @@ def test_folders_of_the_version_before_are_read_and_completed(command, inputs, w
     command.load(tmp_path / "o")
     command.run(inputs, tmp_path / "o")
     assert contents(tmp_path / "o") == whole(command)
+
+
+def pictures(files: dict[str, bytes], form: str) -> set[str]:
+    return {name.removesuffix(f".{form}") for name in files if name.endswith(f".{form}")}
+
+
+@every_folder
+def test_another_format_is_drawn_and_nothing_is_measured(command, inputs, whole, tmp_path):
+    drawn = pictures(whole(command), "png")
+    command.run(inputs, tmp_path / "o")
+    kept = {p: p.stat().st_mtime_ns for p in (tmp_path / "o").glob(command.parts)}
+    command.run(inputs, tmp_path / "o", formats="svg", dpi=200)
+    files = contents(tmp_path / "o")
+    assert drawn
+    assert pictures(files, "svg") == pictures(files, "png") == drawn
+    assert {p: p.stat().st_mtime_ns for p in kept} == kept, "something was measured again"
+    for formats, dpi in (({"svg": 200, "png": 110}, 110), ("svg", 200), ("png", 110)):  # it has all of that
+        with pytest.raises(InputError, match="finished"):
+            command.run(inputs, tmp_path / "o", formats=formats, dpi=dpi)
+    command.run(inputs, tmp_path / "o", formats=["pdf"])
+    assert pictures(contents(tmp_path / "o"), "pdf") == drawn
+    command.run(inputs, tmp_path / "o", overwrite=True, other=True, formats="svg")
+    assert not pictures(contents(tmp_path / "o"), "png") | pictures(contents(tmp_path / "o"), "pdf")
+
+
+@every_folder
+def test_the_last_command_says_in_which_formats(command, inputs, whole, tmp_path):
+    command.run(inputs, tmp_path / "o", formats="pdf,svg")
+    assert not pictures(contents(tmp_path / "o"), "png")
+    (tmp_path / "o" / command.report).unlink()  # as if it had been killed before its end
+    command.run(inputs, tmp_path / "o")
+    assert contents(tmp_path / "o") == whole(command)
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ({"formats": "png,gif"}, "'gif' is no format"),
+        ({"formats": []}, "names no format"),
+        ({"formats": "png", "dpi": 29}, "dpi must be a whole number"),
+        ({"dpi": 601}, "30 to 600, not 601"),
+        ({"dpi": 100.0}, "not 100.0"),
+    ],
+)
+@every_folder
+def test_formats_are_checked_first(command, inputs, tmp_path, how, words):
+    with pytest.raises(InputError, match=words):
+        command.run(inputs, tmp_path / "o", **how)
+    assert not (tmp_path / "o").exists()
