@@ -54,12 +54,13 @@ def draw_all(
     Args:
         data: what bench.json holds.
         folder: where to.
-        model: record or name of the model whose dump was timed.
+        model: record or name of the model whose dump was timed; by default what bench.json says.
         formats: dpi by format; see `anchorscope.plots.save.save_all`.
 
     Raises:
         RunFailure: a file cannot be written.
     """
+    model = model or data["settings"].get("model")
     figures = {"time": figure_time(data, model), "density": figure_density(data, model)}
     return save_all(((name, figure) for name, figure in figures.items() if figure is not None), folder, formats=formats)
 
