@@ -16,9 +16,9 @@ TOKENS ?= 3072
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OLDEST := $(VENV)-oldest
-TEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not gpu and not slow and not network and not browser"
+TEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not gpu and not slow and not network and not browser and not cluster"
 
-.PHONY: help demo demo-costs study families test test-oldest test-slow test-browser test-gpu compile-ahead lint format types package clean
+.PHONY: help demo demo-costs study families test test-oldest test-slow test-browser test-cluster test-gpu compile-ahead lint format types package clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -36,7 +36,7 @@ $(OLDEST)/.installed: pyproject.toml tests/helpers/oldest.py
 	$(OLDEST)/bin/python -m pip install --quiet --upgrade pip
 	$(if $(TORCH),$(OLDEST)/bin/python -m pip install --quiet "$(TORCH)")
 	$(OLDEST)/bin/python tests/helpers/oldest.py > $(OLDEST)/constraints.txt
-	$(OLDEST)/bin/python -m pip install --quiet -e ".[hf,report,test]" --constraint $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --quiet -e ".[hf,report,ray,test]" --constraint $(OLDEST)/constraints.txt
 	@touch $@
 
 demo-costs:
@@ -73,6 +73,9 @@ test-slow: $(STAMP)  ## run the long tests, which fetch the small real model
 
 test-browser: $(STAMP)  ## run the tests of the HTML report in headless Chromium (chromium and chromedriver must be there)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser
+
+test-cluster: $(STAMP)  ## run the tests that start a Ray cluster of two nodes on this machine
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cluster
 
 test-gpu: $(STAMP)  ## run the kernel tests on a CUDA GPU
 	$(BIN)/python -m pytest -m gpu

@@ -1,6 +1,7 @@
 """What was measured on another machine: its hardware and versions count in a report, not those of this one.
 
-Merging shards measures nothing, so it needs no GPU; yet its report names the GPU that measured.
+Merging shards measures nothing, and the machine that gives a cluster work measures nothing either, so neither needs a
+GPU; yet the report names the GPU that measured.
 """
 
 from __future__ import annotations
@@ -18,19 +19,19 @@ class Elsewhere:
     Attributes:
         hardware: name of the device.
         versions: as `runs.environment.versions` gives them.
-        started: when the first of them began.
+        started: when the first of them began, or None where they are being measured.
     """
 
     hardware: str
     versions: Mapping[str, str | None]
-    started: str
+    started: str | None
 
 
 _here: ContextVar[Elsewhere | None] = ContextVar("elsewhere", default=None)
 
 
 def elsewhere() -> Elsewhere | None:
-    """Where everything was measured already, or None: then it is measured here."""
+    """Where everything is measured, or None: then it is measured here."""
     return _here.get()
 
 

@@ -22,6 +22,7 @@ from anchorscope.cli.common import (
 )
 from anchorscope.cli.merge import parse_shard, print_shard
 from anchorscope.cli.tables import FittingTable, boxed_table, clean_name, print_places
+from anchorscope.cli.workforce import executor, takes_ray
 from anchorscope.errors import InputError
 from anchorscope.figure_theta import saved_figure_theta
 from anchorscope.pictures import asked_pictures
@@ -35,6 +36,7 @@ SHORT_ROWS = 10
 THETA_ROWS = 8
 
 
+@takes_ray
 def analyze(
     dump: opt.DumpFolder,
     out: opt.Out,
@@ -63,6 +65,7 @@ def analyze(
     device: opt.Device = "auto",
     devices: opt.Devices = None,
     shard: opt.ShardOf = None,
+    ray: opt.RayAddress = None,
     no_diagnose: Annotated[
         bool, typer.Option("--no-diagnose", help="Skip OUT/heads: what kind of head each one is.")
     ] = False,
@@ -128,6 +131,7 @@ def analyze(
             notify=warn,
             plan=plan,
             shard=part,
+            executor=executor(ray),
         )
     if part is not None:
         print_shard(result.path, part, as_json)

@@ -13,6 +13,7 @@ from anchorscope.cli.common import announce, drawn, progress_bar, stdout_console
 from anchorscope.cli.help import completes
 from anchorscope.cli.merge import parse_shard, print_shard
 from anchorscope.cli.tables import FittingTable, new_table, print_places
+from anchorscope.cli.workforce import executor, takes_ray
 from anchorscope.pictures import asked_pictures
 from anchorscope.shown import counted, share_text, theta_text
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 SHORT_ROWS = 8
 
 
+@takes_ray
 def calibrate(
     sources: Annotated[
         list[Path], typer.Argument(help="Dumps of one model, or finished `analyze` folders.", metavar="DIR")
@@ -94,6 +96,7 @@ def calibrate(
     device: opt.Device = "auto",
     devices: opt.Devices = None,
     shard: opt.ShardOf = None,
+    ray: opt.RayAddress = None,
     no_figures: opt.NoFigures = False,
     form: opt.Format = None,
     dpi: opt.Dpi = None,
@@ -139,17 +142,26 @@ def calibrate(
     )
     if plan.units:
         engine = plan.units[0].analysis.backend
-        what = (
-            f"{counted(plan.heads, 'head')} to measure, back end {engine.name} on {engine.hardware}, about"
-            f" {_duration(plan.seconds)} (less what is measured already)"
-        )
+        what = f"{counted(plan.heads, 'head')} to measure, back end {engine.name} on {engine.hardware}"
+        if plan.seconds:  # which nobody timed where a cluster measures
+            what += f", about {_duration(plan.seconds)} (less what is measured already)"
     else:
         what = f"{counted(len(plan.sources.prompts), 'prompt')}, measured already"
     announce(plan, what, **pictures)
     for source in {unit.dump.identity: unit.dump for unit in plan.units}.values():
         warn_of_model(source)
     with progress_bar() as bar:
-        result = run(sources, out, **pictures, overwrite=overwrite, progress=bar, notify=warn, plan=plan, shard=part)
+        result = run(
+            sources,
+            out,
+            **pictures,
+            overwrite=overwrite,
+            progress=bar,
+            notify=warn,
+            plan=plan,
+            shard=part,
+            executor=executor(ray),
+        )
     if part is not None:
         print_shard(result.path, part, as_json)
         return

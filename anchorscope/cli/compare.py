@@ -22,6 +22,7 @@ from anchorscope.cli.common import (
 from anchorscope.cli.help import completes
 from anchorscope.cli.merge import parse_shard, print_shard
 from anchorscope.cli.tables import clean_name, new_table, print_places
+from anchorscope.cli.workforce import executor, takes_ray
 from anchorscope.errors import InputError
 from anchorscope.pictures import asked_pictures
 from anchorscope.shown import counted, share_text
@@ -36,6 +37,7 @@ def _method_names() -> list[str]:
     return ["all", *known_methods()]
 
 
+@takes_ray
 def compare(
     dump: Annotated[
         Path | None, typer.Argument(help="Dump folder written by `capture` or `write_dump`.", metavar="DIR")
@@ -78,6 +80,7 @@ def compare(
     device: opt.Device = "auto",
     devices: opt.Devices = None,
     shard: opt.ShardOf = None,
+    ray: opt.RayAddress = None,
     no_figures: opt.NoFigures = False,
     form: opt.Format = None,
     dpi: opt.Dpi = None,
@@ -126,7 +129,17 @@ def compare(
     announce(plan, what, **pictures)
     warn_of_model(source, picked["prompts"])
     with progress_bar() as bar:
-        result = run(source, out, **pictures, overwrite=overwrite, progress=bar, notify=warn, plan=plan, shard=part)
+        result = run(
+            source,
+            out,
+            **pictures,
+            overwrite=overwrite,
+            progress=bar,
+            notify=warn,
+            plan=plan,
+            shard=part,
+            executor=executor(ray),
+        )
     if part is not None:
         print_shard(result.path, part, as_json)
         return

@@ -20,6 +20,7 @@ from anchorscope.cli.common import (
 )
 from anchorscope.cli.merge import parse_shard, print_shard
 from anchorscope.cli.tables import clean_name, new_table, optional, print_places
+from anchorscope.cli.workforce import executor, takes_ray
 from anchorscope.errors import InputError
 from anchorscope.pictures import asked_pictures
 from anchorscope.shown import counted, share_text
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 MOST_ROWS = 24  # heads listed one by one; more are summed up by layer
 
 
+@takes_ray
 def heads(
     dump: opt.DumpFolder,
     out: opt.Out,
@@ -45,6 +47,7 @@ def heads(
     device: opt.Device = "auto",
     devices: opt.Devices = None,
     shard: opt.ShardOf = None,
+    ray: opt.RayAddress = None,
     no_figures: opt.NoFigures = False,
     form: opt.Format = None,
     dpi: opt.Dpi = None,
@@ -100,6 +103,7 @@ def heads(
             notify=warn,
             plan=plan,
             shard=part,
+            executor=executor(ray),
         )
     if part is not None:
         print_shard(result.path, part, as_json)

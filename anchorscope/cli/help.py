@@ -35,7 +35,7 @@ GROUPS = {
         *("revision", "trust_remote_code"),
     ),
     "Settings": (),
-    "Computation": ("backend", "device", "devices", "shard", "dtype", "model_dtype", "chunk"),
+    "Computation": ("backend", "device", "devices", "shard", "ray", "dtype", "model_dtype", "chunk"),
     "Output": (
         *("out", "html", "no_values", "no_diagnose", "no_figures", "heatmap", "format", "dpi"),
         *("figure_theta", "overwrite", "resume", "as_json", "open_page"),

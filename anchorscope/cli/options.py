@@ -129,6 +129,15 @@ ShardOf = Annotated[
         metavar="I/N",
     ),
 ]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        help="Measure on a Ray cluster: host:port of its head, or auto for the one that this machine is part of."
+        " (default: none)",
+        metavar="ADDRESS",
+    ),
+]
 
 # What is written
 Out = Annotated[

@@ -324,7 +324,7 @@ def _is_empty(path: Path) -> bool:
 def _now() -> str:
     """The time of day; where parts are merged, that at which their measuring began."""
     measured = elsewhere()
-    return datetime.now(timezone.utc).isoformat(timespec="seconds") if measured is None else measured.started
+    return (measured and measured.started) or datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def _without_own(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ else:  # pip carries one for Pythons without
     from pip._vendor import tomli as tomllib
 
 PROJECT = Path(__file__).parents[2] / "pyproject.toml"
-EXTRAS = ("hf", "report")
+EXTRAS = ("hf", "report", "ray")
 MINIMUM = re.compile(r"([\w.-]+)>=([\w.]+)\s*(;.*)?")
 
 
