@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 
-from anchorscope.errors import RunFailure, first_line
+from anchorscope.dumps import Dump
+from anchorscope.errors import InputError, RunFailure, first_line
 from anchorscope.runs.executors import Work
 from anchorscope.runs.folder import remove_strays
 from anchorscope.runs.spread import Spread, batches
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 U = TypeVar("U", bound=Unit)
+AHEAD = 2  # batches whose layers are read while one is measured
 GRACE = 10.0  # seconds until a process that was asked to end is ended
 
 
@@ -38,13 +40,16 @@ class Worker:
     Attributes:
         device: where it computes.
         process: the process.
-        batch: number of the batch it works on, or None.
+        batches: numbers of the batches that it has and that are not done, in order.
+        resting: whether it was told that there is no more for now, or has nothing yet.
         ticks: what it said of units that are not done, by stem.
     """
 
     def __init__(self, device: torch.device, inbox: queue.Queue[tuple[Worker, Any]]) -> None:
         self.device = device
-        self.batch: int | None = None
+        self.batches: list[int] = []
+        self.resting = True
+        self.under_way = 0  # how often it was set to work and has not said that it rests
         self.ticks: dict[str, int] = {}
         self.process = subprocess.Popen(
             [sys.executable, "-c", PROGRAM, json.dumps(sys.path)],
@@ -121,11 +126,13 @@ class Devices:
             RunFailure: no device is left.
         """
         share = _Share(batches(work.units, len(self.devices)), work)
+        if work.source is not None and not isinstance(work.source, Dump):
+            raise InputError("several devices share the layers of a dump; a model that runs is measured on one device")
         root = work.measure.root  # type: ignore[attr-defined]  # a `life.Make`
         before = len(self._lost)
         try:
             self._begin(share)
-            while share.open or any(worker.batch is not None for worker in self.workers):
+            while share.open or any(worker.under_way for worker in self.workers):
                 self._deal(share)
                 self._hear(share)
         except BaseException:
@@ -143,15 +150,21 @@ class Devices:
                 self.workers.append(Worker(device, self._inbox))
         for worker in self.workers:
             make = share.work.measure.on(worker.device)  # type: ignore[attr-defined]
-            worker.batch, worker.ticks = None, {}
-            worker.send("job", make, share.work.source, worker.device, torch.get_num_threads())
+            worker.batches, worker.ticks = [], {}
+            worker.send("job", make, share.work.source, torch.get_num_threads())
 
     def _deal(self, share: _Share[U]) -> None:
-        """Give whoever is free a batch."""
+        """Give everybody batches in turns, a few more than they work on, and say so where there is no more."""
+        while needy := [w for w in self.workers if len(w.batches) < share.depth and share.spread]:
+            worker = min(needy, key=lambda w: len(w.batches))
+            worker.batches.append(number := share.spread.take(worker))
+            worker.under_way += worker.resting
+            worker.resting = False
+            worker.send("units", share.todo[number])
         for worker in self.workers:
-            if worker.batch is None and share.spread:
-                worker.batch = share.spread.take(worker)
-                worker.send("units", share.todo[worker.batch])
+            if not share.spread and not worker.resting:
+                worker.resting = True
+                worker.send("rest")
 
     def _hear(self, share: _Share[U]) -> None:
         """Wait for a message, and act on it."""
@@ -164,9 +177,9 @@ class Devices:
             share.work.tick(count, detail, stem)
         elif kind == "done":
             worker.ticks.pop(rest[0], None)
-            share.finish(worker.batch, rest[0])
-        elif kind == "free":
-            worker.batch = None
+            share.finish(worker, rest[0])
+        elif kind == "rested":
+            worker.under_way -= 1
         elif kind == "gone":
             self._lose(worker, share, worker.fate())
         else:
@@ -189,7 +202,7 @@ class Devices:
         self._lost.append((worker.device, why, kind == "memory"))
         for stem, count in worker.ticks.items():
             share.work.tick(-count, "", stem)
-        share.spread.put_back([] if worker.batch is None or not share.todo[worker.batch] else [worker.batch], worker)
+        share.spread.put_back(worker.batches, worker)
         if not share.open:
             return
         if self.workers:
@@ -212,12 +225,16 @@ class _Share(Generic[U]):
     def __init__(self, todo: list[tuple[U, ...]], work: Work[U]) -> None:
         self.todo, self.work = todo, work
         self.spread = Spread(len(todo))
+        executor = work.measure.command.executor()  # type: ignore[attr-defined]
+        # An executor that has so many batches says what is done before it asks for more.
+        self.depth = getattr(executor, "workers", 1) + AHEAD + 1
         self.open = sum(map(len, todo))
 
-    def finish(self, batch: int | None, stem: str) -> None:
-        """A unit of a batch is done; if its worker dies later, the others of the batch are what is left."""
-        assert batch is not None
-        done = next(unit for unit in self.todo[batch] if unit.stem == stem)
-        self.todo[batch] = tuple(unit for unit in self.todo[batch] if unit is not done)
+    def finish(self, worker: Worker, stem: str) -> None:
+        """A unit is done; if its worker dies later, the others of the batch are what is left."""
+        number, done = next((n, unit) for n in worker.batches for unit in self.todo[n] if unit.stem == stem)
+        self.todo[number] = tuple(unit for unit in self.todo[number] if unit is not done)
+        if not self.todo[number]:
+            worker.batches.remove(number)
         self.open -= 1
         self.work.finished(done)

@@ -36,7 +36,7 @@ def receive(stream: BinaryIO) -> Iterator[Any]:
 
 
 def main() -> None:
-    """Carry out what comes in: ("job", Make, source, device, threads), then ("units", batch) again and again."""
+    """Carry out what comes in: ("job", Make, source, threads), then ("units", batch) some times, then ("rest",)."""
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print is no answer
     inbox: queue.Queue[Any] = queue.Queue()
@@ -62,25 +62,26 @@ def main() -> None:
 def _work(inbox: queue.Queue[Any], answer: Callable[..., None]) -> None:
     import torch
 
-    from anchorscope.runs.executors import Work
+    from anchorscope.runs.incoming import Incoming
 
     while True:
         kind, *message = inbox.get()
         if kind == "job":
-            make, source, device, threads = message
+            make, source, threads = message
+            device = make.command.plan.device
             torch.set_num_threads(threads)
             if device.type == "cuda":
                 torch.cuda.set_device(device)
-            executor = make.command.executor()
             continue
-        (units,) = message
+        if kind == "rest":
+            continue
 
-        def tick(work: int, detail: str = "", unit: str = "", batch: tuple[Any, ...] = units) -> None:
-            answer("tick", work, detail, unit or batch[0].stem)
+        def more() -> Any:
+            word, *rest = inbox.get()
+            return rest[0] if word == "units" else None
 
-        work = Work(units, make, lambda unit: answer("done", unit.stem), source, tick)
-        executor.run(work)
-        answer("free")
+        make.command.executor().run(Incoming.of(message[0], more, make, source, answer))
+        answer("rested")
 
 
 def describe(error: BaseException) -> tuple[str, Any, str]:

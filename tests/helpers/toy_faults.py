@@ -59,5 +59,5 @@ class FaultyCommand(SquaresCommand):
         return super().measure(unit, context)
 
 
-def plan(units: list[Fault]) -> Plan[Fault]:
-    return Plan(units=tuple(units), identity={"numbers": [u.value for u in units]}, memory=64)
+def plan(units: list[Fault], workers: int = 1) -> Plan[Fault]:
+    return Plan(units=tuple(units), identity={"numbers": [u.value for u in units]}, memory=64, workers=workers)

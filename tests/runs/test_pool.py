@@ -99,6 +99,14 @@ def squares(units: list[Fault], out: Path, executor: Devices, said: list[str] | 
     return contents(out)
 
 
+@pytest.mark.parametrize(("units", "workers"), [(1, 1), (2, 5), (40, 1), (40, 3), (40, 8)])
+def test_any_number_of_units_and_threads(units, workers, pool, tmp_path):
+    """Nobody waits for more before it says what is done."""
+    plan = toy_faults.plan([Fault(n) for n in range(1, units + 1)], workers)
+    done = run(FaultyCommand(plan, RunOptions(figures=False, executor=pool)), tmp_path)
+    assert done.report == {"sum": sum(n * n for n in range(1, units + 1))}
+
+
 def with_fault(place: int, kind: str, once: Path | None) -> list[Fault]:
     return [Fault(n, kind, once) if n == place else Fault(n) for n in range(1, 9)]
 
