@@ -3,7 +3,7 @@
 Per-head recall against sparsity of anchor attention, measured on your model and your prompts. What the command line
 does, these functions do:
 
-- `capture_model`: run a model and write its Q/K/V dump.
+- `capture_model`: run a model and write its Q/K/V dump. `ModelSource`: a model and prompts in place of a dump.
 - `load_model`: model and tokenizer of a preset, a GGUF file, a folder or a Hugging Face id, checked.
 - `open_dump`, `verify`, `write_dump`: read, check and write dumps.
 - `analyze`, `redraw`, `load_report`, `iter_profiles`: measure a dump, and read the results again.
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from anchorscope.anchors import AnchorConfig
     from anchorscope.bench import run_bench
     from anchorscope.calibration import CalibrateRequest, Calibration, calibrate, plan_calibration
-    from anchorscope.capture import capture_model
+    from anchorscope.capture import ModelSource, capture_model
     from anchorscope.compare import CompareRequest, load_comparison
     from anchorscope.compare import compare as compare_methods
     from anchorscope.dumps import Dump, Entry, LayerTensors, open_dump, verify, write_dump
@@ -75,7 +75,7 @@ _HOMES = {
     "anchorscope.anchors": ("AnchorConfig",),
     "anchorscope.bench": ("run_bench",),
     "anchorscope.calibration": ("CalibrateRequest", "Calibration", "calibrate", "plan_calibration"),
-    "anchorscope.capture": ("PromptInput", "capture_model", "intercept"),
+    "anchorscope.capture": ("ModelSource", "PromptInput", "capture_model", "intercept"),
     "anchorscope.compare": ("CompareRequest", "load_comparison"),
     "anchorscope.dumps": ("Dump", "Entry", "LayerTensors", "open_dump", "verify", "write_dump"),
     "anchorscope.errors": ("AnchorScopeError", "DumpError", "InputError", "MissingBackendError", "RunFailure"),
@@ -116,6 +116,7 @@ __all__ = [
     "Merged",
     "Method",
     "MissingBackendError",
+    "ModelSource",
     "Progress",
     "PromptInput",
     "RunFailure",

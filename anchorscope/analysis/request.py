@@ -11,7 +11,6 @@ import numpy as np
 from anchorscope.analysis.accumulate import CURVE_THETAS, POSITION_BINS
 from anchorscope.analysis.backends import Backend, resolve_backend
 from anchorscope.devices import resolve_devices
-from anchorscope.dumps import Dump
 from anchorscope.errors import InputError
 from anchorscope.figure_theta import find_theta
 from anchorscope.heads.request import HeadsPlan, HeadsRequest
@@ -20,6 +19,7 @@ from anchorscope.profiles import MAX_COLUMNS, MAX_ROWS, MAX_STEPS
 from anchorscope.runs.executors import threads_for
 from anchorscope.runs.life import Plan
 from anchorscope.runs.request import check_target
+from anchorscope.runs.sources import Source, layer_memory
 from anchorscope.runs.units import DumpRequest, HeadUnit, chosen_settings
 from anchorscope.runs.values import jsonable
 from anchorscope.shown import counted, exact_theta, share_text
@@ -86,7 +86,7 @@ class AnalyzeRequest(DumpRequest):
         each = _workspace(units, backend, params, thetas)
         on_cpu = backend.device.type == "cpu"
         workers = threads_for(units, each) if on_cpu and backend.name == "torch" else 1
-        memory = workers * each + (max(u.entry.bytes for u in units) if on_cpu else 0)
+        memory = workers * each + layer_memory(source, [u.entry for u in units], backend.device)
         return AnalysisPlan(
             request=self,
             units=units,
@@ -109,7 +109,7 @@ class AnalyzeRequest(DumpRequest):
 
     def _kinds(
         self,
-        source: Dump,
+        source: Source,
         params: AnchorParams,
         thetas: Sequence[float],
         backend: Backend,

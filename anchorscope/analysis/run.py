@@ -8,7 +8,7 @@ dump.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from anchorscope import views
 from anchorscope.analysis.accumulate import HeadShape
+from anchorscope.analysis.kinds import HEADS, diagnosis_of
 from anchorscope.analysis.outcome import REPORT_VERSION, report_json
 from anchorscope.analysis.request import AnalysisPlan, AnalyzeRequest, HeatMaps, asked_of, heat_map_count
 from anchorscope.analysis.tables import (
@@ -29,12 +30,9 @@ from anchorscope.analysis.tables import (
 )
 from anchorscope.analysis.words import FILE as TOKENS
 from anchorscope.analysis.words import tokens_json
-from anchorscope.dumps import Dump
 from anchorscope.errors import DumpError, InputError
 from anchorscope.figure_theta import FigureTheta, choose_figure_theta, find_theta, saved_figure_theta
 from anchorscope.files import MAX_JSON_BYTES, csv_text, human_bytes, member, read_json
-from anchorscope.heads.request import HeadsPlan
-from anchorscope.heads.run import FOLDER as DIAGNOSES
 from anchorscope.heads.run import Diagnosis, HeadsCommand, clear_diagnosis, diagnose_plan
 from anchorscope.locks import folder_lock
 from anchorscope.notebook import InNotebook
@@ -46,16 +44,15 @@ from anchorscope.runs.life import BaseCommand, Parts, RunOptions, Summary, run
 from anchorscope.runs.progress import Progress, ProgressCallback
 from anchorscope.runs.recipe import GROUPS, Kinds
 from anchorscope.runs.request import planned, split, takes
+from anchorscope.runs.sources import InFlight, Source
 from anchorscope.runs.units import HeadUnit
-from anchorscope.runs.values import jsonable
-from anchorscope.shapes import check, fits
+from anchorscope.shapes import check
 from anchorscope.shown import counted
 
 STATE = "analysis.json"
 REPORT = "report.json"
 PROFILES = "profile"
 FIGURES = "figures"
-HEADS = "heads"
 FOLDER = RunFolder(
     what="an analysis",
     command="analyze",
@@ -101,17 +98,19 @@ class Analysis(InNotebook):
 
 
 @takes(AnalyzeRequest, None)
-def plan_analysis(dump: Dump | Path | str, **request: Any) -> AnalysisPlan:
+def plan_analysis(dump: Source | Path | str, **request: Any) -> AnalysisPlan:
     """Check a request and say what it will take: `AnalyzeRequest(dump, ...).plan()`."""
     return AnalyzeRequest(dump, **request).plan()
 
 
 @takes(AnalyzeRequest)
-def analyze(dump: Dump | Path | str, out: Path | str, *, plan: AnalysisPlan | None = None, **options: Any) -> Analysis:
+def analyze(
+    dump: Source | Path | str, out: Path | str, *, plan: AnalysisPlan | None = None, **options: Any
+) -> Analysis:
     """Measure every chosen head of a dump: recall against sparsity for every theta, and where the mass lies.
 
     Args:
-        dump: a dump folder, or an open dump.
+        dump: a dump folder, an open dump, or a `anchorscope.ModelSource`, whose layers are measured as it runs.
         out: the output folder; new, empty, or holding an unfinished run of the same request, which then continues.
         plan: a plan made beforehand; what it decides must then not be given again.
         **options: the fields of `AnalyzeRequest` and of `RunOptions`.
@@ -232,31 +231,19 @@ class AnalyzeCommand(BaseCommand[HeadUnit, HeadProfile]):
         if not run.asked["diagnose"]:
             clear_diagnosis(run.path / HEADS)
             return None
+        shown = None if self._shown is None else self._shown.theta
+        return diagnose_plan(*diagnosis_of(self.plan, run, self.options, shown))
 
-        def kinds(event: Progress) -> None:
-            self.options.report(replace(event, stage="kinds") if event.stage == "heads" else event)
-
-        request = self.plan.request if self.plan.kinds else replace(self.plan.request, diagnose=True)
-        plan = self._kinds(run, self.plan.kinds or request.plan().kinds)
-        drawn: dict[str, Any] = {"figures": bool(run.asked["figures"]), "formats": run.pictures}
-        how = replace(self.options, **drawn, overwrite=True, resume=True, progress=kinds)
-        DIAGNOSES.reopen(run.path / HEADS, how.asked)  # the last word on an analysis counts for the diagnosis in it too
-        return diagnose_plan(plan, run.path / HEADS, how)
-
-    def _kinds(self, run: Run, plan: HeadsPlan | None) -> HeadsPlan:
-        """The diagnosis by the theta of the figures; one by another that is there and whole is not made again."""
-        if self.options.shard is not None:
-            plan = self.plan.known_kinds()
-        assert plan is not None
-        if self._shown is None:
-            return plan
-        before = DIAGNOSES.read(run.path / HEADS) or {}
-        for theta in self.plan.thetas:
-            if fits(before, {"settings": {"theta": jsonable(theta)}}):
-                there = replace(plan.request, theta=theta).plan()
-                if DIAGNOSES.holds(run.path / HEADS, there.identity):
-                    return there
-        return replace(plan.request, theta=self._shown.theta).plan()
+    def companions(self, run: Run) -> Sequence[tuple[BaseCommand[Any, Any], Path]]:
+        """The diagnosis, in the same pass of a running model; where its theta is not known yet, in a second one."""
+        if not (run.asked["diagnose"] and isinstance(self.plan.source, InFlight)):
+            return ()
+        asked, thetas = run.asked.get("figure_theta"), self.plan.thetas
+        if asked is None and len(set(thetas)) > 1:
+            return ()
+        theta = thetas[0] if asked is None else float(asked)
+        plan, folder, how = diagnosis_of(self.plan, run, self.options, theta)
+        return [(HeadsCommand(plan, how), folder)]
 
     def out_of_memory(self) -> str:
         longest = max(u.entry.tokens for u in self.plan.units)

@@ -26,6 +26,7 @@ from anchorscope.params import AnchorParams, anchor_pairs, visible_pairs
 from anchorscope.parse import check_word, describe_indices, parse_thetas
 from anchorscope.runs.life import Plan
 from anchorscope.runs.request import check_target
+from anchorscope.runs.sources import Source
 from anchorscope.runs.values import jsonable
 from anchorscope.shown import counted
 
@@ -40,7 +41,7 @@ class CalibrateRequest:
     """What to choose, and from what.
 
     Attributes:
-        sources: dump folders and finished analyses, of one model.
+        sources: dump folders and finished analyses of one model, or a `anchorscope.ModelSource`.
         target_recall: what the statistic shall reach, at least cost; 0.95 by default.
         budget_density: instead, the mean density over all heads to get the best statistic for.
         by: who shares a theta and keeps the promise: "head", "layer" (mean over its heads), "model".
@@ -56,7 +57,7 @@ class CalibrateRequest:
         backend, device, devices: of the analyses, as in `analyze`.
     """
 
-    sources: Sequence[Path | str] | Path | str
+    sources: Sequence[Source | Path | str] | Source | Path | str
     target_recall: float | None = None
     budget_density: float | None = None
     by: str = "head"
@@ -85,7 +86,7 @@ class CalibrateRequest:
         target = self._check()
         costs = None if self.costs is None else Costs.load(_listed(self.costs))
         sources = read_sources(
-            list(_listed(self.sources)),
+            list(listed_sources(self.sources)),
             groups=self.groups,
             layers=self.layers,
             statistic=self.statistic,  # type: ignore[arg-type]  # checked
@@ -190,6 +191,11 @@ class CalibrationPlan(Plan[AnalysisUnit]):
     def heads(self) -> int:
         """Heads to measure, over prompts and kinds of groups."""
         return sum(len(unit.analysis.units) for unit in self.units)
+
+
+def listed_sources(sources: Sequence[Source | Path | str] | Source | Path | str) -> Sequence[Source | Path | str]:
+    """Several sources, or the one that is given."""
+    return sources if isinstance(sources, (list, tuple)) else [sources]  # type: ignore[list-item]
 
 
 def _listed(paths: Sequence[Path | str] | Path | str) -> Sequence[Path | str]:

@@ -26,9 +26,10 @@ from anchorscope.pictures import picture_patterns
 from anchorscope.runs.executors import Context, Executor, InTurn
 from anchorscope.runs.folder import Run, RunFolder
 from anchorscope.runs.life import BaseCommand, Parts, RunOptions, Summary, run
-from anchorscope.runs.progress import Progress
+from anchorscope.runs.progress import Progress, ProgressCallback
 from anchorscope.runs.recipe import GROUPS, Kinds
 from anchorscope.runs.request import planned, split, takes
+from anchorscope.runs.sources import InFlight, Source
 
 ANCHORS = "anchors.json"
 REPORT = "calibration.json"
@@ -70,19 +71,24 @@ class Calibration(InNotebook):
 
 
 @takes(CalibrateRequest, None)
-def plan_calibration(sources: Sequence[Path | str] | Path | str, **request: Any) -> CalibrationPlan:
+def plan_calibration(sources: Sequence[Source | Path | str] | Source | Path | str, **request: Any) -> CalibrationPlan:
     """Check a request and say what it will take: `CalibrateRequest(sources, ...).plan()`."""
     return CalibrateRequest(sources, **request).plan()
 
 
 @takes(CalibrateRequest)
 def calibrate(
-    sources: Sequence[Path | str] | Path | str, out: Path | str, *, plan: CalibrationPlan | None = None, **options: Any
+    sources: Sequence[Source | Path | str] | Source | Path | str,
+    out: Path | str,
+    *,
+    plan: CalibrationPlan | None = None,
+    **options: Any,
 ) -> Calibration:
     """Choose the kind of group and the theta of every head, and check them on prompts that were held out.
 
     Args:
-        sources: dump folders and finished analyses, of one model.
+        sources: dump folders and finished analyses of one model, or a `anchorscope.ModelSource`, which then runs once
+            for all kinds of groups.
         out: the output folder; new, empty, or holding an unfinished run of the same request, which then continues.
             With `overwrite`, analyses in it are used again where they fit.
         plan: a plan made beforehand; what it decides must then not be given again.
@@ -131,9 +137,20 @@ class CalibrateCommand(BaseCommand[AnalysisUnit, Measured]):
                 context.tick(event.work - done, f"{unit.label} {event.detail}".strip())
                 done = event.work
 
-        how = RunOptions(figures=False, overwrite=self.options.overwrite, resume=True, progress=forward)
-        how = replace(how, notify=self.options.notify, executor=self.options.executor, shard=self.options.shard)
-        analyze_plan(unit.analysis, root / ANALYSIS / unit.folder, how)
+        analyze_plan(unit.analysis, root / ANALYSIS / unit.folder, self._how(forward))
+
+    def companions(self, run: Run) -> Sequence[tuple[BaseCommand[Any, Any], Path]]:
+        return [
+            (AnalyzeCommand(unit.analysis, self._how()), run.path / ANALYSIS / unit.folder)
+            for unit in self.plan.units
+            if isinstance(unit.dump, InFlight) and not self.holds(run.path, unit)
+        ]
+
+    def _how(self, progress: ProgressCallback | None = None) -> RunOptions:
+        """How analyses are carried out."""
+        own = self.options
+        how = RunOptions(figures=False, overwrite=own.overwrite, resume=True, progress=progress)
+        return replace(how, notify=own.notify, executor=own.executor, shard=own.shard)
 
     def share(self) -> tuple[AnalysisUnit, ...]:
         for unit in self.plan.units if self.options.shard is not None else ():

@@ -14,10 +14,11 @@ from anchorscope.analysis.run import iter_profiles, load_report
 from anchorscope.anchors import different_in
 from anchorscope.calibration.curves import HeadIndex, PromptCurve, Statistic
 from anchorscope.calibration.prompts import Prompt
-from anchorscope.dumps import MANIFEST, Dump, open_dump
+from anchorscope.dumps import MANIFEST, open_dump
 from anchorscope.errors import DumpError, InputError
 from anchorscope.params import AnchorParams
 from anchorscope.parse import describe_indices, parse_indices
+from anchorscope.runs.sources import InFlight, Source, name_of, refuse_layers
 from anchorscope.shown import counted
 
 DEFAULT_GROUPS = (AnchorParams(64, 8), AnchorParams(128, 4), AnchorParams(128, 16))
@@ -28,17 +29,17 @@ Measured = dict[tuple[Prompt, AnchorParams, HeadIndex], PromptCurve]
 
 @dataclass(frozen=True)
 class AnalysisUnit:
-    """One analysis to make: a dump with one kind of group.
+    """One analysis to make: a dump, or a running model, with one kind of group.
 
     Attributes:
-        dump: the dump.
+        dump: the dump or the model.
         params: the groups.
         prompts: names of the prompts to measure.
         folder: name of the analysis' folder.
         plan: of the analysis, once that is made.
     """
 
-    dump: Dump
+    dump: Source
     params: AnchorParams
     prompts: tuple[str, ...]
     folder: str
@@ -128,7 +129,7 @@ def listed(groups: Iterable[AnchorParams]) -> str:
 
 
 def read_sources(
-    paths: Sequence[Path | str],
+    paths: Sequence[Source | Path | str],
     *,
     groups: Sequence[AnchorParams] | None = None,
     layers: Sequence[int] | str | None = None,
@@ -137,7 +138,7 @@ def read_sources(
     """Open and check everything; nothing is measured yet.
 
     Args:
-        paths: dump folders and finished analyses, in any mixture.
+        paths: dump folders, finished analyses and running models, in any mixture.
         groups: kinds to choose from; None means `DEFAULT_GROUPS`, or what the analyses have if a prompt has no dump.
         layers: layers to calibrate, also as the user types them; None means all.
         statistic: what will be chosen by.
@@ -148,7 +149,7 @@ def read_sources(
         DumpError: a folder that is neither, or damaged.
     """
     dumps, analyses = _open(paths)
-    facts: list[tuple[Path, Any]] = [(path, dump.model) for path, dump in dumps]
+    facts: list[tuple[Any, Any]] = [(path, dump.model) for path, dump in dumps]
     prompts = {(d.identity, p.name): _prompt(d, p.name) for _, d in dumps for p in d.prompts}
     if len(prompts) < sum(len(d.prompts) for _, d in dumps):
         raise InputError("a dump is given twice: name each one once")
@@ -157,6 +158,8 @@ def read_sources(
     facts += [(path, _read_analysis(path, prompts, measured, windowed, statistic)) for path in analyses]
     model = _one_model(facts)
 
+    for _, dump in dumps:
+        _refuse(dump, layers)
     own = {(d.identity, e.prompt): d for _, d in dumps for e in d.entries}
     windowed |= {e.layer for _, d in dumps for e in d.entries if e.window is not None}
     covered: dict[Prompt, set[HeadIndex]] = {p: set() for p in prompts.values()}
@@ -181,13 +184,17 @@ def read_sources(
     )
 
 
-def _open(paths: Sequence[Path | str]) -> tuple[list[tuple[Path, Dump]], list[Path]]:
-    """Dumps, opened, and the folders of analyses."""
+def _open(paths: Sequence[Source | Path | str]) -> tuple[list[tuple[Any, Source]], list[Path]]:
+    """Dumps, opened, and running models, both with what messages call them; and the folders of analyses."""
     if not paths:
         raise InputError("name at least one dump or finished analysis")
-    dumps: list[tuple[Path, Dump]] = []
+    dumps: list[tuple[Any, Source]] = []
     analyses: list[Path] = []
-    for path in map(Path, paths):
+    for source in paths:
+        if not isinstance(source, (str, Path)):
+            dumps.append((name_of(source), source))
+            continue
+        path = Path(source)
         if (path / MANIFEST).exists():
             dumps.append((path, open_dump(path)))
         elif (path / ANALYSIS_STATE).exists():
@@ -216,7 +223,7 @@ def read_curves(
         yield (prompt, p.params, (p.layer, p.head)), PromptCurve.of(p, statistic, grids), p.window
 
 
-def _prompt(dump: Dump, name: str) -> Prompt:
+def _prompt(dump: Source, name: str) -> Prompt:
     p = next(p for p in dump.prompts if p.name == name)
     return Prompt(dump.identity, p.name, p.tokens, p.sha256, None if p.token_ids is None else tuple(p.token_ids))
 
@@ -247,7 +254,7 @@ def _read_analysis(
     return model
 
 
-def _one_model(facts: Sequence[tuple[Path, Any]]) -> Mapping[str, Any] | None:
+def _one_model(facts: Sequence[tuple[Any, Any]]) -> Mapping[str, Any] | None:
     """The model that all sources agree on."""
     first, model = facts[0]
     if any(m is not None and not isinstance(m, Mapping) for _, m in facts):
@@ -264,6 +271,16 @@ def _one_model(facts: Sequence[tuple[Path, Any]]) -> Mapping[str, Any] | None:
                 f"{first} and {path} are of different models (their {key} differs: {values}): calibrate them apart"
             )
     return model
+
+
+def _refuse(source: Source, layers: Sequence[int] | str | None) -> None:
+    """Refuse layers of a running model that cannot be measured, with the reason."""
+    if not isinstance(source, InFlight):
+        return
+    if isinstance(layers, str):
+        known = {e.layer for e in source.entries} | source.refused.keys()
+        layers = None if layers == "all" else parse_indices(layers, "--layers", sorted(known))
+    refuse_layers(source, layers)
 
 
 def _heads(
@@ -330,7 +347,7 @@ def _check_measured(
 
 
 def _runs(
-    dumps: Sequence[Dump],
+    dumps: Sequence[Source],
     prompts: Mapping[tuple[str, str], Prompt],
     groups: Sequence[AnchorParams],
     measured: Measured,
@@ -339,7 +356,7 @@ def _runs(
     runs = []
     taken: set[str] = set()
     for dump in dumps:
-        base = re.sub(r"[^A-Za-z0-9._-]+", "-", dump.path.resolve().name)[:48].strip("-.") or "dump"
+        base = re.sub(r"[^A-Za-z0-9._-]+", "-", name_of(dump))[:48].strip("-.") or "dump"
         name, number = base, 1
         while name in taken:
             number += 1

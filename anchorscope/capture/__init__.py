@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from anchorscope.capture.run import CaptureProgress, capture_model
 from anchorscope.capture.sdpa import capture_sdpa
+from anchorscope.capture.source import ModelSource
 from anchorscope.models import (
     AttentionCall,
     LoadedModel,
@@ -21,6 +22,7 @@ __all__ = [
     "AttentionCall",
     "CaptureProgress",
     "LoadedModel",
+    "ModelSource",
     "PromptInput",
     "capture_model",
     "capture_sdpa",

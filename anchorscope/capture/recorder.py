@@ -1,15 +1,19 @@
-"""The recorder checks each attention call of a running model and streams it to a `DumpWriter`."""
+"""The recorder checks each attention call of a running model and hands it on, piece by piece, to whoever stores it.
+
+A `DumpWriter` stores layers on the disk, `anchorscope.capture.held` in memory until they are measured.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from anchorscope.dtypes import dtype_name
-from anchorscope.dumps.layer import LayerWriter, layer_bytes
-from anchorscope.dumps.writer import DumpWriter
+from anchorscope.dumps.layer import layer_bytes
 from anchorscope.errors import InputError
 from anchorscope.models.calls import AttentionCall
 from anchorscope.models.check import check_call, check_output, visible_window
@@ -48,12 +52,18 @@ class LayerShape:
         kv_heads: kv heads Hkv.
         head_dim: d.
         dtype: the dtype "bf16", "fp16" or "fp32" in which its tensors are stored by default.
+        scale: softmax scale.
+        window: the sliding window that its call's options or mask name, or None.
+        softcap: logit soft-cap, or None.
     """
 
     heads: int
     kv_heads: int
     head_dim: int
     dtype: str
+    scale: float = 1.0
+    window: int | None = None
+    softcap: float | None = None
 
     def bytes(self, tokens: int, storage: Storage) -> int:
         """Return the size of this layer's tensor file for a prompt of `tokens` tokens."""
@@ -62,8 +72,22 @@ class LayerShape:
         return layer_bytes(len(heads), len(kv_heads), tokens, self.head_dim, dtype, storage.values)
 
 
+class LayerSink(Protocol):
+    """Takes the tensors of one layer; see `anchorscope.dumps.LayerWriter`."""
+
+    def put(self, name: str, start: int, x: Tensor, rows: Sequence[int] | None = None) -> None: ...
+    def close(self, *, window: int | None = None) -> None: ...
+    def abort(self) -> None: ...
+
+
+class LayerStore(Protocol):
+    """Makes the sinks of layers; see `anchorscope.dumps.DumpWriter.layer`."""
+
+    def layer(self, prompt: str, layer: int, **fields: Any) -> LayerSink: ...
+
+
 class LayersDone(Exception):
-    """All wanted layers are on disk, so the rest of the forward is not needed."""
+    """All wanted layers are complete, so the rest of the forward is not needed."""
 
 
 class ShapeProbe:
@@ -84,39 +108,43 @@ class ShapeProbe:
             raise _repeated(call)
         try:
             check_call(call)
-            check_output(call, 0, visible_window(call, 0))
+            window = visible_window(call, 0)
+            check_output(call, 0, window)
         except InputError as error:
             self.refused[layer] = str(error)
             return
         _, heads, _, head_dim = call.q.shape
-        self.shapes[layer] = LayerShape(heads, call.k.shape[1], head_dim, stored_dtype(call.q.dtype))
+        kind = stored_dtype(call.q.dtype)
+        self.shapes[layer] = LayerShape(
+            heads, call.k.shape[1], head_dim, kind, scale=call.scale, window=window, softcap=call.softcap
+        )
 
 
 @dataclass
 class _Open:
-    """A layer being written, with its file, the next position, and the window its masks have shown so far."""
+    """A layer being stored, with its sink, the next position, and the window its masks have shown so far."""
 
-    writer: LayerWriter
+    writer: LayerSink
     position: int = 0
     window: int | None = None
 
 
 class Recorder:
-    """This sink writes the wanted layers of one prompt while the model runs, in one call or chunk by chunk.
+    """This sink stores the wanted layers of one prompt while the model runs, in one call or chunk by chunk.
 
     Args:
-        dump: the dump to write to.
+        store: where they go: a `DumpWriter`, or `anchorscope.capture.held.HeldLayers`.
         prompt: the prompt's name.
         tokens: the prompt's length N.
-        layers: layer indices to write; others are ignored.
-        storage: what is written of each layer.
+        layers: layer indices to store; others are ignored.
+        storage: what is stored of each layer.
         stop_early: raise `LayersDone` once every wanted layer is complete.
         on_layer: called after each completed layer with its index.
     """
 
     def __init__(
         self,
-        dump: DumpWriter,
+        store: LayerStore,
         prompt: str,
         tokens: int,
         layers: Sequence[int],
@@ -125,7 +153,7 @@ class Recorder:
         stop_early: bool = False,
         on_layer: Callable[[int], None] | None = None,
     ) -> None:
-        self._dump = dump
+        self._store = store
         self._prompt = prompt
         self._tokens = tokens
         self._wanted = set(layers)
@@ -173,14 +201,14 @@ class Recorder:
                 raise LayersDone
 
     def abort(self) -> None:
-        """Delete the files that are not complete."""
+        """Drop the layers that are not complete."""
         for state in self._open.values():
             state.writer.abort()
         self._open.clear()
 
     def _begin(self, layer: int, call: AttentionCall) -> _Open:
         query_heads, kv_heads = self._storage.heads(call.q.shape[1], call.k.shape[1])
-        writer = self._dump.layer(
+        writer = self._store.layer(
             self._prompt,
             layer,
             query_heads=query_heads,

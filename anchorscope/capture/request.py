@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -114,12 +114,14 @@ class CaptureRequest:
         """
         return unique_names([p if isinstance(p, PromptInput) else prompt_from_file(p) for p in self.prompts])
 
-    def plan(self, prompts: Sequence[PromptInput], tell: Callable[[str], None]) -> CapturePlan:
+    def plan(self, prompts: Sequence[PromptInput], tell: Callable[[str], None], *, refuse: bool = True) -> CapturePlan:
         """Load the model and try it on a few tokens: what cannot be captured is refused before the real work.
 
         Args:
             prompts: the result of `read_prompts`.
             tell: receives warnings and facts worth a line.
+            refuse: where all layers are asked for, refuse a model that has one which cannot be captured. False leaves
+                such layers out and to the caller, in `CapturePlan.refused`.
 
         Raises:
             InputError: the model, a prompt or a layer cannot be captured.
@@ -138,9 +140,9 @@ class CaptureRequest:
         for sentence in known.warnings:
             tell(f"warning: {sentence}")
         ready = self._tokenized(loaded, prompts, tell)
-        shapes = probe(loaded.model, ready[0].token_ids[:PROBE_TOKENS], self.layers)
-        wanted = _pick_layers(loaded.model, shapes, self.layers, tell)
-        plan = CapturePlan(self, loaded, known, ready, {layer: shapes[layer] for layer in wanted})
+        shapes, refused = probe(loaded.model, ready[0].token_ids[:PROBE_TOKENS], self.layers, refuse=refuse)
+        wanted = _pick_layers(loaded.model, shapes, self.layers, tell, refused)
+        plan = CapturePlan(self, loaded, known, ready, {layer: shapes[layer] for layer in wanted}, refused)
         if self.chunk is not None:
             pieces = [Prefill(len(p.token_ids), self.chunk) for p in ready]
             check_chunks(loaded.model, plan.longest, wanted, pieces)
@@ -181,6 +183,7 @@ class CapturePlan:
         known: what is known about where its weights came from.
         prompts: what the model will read.
         shapes: the wanted layers in ascending order, and what their attention looks like.
+        refused: why other layers cannot be captured, by index.
     """
 
     request: CaptureRequest
@@ -188,6 +191,7 @@ class CapturePlan:
     known: ModelProof
     prompts: tuple[TokenizedPrompt, ...]
     shapes: dict[int, LayerShape]
+    refused: Mapping[int, str] = field(default_factory=dict)
 
     @property
     def longest(self) -> tuple[int, ...]:
@@ -246,17 +250,23 @@ class CapturePlan:
         return {} if tokenizer is None else texts_record(tokenizer_texts(tokenizer, used), used)
 
 
-def probe(model: PreTrainedModel, token_ids: Sequence[int], layers: Sequence[int] | None) -> dict[int, LayerShape]:
+def probe(
+    model: PreTrainedModel, token_ids: Sequence[int], layers: Sequence[int] | None, *, refuse: bool = True
+) -> tuple[dict[int, LayerShape], dict[int, str]]:
     """Learn the shape of every layer that makes a softmax attention call, in a trial run of a few tokens.
 
+    Returns:
+        The shapes, and why other layers cannot be captured, both by index.
+
     Raises:
-        InputError: no layer makes one, or Q, K and V cannot represent a wanted layer.
+        InputError: no layer makes one, or Q, K and V cannot represent a wanted layer (all are wanted where `layers` is
+            None, unless `refuse` is off).
     """
     sink = ShapeProbe()
     with intercept(model, language_only(model, sink)):
         prefill(model, token_ids)
     for layer, reason in sorted(sink.refused.items()):
-        if layers is None or layer in layers:
+        if (layers is None and (refuse or not sink.shapes)) or (layers is not None and layer in layers):
             raise InputError(reason)
     if not sink.shapes:
         raise InputError(
@@ -264,7 +274,7 @@ def probe(model: PreTrainedModel, token_ids: Sequence[int], layers: Sequence[int
             " so there is nothing to capture:"
             " its attention is not softmax attention, or its code does not use the interface"
         )
-    return sink.shapes
+    return sink.shapes, sink.refused
 
 
 def _tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -276,10 +286,11 @@ def _pick_layers(
     shapes: dict[int, LayerShape],
     layers: Sequence[int] | None,
     tell: Callable[[str], None],
+    refused: Mapping[int, str],
 ) -> list[int]:
     count = getattr(text_config(model), "num_hidden_layers", None) or max(shapes) + 1
     if layers is None:
-        others = sorted(set(range(count)) - shapes.keys())
+        others = sorted(set(range(count)) - shapes.keys() - refused.keys())
         if others:
             tell(f"layers {', '.join(map(str, others))} use no softmax attention and are left out")
         return sorted(shapes)

@@ -4,30 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anchorscope.capture.recorder import LayersDone, Recorder
+from anchorscope.capture.passes import model_failures, pass_over
 from anchorscope.capture.request import CapturePlan, CaptureRequest
-from anchorscope.devices import is_out_of_memory
 from anchorscope.dumps.folder import check_disk, check_output
 from anchorscope.dumps.format import read_manifest
 from anchorscope.dumps.reader import Dump
 from anchorscope.dumps.writer import DumpWriter
-from anchorscope.errors import AnchorScopeError, InputError, Interrupted, RunFailure, type_and_line
+from anchorscope.errors import InputError, Interrupted, RunFailure
 from anchorscope.files import human_bytes
-from anchorscope.models.calls import AttentionCall
-from anchorscope.models.chunking import CacheWatch
-from anchorscope.models.hook import intercept
-from anchorscope.models.language import language_only
 from anchorscope.models.load import require_transformers
-from anchorscope.models.memory import Forecast, forecast, out_of_memory
-from anchorscope.models.prefill import keeps_few_rows, prefill
+from anchorscope.models.memory import Forecast, forecast
 from anchorscope.models.prompts import PromptInput, TokenizedPrompt
-from anchorscope.models.proof import NextTokens, prove_prompt, runs_to_end
 from anchorscope.runs.request import takes
 from anchorscope.shown import counted
 
@@ -141,34 +133,18 @@ class _Capture:
             InputError: a wanted layer makes no attention call, or Q, K and V do not determine it.
             RunFailure: the disk is full.
         """
-        model, request, ids = plan.loaded.model, plan.request, prompt.token_ids
         left = [layer for layer in plan.shapes if (prompt.name, layer) not in writer.done]
         if not left and prompt.name in writer.proven:
             return
-        to_end = runs_to_end(model, len(ids), request.layers)
-        scores = NextTokens(model, ids) if to_end and keeps_few_rows(model) else None
 
         def report(_: int = 0) -> None:
             if self._progress is not None:
                 self._progress(CaptureProgress(prompt.name, len(writer.done), plan.total))
 
         report()
-        recorder = Recorder(
-            writer, prompt.name, len(ids), left, request.storage, stop_early=not to_end, on_layer=report
-        )
-        sink = recorder if request.chunk is None else _in_turn(CacheWatch(left), recorder)
-        try:
-            with intercept(model, language_only(model, sink)), scores or contextlib.nullcontext():
-                if left or scores is not None:
-                    prefill(model, ids, chunk=request.chunk)
-        except LayersDone:
-            pass
-        finally:
-            missing = recorder.missing
-            recorder.abort()
-        if missing:
-            raise InputError(f"layers {sorted(missing)} of {plan.loaded.name} made no attention call for {prompt.name}")
-        found = prove_prompt(model, ids) if scores is None else scores.proof()
+        request = plan.request
+        found = pass_over(plan, prompt, writer, left, storage=request.storage, asked=request.layers, on_layer=report)
+        assert found is not None, "it was to be proven"
         writer.prove(prompt.name, found.to_json())
         if (doubt := found.warning(prompt.name)) is not None:
             self.tell(f"warning: {doubt}")
@@ -181,20 +157,13 @@ class _Capture:
             Interrupted, InputError, RunFailure: as `capture_model`.
         """
         try:
-            yield
+            with model_failures(lambda: self._forecast):
+                yield
         except KeyboardInterrupt:
             raise Interrupted(f"interrupted; {self._kept() or 'nothing was written'}") from None
         except RunFailure as error:
             kept = self._kept()
-            raise RunFailure(f"{error}; {kept}" if kept else str(error)) from None
-        except AnchorScopeError:
-            raise
-        except Exception as error:  # the model's own code ran; what is ours is raised again below
-            if is_out_of_memory(error):
-                raise RunFailure(out_of_memory(error, self._forecast)) from None
-            if _is_foreign(error):
-                raise RunFailure(f"the model failed in its own code: {type_and_line(error)}") from error
-            raise
+            raise RunFailure(f"{error}; {kept}" if kept else str(error)) from error.__cause__
 
     def _kept(self) -> str | None:
         """Say what an unfinished capture leaves behind, or return None if that is nothing."""
@@ -208,19 +177,3 @@ class _Capture:
         of = f"{count:,} of {counted(max(count, self._total), 'layer')}" if self._total else counted(count, "layer")
         verb = "is" if count == 1 else "are"
         return f"{of} {verb} kept in {self._folder}: give the same command again with --resume to continue"
-
-
-def _in_turn(*sinks: Callable[[AttentionCall], None]) -> Callable[[AttentionCall], None]:
-    """Return one sink that hands each call to several."""
-
-    def sink(call: AttentionCall) -> None:
-        for each in sinks:
-            each(call)
-
-    return sink
-
-
-def _is_foreign(error: BaseException) -> bool:
-    """Return whether an error was raised outside AnchorScope's own code (by the model, transformers or torch)."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and Path(__file__).parents[1] not in Path(frames[-1].filename).parents

@@ -21,6 +21,7 @@ from anchorscope.cli.common import (
     warn_of_model,
 )
 from anchorscope.cli.merge import parse_shard, print_shard
+from anchorscope.cli.source import ModelChoice, runs_models
 from anchorscope.cli.tables import FittingTable, boxed_table, clean_name, print_places
 from anchorscope.cli.workforce import executor, takes_ray
 from anchorscope.errors import InputError
@@ -36,10 +37,11 @@ SHORT_ROWS = 10
 THETA_ROWS = 8
 
 
+@runs_models
 @takes_ray
 def analyze(
-    dump: opt.DumpFolder,
     out: opt.Out,
+    dump: opt.DumpOrNone = None,
     theta: Annotated[
         str, typer.Option(help="Thetas in nats: 12, or 6,8,10, or 0:20:0.5; inf is dense.", metavar="NATS")
     ] = "12",
@@ -77,8 +79,10 @@ def analyze(
         bool, typer.Option("--resume", help="Continue in OUT; an interrupted run of the same settings does so anyway.")
     ] = False,
     as_json: Annotated[bool, opt.prints_json("the report as JSON")] = False,
+    *,
+    run: ModelChoice,
 ) -> None:
-    """Measure recall against sparsity of every head in a dump, and draw what the heads attend to.
+    """Measure recall against sparsity of every head in a dump or of a model that runs, and draw what heads attend to.
 
     Writes heads.csv, curves.csv, thetas.csv, report.json, profile/, figures/ and heads/ into OUT. Interrupted runs
     continue when the same command is given again.
@@ -94,15 +98,14 @@ def analyze(
 
     from anchorscope.analysis.request import asked_of
     from anchorscope.analysis.run import FOLDER, plan_analysis
-    from anchorscope.analysis.run import analyze as run
-    from anchorscope.dumps import open_dump
+    from anchorscope.analysis.run import analyze as measure
     from anchorscope.params import AnchorParams
 
     params = AnchorParams(block, step, init, lookback)
     wanted = asked_of(asked_pictures(**pictures), pairs, not no_diagnose, figure_theta)
     FOLDER.refuse_early(out, wanted, overwrite=overwrite, resume=resume)
     check_early(device, backend, target_recall)
-    source = open_dump(dump)
+    source = run.source("analyze", dump, device)
     picked = chosen(source, layers, heads, prompts)
     plan = plan_analysis(
         source,
@@ -121,7 +124,7 @@ def analyze(
     announce(plan, what, **pictures)
     warn_of_model(source, picked["prompts"])
     with progress_bar() as bar:
-        result = run(
+        result = measure(
             source,
             out,
             **pictures,

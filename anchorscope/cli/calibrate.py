@@ -12,6 +12,7 @@ from anchorscope.cli import options as opt
 from anchorscope.cli.common import announce, drawn, progress_bar, stdout_console, warn, warn_of_model
 from anchorscope.cli.help import completes
 from anchorscope.cli.merge import parse_shard, print_shard
+from anchorscope.cli.source import ModelChoice, runs_models
 from anchorscope.cli.tables import FittingTable, new_table, print_places
 from anchorscope.cli.workforce import executor, takes_ray
 from anchorscope.pictures import asked_pictures
@@ -20,17 +21,22 @@ from anchorscope.shown import counted, share_text, theta_text
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from anchorscope.calibration import Calibration
+    from anchorscope.calibration import Calibration, CalibrationPlan
 
 SHORT_ROWS = 8
 
 
+@runs_models
 @takes_ray
 def calibrate(
-    sources: Annotated[
-        list[Path], typer.Argument(help="Dumps of one model, or finished `analyze` folders.", metavar="DIR")
-    ],
     out: opt.Out,
+    sources: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help="Dumps of one model, or finished `analyze` folders; or give --model and its prompts.",
+            metavar="DIR",
+        ),
+    ] = None,
     target_recall: Annotated[
         float | None,
         opt.share("--target-recall", "Recall, by the statistic, to reach at least cost. (default: 0.95)"),
@@ -102,6 +108,8 @@ def calibrate(
     dpi: opt.Dpi = None,
     overwrite: Annotated[bool, opt.overwrites("an earlier calibration in OUT; its analyses are used again")] = False,
     as_json: Annotated[bool, opt.prints_json("calibration.json")] = False,
+    *,
+    run: ModelChoice,
 ) -> None:
     """Choose groups and theta of every head for a recall, or for a density, and check them on held-out prompts.
 
@@ -117,13 +125,15 @@ def calibrate(
     kinds = None if groups is None else parse_groups(groups)
     thetas = None if theta is None else parse_thetas(theta)
 
-    from anchorscope.calibration import calibrate as run
+    from anchorscope.calibration import calibrate as choose
     from anchorscope.calibration import plan_calibration
     from anchorscope.calibration.run import FOLDER
 
+    run.check("calibrate", bool(sources))
     FOLDER.refuse_early(out, asked_pictures(**pictures), overwrite=overwrite)
+    given = sources or run.running(device)
     plan = plan_calibration(
-        sources,
+        given,
         target_recall=target_recall,
         budget_density=budget_density,
         by=by,
@@ -140,19 +150,12 @@ def calibrate(
         device=device,
         devices=devices,
     )
-    if plan.units:
-        engine = plan.units[0].analysis.backend
-        what = f"{counted(plan.heads, 'head')} to measure, back end {engine.name} on {engine.hardware}"
-        if plan.seconds:  # which nobody timed where a cluster measures
-            what += f", about {_duration(plan.seconds)} (less what is measured already)"
-    else:
-        what = f"{counted(len(plan.sources.prompts), 'prompt')}, measured already"
-    announce(plan, what, **pictures)
+    announce(plan, _what(plan, " beside the passes of the model" if run.model else ""), **pictures)
     for source in {unit.dump.identity: unit.dump for unit in plan.units}.values():
         warn_of_model(source)
     with progress_bar() as bar:
-        result = run(
-            sources,
+        result = choose(
+            given,
             out,
             **pictures,
             overwrite=overwrite,
@@ -169,6 +172,17 @@ def calibrate(
         sys.stdout.write((result.path / "calibration.json").read_text(encoding="utf-8"))
         return
     print_summary(result)
+
+
+def _what(plan: CalibrationPlan, beside: str) -> str:
+    """What will be measured, in words."""
+    if not plan.units:
+        return f"{counted(len(plan.sources.prompts), 'prompt')}, measured already"
+    engine = plan.units[0].analysis.backend
+    what = f"{counted(plan.heads, 'head')} to measure, back end {engine.name} on {engine.hardware}"
+    if plan.seconds:  # which nobody timed where a cluster measures
+        what += f", about {_duration(plan.seconds)}{beside} (less what is measured already)"
+    return what
 
 
 def _holdout(text: str) -> float | list[str]:

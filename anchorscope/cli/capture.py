@@ -15,9 +15,8 @@ import typer
 from anchorscope.cli import options as opt
 from anchorscope.cli.common import live_bar, note, quiet_loading, refuse_both
 from anchorscope.cli.help import completes
-from anchorscope.errors import InputError
-from anchorscope.files import MAX_PROMPT_BYTES, human_bytes, read_stdin, visible
-from anchorscope.parse import check_word
+from anchorscope.cli.source import check_dtypes, prompt_inputs
+from anchorscope.files import human_bytes, visible
 from anchorscope.shown import counted
 
 if TYPE_CHECKING:
@@ -25,43 +24,17 @@ if TYPE_CHECKING:
 
     from anchorscope.capture import CaptureProgress
     from anchorscope.dumps import Dump
-    from anchorscope.models import PromptInput
-
-STDIN = "-"
 
 
 def capture(
     model: opt.Model,
     out: Annotated[Path, typer.Option("--out", help="Folder for the dump; must be new.", metavar="DIR")],
-    prompt: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--prompt",
-            help="UTF-8 text file, or - for standard input; repeat it for several. (default: none)",
-            metavar="FILE",
-        ),
-    ] = None,
-    text: Annotated[
-        list[str] | None,
-        typer.Option("--text", help="A prompt given as is; repeat it for several. (default: none)", metavar="TEXT"),
-    ] = None,
-    token_ids: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--token-ids",
-            help="File of token ids, a JSON list or numbers, or - for standard input; repeat it for several."
-            " (default: none)",
-            metavar="FILE",
-        ),
-    ] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Put each text into the model's chat template.")] = False,
-    no_special_tokens: Annotated[
-        bool, typer.Option("--no-special-tokens", help="Let the tokenizer add none, like a begin-of-sequence.")
-    ] = False,
-    tokens: Annotated[
-        int | None,
-        opt.token_count("--tokens", "Prompt length N, like 4k; longer prompts are cut. (default: whole prompts)", 2),
-    ] = None,
+    prompt: opt.PromptFiles = None,
+    text: opt.Texts = None,
+    token_ids: opt.TokenIdFiles = None,
+    chat: opt.Chat = False,
+    no_special_tokens: opt.NoSpecialTokens = False,
+    tokens: opt.PromptTokens = None,
     layers: Annotated[str, typer.Option(help="Layers to keep, like 0,5,10-15, or all.", metavar="LIST")] = "all",
     kv_heads: Annotated[
         str, typer.Option(help="Kv heads to keep, with their query heads, like 0,2, or all.", metavar="LIST")
@@ -76,12 +49,7 @@ def capture(
     ] = None,
     model_dtype: opt.ModelDtype = None,
     device: opt.Device = "auto",
-    chunk: Annotated[
-        int | None,
-        opt.token_count(
-            "--chunk", "Prefill in pieces of this many tokens, for prompts that do not fit. (default: whole prompts)"
-        ),
-    ] = None,
+    chunk: opt.Chunk = None,
     no_values: Annotated[
         bool, typer.Option("--no-values", help="Leave V out: a smaller dump, but no output errors.")
     ] = False,
@@ -99,13 +67,11 @@ def capture(
     """
     refuse_both(overwrite, resume)
     wanted_layers, wanted_heads = _indices(layers, "--layers"), _indices(kv_heads, "--kv-heads")
-    for option, value in (("--dtype", dtype), ("--model-dtype", model_dtype)):
-        if value is not None:
-            check_word(option, value, opt.DTYPES)
+    check_dtypes(dtype, model_dtype)
     quiet_loading(model)
     from anchorscope.models.load import quiet_transformers, require_transformers
 
-    inputs = _inputs(prompt or [], text or [], token_ids or [])
+    inputs = prompt_inputs(prompt or [], text or [], token_ids or [])
     require_transformers()
     from anchorscope.capture import capture_model
     from anchorscope.capture.request import CaptureRequest
@@ -163,34 +129,6 @@ def _print_result(dump: Dump, seconds: float, as_json: bool) -> None:
         f" in {seconds:.0f} s"
     )
     print(dump.path)
-
-
-def _inputs(prompts: list[str], texts: list[str], token_ids: list[str]) -> list[PromptInput]:
-    """What --prompt, --text and --token-ids give.
-
-    Raises:
-        InputError: nothing, standard input twice, or a file that cannot be read.
-    """
-    if not prompts and not texts and not token_ids:
-        raise InputError("give at least one prompt with --prompt FILE, --text TEXT or --token-ids FILE")
-    if [*prompts, *token_ids].count(STDIN) > 1:
-        raise InputError("standard input can be read once only: give - to one option")
-    from anchorscope.models.prompts import PromptInput, decode, parse_token_ids, prompt_from_file, token_ids_from_file
-
-    inputs: list[PromptInput] = []
-    for name in prompts:
-        if name == STDIN:
-            inputs.append(PromptInput("stdin", decode(read_stdin(MAX_PROMPT_BYTES), "standard input")))
-        else:
-            inputs.append(prompt_from_file(name))
-    inputs += [PromptInput("text", decode(item.encode("utf-8", "surrogateescape"), "--text")) for item in texts]
-    for name in token_ids:
-        if name == STDIN:
-            ids = parse_token_ids(read_stdin(MAX_PROMPT_BYTES), "standard input")
-            inputs.append(PromptInput("stdin", token_ids=ids))
-        else:
-            inputs.append(token_ids_from_file(name))
-    return inputs
 
 
 def _indices(text: str, option: str) -> tuple[int, ...] | None:

@@ -19,9 +19,10 @@ if TYPE_CHECKING:
     from rich.progress import Progress
     from rich.text import Text
 
-    from anchorscope.dumps import Dump
     from anchorscope.runs.life import Plan
     from anchorscope.runs.progress import Progress as Event
+    from anchorscope.runs.record import SourceRecord
+    from anchorscope.runs.sources import Source
 
 
 def stdout_console() -> Console:
@@ -96,28 +97,29 @@ def announce(plan: Plan[Any], what: str, *, figures: bool = True, formats: Mappi
         warn(sentence)
 
 
-def warn_of_model(source: Dump, prompts: Sequence[str] | None = None) -> None:
-    """Say on stderr where a dump's own record casts doubt on its model.
+def warn_of_model(source: Source | SourceRecord, prompts: Sequence[str] | None = None) -> None:
+    """Say on stderr where a dump's own record casts doubt on its model; a model that runs is judged as it does.
 
     Args:
-        source: the dump.
+        source: the dump, or a running model.
         prompts: names of the prompts in use; None means all.
     """
     from anchorscope.proof import dump_warnings
 
-    for sentence in dump_warnings(source.manifest.get("proof"), source.prompts, prompts):
+    manifest = getattr(source, "manifest", None)
+    for sentence in () if manifest is None else dump_warnings(manifest.get("proof"), source.prompts, prompts):
         warn(visible(sentence))
 
 
-def chosen(source: Dump, layers: str, heads: str, prompts: str) -> dict[str, Any]:
-    """What --layers, --heads and --prompts choose of a dump, as keyword arguments; None means all.
+def chosen(source: Source, layers: str, heads: str, prompts: str) -> dict[str, Any]:
+    """What --layers, --heads and --prompts choose of a dump or a model, as keyword arguments; None means all.
 
     Raises:
-        InputError: malformed lists, or indices that the dump lacks.
+        InputError: malformed lists, or indices that it lacks.
     """
     from anchorscope.parse import parse_indices
 
-    every_layer = [e.layer for e in source.entries]
+    every_layer = [*{e.layer for e in source.entries}, *getattr(source, "refused", ())]
     every_head = [h for e in source.entries for h in e.query_heads]
     return {
         "layers": None if layers == "all" else parse_indices(layers, "--layers", every_layer),

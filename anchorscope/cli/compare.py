@@ -21,6 +21,7 @@ from anchorscope.cli.common import (
 )
 from anchorscope.cli.help import completes
 from anchorscope.cli.merge import parse_shard, print_shard
+from anchorscope.cli.source import ModelChoice, runs_models
 from anchorscope.cli.tables import clean_name, new_table, print_places
 from anchorscope.cli.workforce import executor, takes_ray
 from anchorscope.errors import InputError
@@ -37,11 +38,10 @@ def _method_names() -> list[str]:
     return ["all", *known_methods()]
 
 
+@runs_models
 @takes_ray
 def compare(
-    dump: Annotated[
-        Path | None, typer.Argument(help="Dump folder written by `capture` or `write_dump`.", metavar="DIR")
-    ] = None,
+    dump: opt.DumpOrNone = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", help="Folder for the results; new, or an unfinished run to continue.", metavar="OUT"),
@@ -87,8 +87,10 @@ def compare(
     overwrite: Annotated[bool, opt.overwrites("an earlier comparison in OUT")] = False,
     as_json: Annotated[bool, opt.prints_json("compare.json")] = False,
     list_methods: Annotated[bool, typer.Option("--list", help="List methods and their settings, and stop.")] = False,
+    *,
+    run: ModelChoice,
 ) -> None:
-    """Compare sparse attention methods on the heads of a dump: what density does each need for a recall?
+    """Compare sparse attention methods on the heads of a dump or a model: what density does each need for a recall?
 
     Writes methods.csv, compare.json and figures/ into OUT. Interrupted runs continue when the same command is given
     again.
@@ -96,8 +98,11 @@ def compare(
     if list_methods:
         print_methods()
         return
-    if dump is None or out is None:
-        raise InputError("compare needs a dump and a place for the results: anchorscope compare DIR --out OUT")
+    run.check("compare", dump is not None)
+    if out is None:
+        raise InputError(
+            "compare needs a dump or a model, and a place for the results: anchorscope compare DIR --out OUT"
+        )
     # Before anything heavy or slow: a misspelt method should not wait for it.
     from anchorscope.methods import line_up
 
@@ -105,14 +110,13 @@ def compare(
     pictures = drawn(form, dpi, no_figures)
     lineup = line_up(methods, settings or (), labels or ())
 
-    from anchorscope.compare import compare as run
+    from anchorscope.compare import compare as score
     from anchorscope.compare import plan_compare
     from anchorscope.compare.run import FOLDER
-    from anchorscope.dumps import open_dump
 
     FOLDER.refuse_early(out, asked_pictures(**pictures), overwrite=overwrite)
     check_early(device, target_recall=target_recall)
-    source = open_dump(dump)
+    source = run.source("compare", dump, device)
     picked = chosen(source, layers, heads, prompts)
     plan = plan_compare(
         source,
@@ -129,7 +133,7 @@ def compare(
     announce(plan, what, **pictures)
     warn_of_model(source, picked["prompts"])
     with progress_bar() as bar:
-        result = run(
+        result = score(
             source,
             out,
             **pictures,

@@ -19,6 +19,7 @@ from anchorscope.cli.common import (
     warn_of_model,
 )
 from anchorscope.cli.merge import parse_shard, print_shard
+from anchorscope.cli.source import ModelChoice, runs_models
 from anchorscope.cli.tables import clean_name, new_table, optional, print_places
 from anchorscope.cli.workforce import executor, takes_ray
 from anchorscope.errors import InputError
@@ -31,10 +32,11 @@ if TYPE_CHECKING:
 MOST_ROWS = 24  # heads listed one by one; more are summed up by layer
 
 
+@runs_models
 @takes_ray
 def heads(
-    dump: opt.DumpFolder,
     out: opt.Out,
+    dump: opt.DumpOrNone = None,
     theta: Annotated[
         str, typer.Option(help="Theta of the stripes whose overlap is measured, in nats.", metavar="NATS")
     ] = "12",
@@ -53,6 +55,8 @@ def heads(
     dpi: opt.Dpi = None,
     overwrite: Annotated[bool, opt.overwrites("an earlier run in OUT")] = False,
     as_json: Annotated[bool, opt.prints_json("heads.json")] = False,
+    *,
+    run: ModelChoice,
 ) -> None:
     """What kind of head is this? Sinks, locality, distance, concentration, streaming or retrieval, stripe overlap.
 
@@ -74,13 +78,12 @@ def heads(
 
         pieces = load_vocabulary(tokenizer)
 
-    from anchorscope.dumps import open_dump
     from anchorscope.heads import diagnose, plan_heads
     from anchorscope.heads.run import FOLDER, asked_of
 
     FOLDER.refuse_early(out, asked_of(asked_pictures(**pictures), pieces), overwrite=overwrite)
     check_early(device)
-    source = open_dump(dump)
+    source = run.source("heads", dump, device)
     picked = chosen(source, layers, heads, prompts)
     plan = plan_heads(
         source,

@@ -16,9 +16,12 @@ from anchorscope.files import human_bytes, visible
 from anchorscope.shown import counted
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
     from rich.console import Console
 
-    from anchorscope.dumps import Dump, Verification
+    from anchorscope.dumps import Dump, Prompt, Verification
+    from anchorscope.runs.record import SourceRecord
 
 SHOWN_DAMAGE = 10
 SHOWN_PROOFS = 10
@@ -58,19 +61,62 @@ def info(
 
 
 def _show_other(path: Path, as_json: bool) -> None:
-    """What is no dump.
+    """What is no dump, and the model and prompts of results that came from none.
 
     Raises:
         DumpError: it is damaged, unfinished, or nothing of AnchorScope.
     """
     from anchorscope.cli.folders import recognize
+    from anchorscope.runs.record import read_record
 
     found = recognize(path)
+    record = read_record(path)
     if as_json:
-        print(json.dumps(found.to_json(), indent=2))
+        about = {} if record is None else {"source": _record_json(record)}
+        print(json.dumps({**found.to_json(), **about}, indent=2))
     else:
         print_facts(stdout_console(), found.lines)
+        if record is not None:
+            _show_record(record)
+    if record is not None:
+        warn_of_model(record)
     found.check()
+
+
+def _record_json(record: SourceRecord) -> dict[str, Any]:
+    """The model and the prompts of results, as JSON values."""
+    about = {key: record.manifest.get(key) for key in ("identity", "model", "tokenizer", "capture", "proof")}
+    return {**about, "prompts": _prompts(record.prompts)}
+
+
+def _show_record(record: SourceRecord) -> None:
+    console = stdout_console()
+    console.print(f"{'ran':<8} {visible(_model_words(record.model), 600)}", soft_wrap=True, markup=False)
+    table = new_table(("prompt", "tokens"), fold=("prompt",), padding=(0, 1), pad_edge=False)
+    for p in record.prompts:
+        table.add_row(p.name, str(p.tokens))
+    console.print(table)
+    _show_proof(console, record)
+
+
+def _model_words(model: Mapping[str, Any]) -> str:
+    kind = ", ".join(str(model[key]) for key in ("class", "dtype") if model.get(key))
+    name = str(model.get("name") or "unknown")
+    return f"{name} ({kind})" if kind else name
+
+
+def _prompts(prompts: Iterable[Prompt]) -> list[dict[str, Any]]:
+    """Prompts as JSON values, without texts and token ids."""
+    return [
+        {
+            "name": p.name,
+            "tokens": p.tokens,
+            "sha256": p.sha256,
+            "text": p.text is not None,
+            "proof": None if p.proof is None else {**p.proof.to_json(), "near_chance": p.proof.near_chance},
+        }
+        for p in prompts
+    ]
 
 
 def describe(result: Verification) -> dict[str, Any]:
@@ -88,16 +134,7 @@ def describe(result: Verification) -> dict[str, Any]:
         "model": dump.model,
         "tokenizer": dump.manifest.get("tokenizer"),
         "proof": dump.manifest.get("proof"),
-        "prompts": [
-            {
-                "name": p.name,
-                "tokens": p.tokens,
-                "sha256": p.sha256,
-                "text": p.text is not None,
-                "proof": None if p.proof is None else {**p.proof.to_json(), "near_chance": p.proof.near_chance},
-            }
-            for p in dump.prompts
-        ],
+        "prompts": _prompts(dump.prompts),
         "entries": [
             {
                 "prompt": e.prompt,
@@ -127,13 +164,10 @@ def _show(result: Verification) -> None:
     from anchorscope.parse import describe_indices
 
     dump, console = result.dump, stdout_console()
-    model = dump.model or {}
-    name = model.get("name") or "unknown"
-    kind = ", ".join(str(model[key]) for key in ("class", "dtype") if model.get(key))
     size = human_bytes(sum(entry.bytes for entry in dump.entries))
     lines = {
         "dump": str(dump.path),
-        "model": f"{name} ({kind})" if kind else str(name),
+        "model": _model_words(dump.model or {}),
         "created": " by ".join(str(dump.manifest.get(key) or "unknown") for key in ("created", "created_by")),
         "size": f"{size} in {counted(len(dump.entries), 'file')}",
         "state": result.state + ("" if result.complete else ", unfinished"),
@@ -177,7 +211,7 @@ def _show(result: Verification) -> None:
         console.print(f"... and {len(result.damaged) - SHOWN_DAMAGE} more damaged files")
 
 
-def _show_proof(console: Console, dump: Dump) -> None:
+def _show_proof(console: Console, dump: Dump | SourceRecord) -> None:
     """What shows that the model is what it claims to be: what its loader reported, and what it predicts."""
     known = dump.manifest.get("proof")
     if known is not None:

@@ -56,12 +56,19 @@ def _tokens_of(option: str, least: int) -> Callable[[str | int], int]:
 
 
 # What is read
+MODEL = "Hugging Face id, like Qwen/Qwen3-8B; local folder; .gguf file; or the preset smollm2."
 DumpFolder = Annotated[Path, typer.Argument(help="Dump folder written by `capture` or `write_dump`.", metavar="DIR")]
+DumpOrNone = Annotated[
+    Path | None,
+    typer.Argument(
+        help="Dump folder written by `capture` or `write_dump`; or give --model and its prompts.", metavar="DIR"
+    ),
+]
 Model = Annotated[
     str,
     typer.Option(
         "--model",
-        help="Hugging Face id, like Qwen/Qwen3-8B; local folder; .gguf file; or the preset smollm2.",
+        help=MODEL,
         metavar="MODEL",
         autocompletion=completes(lambda: PRESETS),
     ),
@@ -79,6 +86,41 @@ ModelDtype = Annotated[
         help="What the model computes in: bf16, fp16 or fp32. (default: its checkpoint's; fp32 for GGUF)",
         metavar="DTYPE",
         autocompletion=completes(lambda: DTYPES),
+    ),
+]
+PromptFiles = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--prompt",
+        help="UTF-8 text file, or - for standard input; repeat it for several. (default: none)",
+        metavar="FILE",
+    ),
+]
+Texts = Annotated[
+    list[str] | None,
+    typer.Option("--text", help="A prompt given as is; repeat it for several. (default: none)", metavar="TEXT"),
+]
+TokenIdFiles = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--token-ids",
+        help="File of token ids, a JSON list or numbers, or - for standard input; repeat it for several."
+        " (default: none)",
+        metavar="FILE",
+    ),
+]
+Chat = Annotated[bool, typer.Option("--chat", help="Put each text into the model's chat template.")]
+NoSpecialTokens = Annotated[
+    bool, typer.Option("--no-special-tokens", help="Let the tokenizer add none, like a begin-of-sequence.")
+]
+PromptTokens = Annotated[
+    int | None,
+    token_count("--tokens", "Prompt length N, like 4k; longer prompts are cut. (default: whole prompts)", 2),
+]
+Chunk = Annotated[
+    int | None,
+    token_count(
+        "--chunk", "Prefill in pieces of this many tokens, for prompts that do not fit. (default: whole prompts)"
     ),
 ]
 Tokenizer = Annotated[

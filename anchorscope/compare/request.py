@@ -15,6 +15,7 @@ from anchorscope.methods.head import chunk_rows
 from anchorscope.runs.executors import threads_for
 from anchorscope.runs.life import Plan
 from anchorscope.runs.request import check_target
+from anchorscope.runs.sources import layer_memory
 from anchorscope.runs.units import DumpRequest, HeadUnit, chosen_settings
 from anchorscope.runs.values import jsonable
 from anchorscope.shown import counted
@@ -72,7 +73,7 @@ class CompareRequest(DumpRequest):
             device=where,
             devices=devices if len(devices) > 1 else (),
             workers=workers,
-            memory=workers * each + max(u.entry.bytes for u in units),
+            memory=workers * each + layer_memory(source, [u.entry for u in units], where),
             disk=len(units) * (selections * 250 + 200) + 20_000,  # scores and rows of methods.csv, as measured
             pictures=_picture_bytes(units),
             warnings=tuple(_warnings(units)),

@@ -16,7 +16,6 @@ from anchorscope import views
 from anchorscope.compare.request import ComparePlan, CompareRequest
 from anchorscope.compare.score import score_lineup
 from anchorscope.compare.tables import COLUMNS, RECALLS, Point, methods_rows, needed_table, winners
-from anchorscope.dumps import Dump
 from anchorscope.errors import DumpError
 from anchorscope.files import csv_text, human_bytes, member, read_part
 from anchorscope.methods import Contender, Head, known_methods
@@ -29,6 +28,7 @@ from anchorscope.runs.folder import Run, RunFolder
 from anchorscope.runs.life import Command, Parts, Summary, run
 from anchorscope.runs.recipe import Kinds
 from anchorscope.runs.request import planned, split, takes
+from anchorscope.runs.sources import Source
 from anchorscope.runs.units import HeadUnit, prompt_facts
 from anchorscope.runs.values import jsonable
 from anchorscope.shapes import NUMBER, fits
@@ -74,17 +74,19 @@ class Comparison(InNotebook):
 
 
 @takes(CompareRequest, None)
-def plan_compare(dump: Dump | Path | str, **request: Any) -> ComparePlan:
+def plan_compare(dump: Source | Path | str, **request: Any) -> ComparePlan:
     """Check a request and say what it will take: `CompareRequest(dump, ...).plan()`."""
     return CompareRequest(dump, **request).plan()
 
 
 @takes(CompareRequest)
-def compare(dump: Dump | Path | str, out: Path | str, *, plan: ComparePlan | None = None, **options: Any) -> Comparison:
+def compare(
+    dump: Source | Path | str, out: Path | str, *, plan: ComparePlan | None = None, **options: Any
+) -> Comparison:
     """Score every method of a line-up on every chosen head of a dump.
 
     Args:
-        dump: a dump folder, or an open dump.
+        dump: a dump folder, an open dump, or a `anchorscope.ModelSource`, whose layers are measured as it runs.
         out: the output folder; new, empty, or holding an unfinished run of the same request, which then continues.
         plan: a plan made beforehand; what it decides must then not be given again.
         **options: the fields of `CompareRequest` and of `RunOptions`.

@@ -88,6 +88,10 @@ class Entry:
     bytes: int
     sha256: str | None = None
 
+    def kv_head(self, head: int) -> int:
+        """Original index of the kv head that a query head reads."""
+        return self.kv_heads[self.query_heads.index(head) // (len(self.query_heads) // len(self.kv_heads))]
+
 
 def damaged(message: str) -> DumpError:
     """The error for a dump that cannot be used; what it quotes comes from an untrusted file."""

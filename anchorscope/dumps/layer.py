@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -99,6 +99,61 @@ class LayerSpec:
         }
 
 
+class LayerPieces:
+    """The pieces of one layer as they come: checked and converted head by head, for whoever stores them.
+
+    Args:
+        where: the layer and its prompt, for messages.
+        spec: what the layer consists of.
+    """
+
+    def __init__(self, where: str, spec: LayerSpec) -> None:
+        self.shapes = spec.shapes
+        self.dtype = torch_dtype(spec.dtype)
+        self._where = where
+        self._labels = {"q": spec.query_heads, "k": spec.kv_heads, "v": spec.kv_heads}
+        self._next: dict[str, int] = dict.fromkeys(self.shapes, 0)
+
+    def take(
+        self, name: str, start: int, x: Tensor, rows: Sequence[int] | None, device: Any
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Each head's part (n, d) in the stored dtype, contiguous, on `device`; arguments as of `LayerWriter.put`.
+
+        Raises:
+            InputError: wrong shape or position; NaN or infinity after conversion, named by layer and head.
+        """
+        heads, tokens, head_dim = self.shapes[name]
+        shape = tuple(x.shape)
+        rows = range(shape[0] if shape else 0) if rows is None else rows
+        n = shape[1] if len(shape) == 3 else 0
+        if len(rows) != heads or shape[1:] != (n, head_dim) or not 0 < n <= tokens - start or start != self._next[name]:
+            raise InputError(
+                f"{self._where}: {name} {shape} at position {start} does not continue"
+                f" ({heads}, {tokens}, {head_dim}) at position {self._next[name]}"
+            )
+        for index, row in enumerate(rows):
+            # head by head: the extra memory is one head, whatever device or strides x has
+            part = x[row].detach().to(device, self.dtype).contiguous()
+            if nonfinite_row(part[None]) is not None:
+                kind = "query" if name == "q" else "kv"
+                raise InputError(
+                    f"{self._where}: {name} of {kind} head {self._labels[name][index]} holds NaN or infinity;"
+                    " compute or store it with more range (bf16 or fp32)"
+                )
+            yield index, part
+        self._next[name] = start + n
+
+    def check_whole(self, what: str) -> None:
+        """Refuse a layer of which positions are missing.
+
+        Raises:
+            InputError: they are; the message names `what`.
+        """
+        for name, (_, tokens, _) in self.shapes.items():
+            if self._next[name] != tokens:
+                raise InputError(f"{what}: {name} holds {self._next[name]} of {tokens} positions")
+
+
 class LayerWriter:
     """One tensor file being written; made by `DumpWriter.layer`.
 
@@ -117,13 +172,11 @@ class LayerWriter:
     ) -> None:
         self._record = record
         self._commit = commit
-        self._shapes = spec.shapes
-        self._dtype = torch_dtype(spec.dtype)
+        self._pieces = LayerPieces(f"layer {record['layer']} of prompt {record['prompt']}", spec)
         self._size = DTYPE_BYTES[spec.dtype]
         self._path = folder / record["file"]
         self._partial = folder / (record["file"] + PARTIAL)
-        self._next: dict[str, int] = dict.fromkeys(self._shapes, 0)
-        header, self._offsets = _header(self._shapes, spec.dtype, self._size)
+        header, self._offsets = _header(self._pieces.shapes, spec.dtype, self._size)
         self._end = 0
         self._digest: hashlib._Hash | None = hashlib.sha256()  # None once writes come out of file order
         with disk_errors(self._partial):
@@ -145,30 +198,11 @@ class LayerWriter:
         """
         import torch
 
-        heads, tokens, head_dim = self._shapes[name]
-        where = f"layer {self._record['layer']} of prompt {self._record['prompt']}"
-        shape = tuple(x.shape)
-        rows = range(shape[0] if shape else 0) if rows is None else rows
-        n = shape[1] if len(shape) == 3 else 0
-        if len(rows) != heads or shape[1:] != (n, head_dim) or not 0 < n <= tokens - start or start != self._next[name]:
-            raise InputError(
-                f"{where}: {name} {shape} at position {start} does not continue"
-                f" ({heads}, {tokens}, {head_dim}) at position {self._next[name]}"
-            )
-        labels = self._record["query_heads" if name == "q" else "kv_heads"]
+        _, tokens, head_dim = self._pieces.shapes[name]
         with disk_errors(self._partial):
-            for index, row in enumerate(rows):
-                # head by head: the extra memory is one head, whatever device or strides x has
-                part = x[row].detach().to("cpu", self._dtype).contiguous()
-                if nonfinite_row(part[None]) is not None:
-                    kind = "query" if name == "q" else "kv"
-                    raise InputError(
-                        f"{where}: {name} of {kind} head {labels[index]} holds NaN or infinity;"
-                        " compute or store it with more range (bf16 or fp32)"
-                    )
+            for index, part in self._pieces.take(name, start, x, rows, "cpu"):
                 data = part.view(torch.uint8).numpy().reshape(-1).data
                 self._write(self._offsets[name] + (index * tokens + start) * head_dim * self._size, data)
-        self._next[name] = start + n
 
     def close(self, *, window: int | None = None) -> None:
         """Flush, rename and list the file in the manifest.
@@ -180,9 +214,7 @@ class LayerWriter:
             InputError: positions are missing.
             RunFailure: the disk is full or failed.
         """
-        for name, (_, tokens, _) in self._shapes.items():
-            if self._next[name] != tokens:
-                raise InputError(f"{self._path.name}: {name} holds {self._next[name]} of {tokens} positions")
+        self._pieces.check_whole(self._path.name)
         with disk_errors(self._path):
             self._file.flush()
             os.fsync(self._file.fileno())

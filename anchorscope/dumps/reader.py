@@ -131,8 +131,6 @@ class Dump(InNotebook):
             DumpError: the file changed, is damaged, holds NaN or infinity, or Q and K whose scores overflow float32
                 (named by layer and head).
         """
-        from anchorscope.ranges import overflow_sentence, overflowing_head
-
         wanted = entry.query_heads if heads is None else tuple(heads)
         if unknown := [h for h in wanted if h not in entry.query_heads]:
             raise InputError(
@@ -161,9 +159,8 @@ class Dump(InNotebook):
                     f"{path}: {name} of layer {entry.layer}, {kind} {labels[row]} holds NaN or infinity;"
                     " capture it again, with --model-dtype fp32 if it overflowed"
                 )
-        if found := overflowing_head(result.q, result.k, rows, entry.scale):
-            where = f"prompt {entry.prompt}, layer {entry.layer}, query head {wanted[found[0]]}"
-            raise damaged(f"{path}: {overflow_sentence(where, found[1])}")
+        if (sentence := overflow(entry, result)) is not None:
+            raise damaged(f"{path}: {sentence}")
         return result
 
     def stream(self, wanted: Iterable[tuple[Entry, Sequence[int]]]) -> Iterator[LayerTensors]:
@@ -295,6 +292,17 @@ def file_sha256(path: Path) -> str:
     except OSError as error:
         raise damaged(f"{path} cannot be read: {error.strerror}") from None
     return digest.hexdigest()
+
+
+def overflow(entry: Entry, tensors: LayerTensors) -> str | None:
+    """The sentence for a layer with a head whose scores float32 cannot hold, or None."""
+    from anchorscope.ranges import overflow_sentence, overflowing_head
+
+    found = overflowing_head(tensors.q, tensors.k, tensors.kv_rows, entry.scale)
+    if found is None:
+        return None
+    where = f"prompt {entry.prompt}, layer {entry.layer}, query head {tensors.query_heads[found[0]]}"
+    return overflow_sentence(where, found[1])
 
 
 def nonfinite_row(x: Tensor) -> int | None:

@@ -15,7 +15,7 @@ from anchorscope.methods.head import chunk_rows
 from anchorscope.params import AnchorParams
 from anchorscope.runs.executors import threads_for
 from anchorscope.runs.life import Plan
-from anchorscope.runs.sources import Source
+from anchorscope.runs.sources import Source, layer_memory
 from anchorscope.runs.units import DumpRequest, HeadUnit
 from anchorscope.runs.values import jsonable
 from anchorscope.shown import counted
@@ -78,7 +78,7 @@ class HeadsRequest(DumpRequest):
             device=where,
             devices=devices if len(devices) > 1 else (),
             workers=workers,
-            memory=workers * each + kept + 2 * max(x.entry.bytes for x in units),
+            memory=workers * each + kept + layer_memory(source, [x.entry for x in units], where, layers=2),
             # heads.json, parts and rows of the table, as measured; stripe tokens where there can be stripes
             disk=sum(2_900 + 2_400 * (params.groups(u.entry.tokens) > 1) for u in heads) + 3_000,
             pictures=_picture_bytes(units),
@@ -115,6 +115,17 @@ class LayerUnit:
     def name(self) -> str:
         """File name of its results."""
         return f"{self.stem}.json"
+
+    @property
+    def compared(self) -> tuple[int, ...]:
+        """Heads whose stripes are compared with those of the layer before."""
+        return () if self.previous is None else tuple(h for h in self.previous.query_heads if h in self.heads)
+
+    @property
+    def needs(self) -> tuple[tuple[Entry, tuple[int, ...]], ...]:
+        """See `anchorscope.runs.units.HeadUnit.needs`: the layer before, then its own."""
+        own = (self.entry, self.heads + self.siblings)
+        return (own,) if self.previous is None or not self.compared else ((self.previous, self.compared), own)
 
     @property
     def jobs(self) -> tuple[HeadUnit, ...]:
@@ -154,19 +165,14 @@ class HeadsPlan(Plan[LayerUnit]):
         return sum(len(x.heads) for x in self.units)
 
 
-def kv_head(entry: Entry, head: int) -> int:
-    """Original index of the kv head that a query head reads."""
-    return entry.kv_heads[entry.query_heads.index(head) // (len(entry.query_heads) // len(entry.kv_heads))]
-
-
 def _layers(source: Source, jobs: Sequence[HeadUnit]) -> tuple[LayerUnit, ...]:
     """The chosen heads by layer. What a head is compared with does not depend on what else was chosen."""
     layers = []
     for entry in dict.fromkeys(j.entry for j in jobs):
         mine = [j for j in jobs if j.entry == entry]
         heads = tuple(j.head for j in mine)
-        owners = {kv_head(entry, h) for h in heads}
-        siblings = tuple(h for h in entry.query_heads if h not in heads and kv_head(entry, h) in owners)
+        owners = {entry.kv_head(h) for h in heads}
+        siblings = tuple(h for h in entry.query_heads if h not in heads and entry.kv_head(h) in owners)
         before = [e for e in source.entries if e.prompt == entry.prompt and e.layer < entry.layer]
         previous = max(before, key=lambda e: e.layer, default=None)
         layers.append(LayerUnit(mine[0].prompt_index, entry, heads, siblings, previous))

@@ -17,12 +17,12 @@ from typing import Any, ClassVar
 import numpy as np
 
 from anchorscope import views
-from anchorscope.dumps import Dump, Entry
+from anchorscope.dumps import Entry
 from anchorscope.errors import DumpError
 from anchorscope.files import csv_text, human_bytes, member, read_part
 from anchorscope.heads import diagnostics
 from anchorscope.heads.diagnostics import HeadDiagnostics, diagnose_head
-from anchorscope.heads.request import HeadsPlan, HeadsRequest, LayerUnit, kv_head
+from anchorscope.heads.request import HeadsPlan, HeadsRequest, LayerUnit
 from anchorscope.heads.stripes import HeadStripes, head_stripes, overlap
 from anchorscope.heads.tables import (
     COLUMNS,
@@ -45,6 +45,7 @@ from anchorscope.runs.folder import Run, RunFolder
 from anchorscope.runs.life import Command, Parts, RunOptions, Summary, run
 from anchorscope.runs.recipe import GROUPS, Kinds
 from anchorscope.runs.request import planned, split, takes
+from anchorscope.runs.sources import Source
 from anchorscope.runs.units import HeadUnit, prompt_facts
 from anchorscope.shapes import fits
 from anchorscope.shown import counted
@@ -101,17 +102,17 @@ class Diagnosis(InNotebook):
 
 
 @takes(HeadsRequest, None)
-def plan_heads(dump: Dump | Path | str, **request: Any) -> HeadsPlan:
+def plan_heads(dump: Source | Path | str, **request: Any) -> HeadsPlan:
     """Check a request and say what it will take: `HeadsRequest(dump, ...).plan()`."""
     return HeadsRequest(dump, **request).plan()
 
 
 @takes(HeadsRequest)
-def diagnose(dump: Dump | Path | str, out: Path | str, *, plan: HeadsPlan | None = None, **options: Any) -> Diagnosis:
+def diagnose(dump: Source | Path | str, out: Path | str, *, plan: HeadsPlan | None = None, **options: Any) -> Diagnosis:
     """Diagnose every chosen head of a dump.
 
     Args:
-        dump: a dump folder, or an open dump.
+        dump: a dump folder, an open dump, or a `anchorscope.ModelSource`, whose layers are measured as it runs.
         out: the output folder; new, empty, or holding an unfinished run of the same request, which then continues.
         plan: a plan made beforehand; what it decides must then not be given again.
         **options: the fields of `HeadsRequest` and of `RunOptions`.
@@ -169,15 +170,17 @@ class HeadsCommand(Command[LayerUnit, list[HeadRow]]):
             "heads": [row_json(_row(unit, h, found[h], selections, previous)) for h in unit.heads],
         }
 
+    def look(self, unit: LayerUnit, context: Context) -> None:
+        self._last = unit.previous, self._previous(unit, context)
+
     def _previous(self, unit: LayerUnit, context: Context) -> dict[int, HeadStripes]:
         """Stripes of the same heads one layer before, selected again unless they are at hand."""
         if unit.previous is None:
             return {}
-        wanted = {h for h in unit.heads if h in unit.previous.query_heads}
         entry, selections = self._last
-        if entry == unit.previous and wanted <= set(selections):
+        if entry == unit.previous and set(unit.compared) <= set(selections):
             return selections
-        jobs = [HeadUnit(unit.prompt_index, unit.previous, h) for h in unit.previous.query_heads if h in wanted]
+        jobs = [HeadUnit(unit.prompt_index, unit.previous, h) for h in unit.compared]
         return self._go_through(jobs, (), context)[1]
 
     def _go_through(
@@ -284,8 +287,8 @@ def _row(
     previous: dict[int, HeadStripes],
 ) -> HeadRow:
     entry, mine = unit.entry, selections[head]
-    owner = kv_head(entry, head)
-    others = [s for h, s in sorted(selections.items()) if h != head and kv_head(entry, h) == owner]
+    owner = entry.kv_head(head)
+    others = [s for h, s in sorted(selections.items()) if h != head and entry.kv_head(h) == owner]
     shared = [x for x in (overlap(mine, s) for s in others) if not math.isnan(x)]
     before = previous.get(head)
     return HeadRow(

@@ -30,6 +30,7 @@ from anchorscope.shapes import check, fits
 from anchorscope.shown import counted
 
 _IS_FILE = "is a file or lies below one; name a folder"
+SOURCE = "source.json"  # in folders of runs without a dump: the model and the prompts
 OWN = ("started", "asked", "pieces", "recipe")  # keys of a state that do not tell two requests apart
 
 
@@ -305,7 +306,7 @@ class RunFolder:
 
         Whatever interrupts this, the folder is still known as an unfinished run.
         """
-        for name in (self.report, *self.tables):
+        for name in (self.report, *self.tables, SOURCE):
             (path / name).unlink(missing_ok=True)
         self._clear(path, self.parts)
         if state:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, overload
@@ -21,6 +21,7 @@ from anchorscope.errors import RunFailure
 from anchorscope.files import again_remark, human_bytes, read_part, write_atomic, write_part
 from anchorscope.pictures import Formats, picture_bytes, picture_formats
 from anchorscope.runs.executors import Context, Executor, Threads, Work
+from anchorscope.runs.flight import Flying, measure_in_flight
 from anchorscope.runs.folder import Run, RunFolder
 from anchorscope.runs.options import RunOptions as RunOptions
 from anchorscope.runs.pool import Devices
@@ -127,7 +128,7 @@ class Finished:
         return self.summary.report
 
 
-class BaseCommand(Sharing[U], ABC, Generic[U, T]):
+class BaseCommand(Sharing[U], Flying[U], ABC, Generic[U, T]):
     """What a resumable command says of itself, whatever its parts look like. One object is made for one run.
 
     Attributes:
@@ -151,8 +152,6 @@ class BaseCommand(Sharing[U], ABC, Generic[U, T]):
     def on(self, device: torch.device) -> Self:
         """The same command on another device."""
         return type(self)(replace(self.plan, device=device, devices=()))
-
-    # every command
 
     @abstractmethod
     def make(self, root: Path, unit: U, context: Context) -> None:
@@ -304,14 +303,10 @@ def _workforce(command: BaseCommand[U, T]) -> Iterator[None]:
 
 
 def _run(command: BaseCommand[U, T], out: Path | str) -> Finished:
-    plan, folder, options = command.plan, command.folder, command.options
-    disk = plan.needed_disk(options.pictures)
-    for each in (command, *(other for other, _ in command.nested(Path(out)))):
-        each.share()  # refuses more shards than units before anything is written
-    how: dict[str, Any] = {"pieces": command.pieces(), "recipe": command.recipe(), **options.replacing}
-    how["disk"] = disk // (1 if options.shard is None else options.shard.of)
-    with folder.run(Path(out), command.identity(), asked=command.asked(), **how) as under_way:
-        _measure(command, under_way.path)
+    options = command.options
+    command.check_shares()
+    with _begun(command, out) as under_way:
+        _measure(command, under_way)
         if options.shard is not None:
             return Finished(under_way.path, Summary({}, value=()), (), command.extend(under_way))
         summary = command.summarize(Parts(command, under_way.path), under_way)
@@ -327,15 +322,24 @@ def _run(command: BaseCommand[U, T], out: Path | str) -> Finished:
         return Finished(under_way.path, summary, figures, extension)
 
 
-def _measure(command: BaseCommand[U, T], root: Path) -> None:
-    """Let the executor make the parts that are not there yet."""
+def _begun(command: BaseCommand[U, T], out: Path | str) -> AbstractContextManager[Run]:
+    """The command's run in its folder, locked."""
     plan, options = command.plan, command.options
+    disk = plan.needed_disk(options.pictures) // (options.shard.of if options.shard else 1)
+    how: dict[str, Any] = {"disk": disk, "pieces": command.pieces(), "recipe": command.recipe(), **options.replacing}
+    return command.folder.run(Path(out), command.identity(), asked=command.asked(), **how)
+
+
+def _measure(command: BaseCommand[U, T], under_way: Run) -> None:
+    """Let the executor make the parts that are not there yet."""
+    plan, options, root = command.plan, command.options, under_way.path
+    flown = measure_in_flight(command, under_way, _begun)
     units = command.share()
     missing = [unit for unit in units if not command.holds(root, unit)]
     if (remark := again_remark(file for unit in missing for file in command.missing(root, unit))) is not None:
         options.tell(remark)
     total = sum(unit.work for unit in units)
-    done = total - sum(unit.work for unit in missing)
+    done = total - (0 if flown else sum(unit.work for unit in missing))
     within: dict[str, int] = {}  # of the units at work, by stem; under no name where one is at a time
     options.report(Progress(command.stage, done, total))
 
@@ -348,7 +352,7 @@ def _measure(command: BaseCommand[U, T], root: Path) -> None:
 
     def finished(unit: U) -> None:
         nonlocal done
-        done += unit.work
+        done = min(done + unit.work, total)
         for name in ("", unit.stem):
             within.pop(name, None)
         report(unit.label)

@@ -42,6 +42,16 @@ class Sharing(Generic[U]):
         self.plan.refuse_shards()
         return shard.pick(self.plan.units)
 
+    def check_shares(self) -> None:
+        """Refuse more shards than units before anything is written.
+
+        Raises:
+            InputError: there are more.
+        """
+        self.share()
+        for other, _ in self.nested(Path()):
+            other.share()
+
     def whole(self) -> dict[str, Any]:
         """What the state of a run without shards holds of the request."""
         return self.folder.identity(self.plan.identity)

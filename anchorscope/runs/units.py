@@ -7,12 +7,13 @@ from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Protocol
 
-from anchorscope.dumps import Dump, Entry, open_dump
+from anchorscope.devices import resolve_devices
+from anchorscope.dumps import Entry
 from anchorscope.errors import InputError
 from anchorscope.params import visible_pairs
 from anchorscope.parse import describe_indices
 from anchorscope.profiles import profile_filename
-from anchorscope.runs.sources import Source
+from anchorscope.runs.sources import DEVICES, InFlight, Source, called, open_source, refuse_layers
 
 
 class Unit(Protocol):
@@ -41,6 +42,11 @@ class HeadUnit:
     head: int
 
     @property
+    def needs(self) -> tuple[tuple[Entry, tuple[int, ...]], ...]:
+        """The layers whose tensors it needs, with their query heads; it is measured when it has seen the last one."""
+        return ((self.entry, (self.head,)),)
+
+    @property
     def name(self) -> str:
         """File name of its profile."""
         return profile_filename(self.prompt_index, self.entry.layer, self.head)
@@ -61,17 +67,17 @@ class HeadUnit:
 
 @dataclass(frozen=True)
 class DumpRequest:
-    """A request about heads of a dump; every command that reads one asks for more.
+    """A request about heads of a dump, or of a model that runs; every command that reads one asks for more.
 
     Attributes:
-        dump: a dump folder, or an open dump.
-        layers, heads: original indices; None means all in the dump.
+        dump: a dump folder, an open dump, or a `anchorscope.ModelSource`, whose layers are measured as it runs.
+        layers, heads: original indices; None means all that there are.
         prompts: prompt names; None means all.
         device: "auto", "cpu", "cuda" or "cuda:i".
         devices: GPUs to share the work, instead of `device`: "all", or their names; see `devices.resolve_devices`.
     """
 
-    dump: Dump | Path | str
+    dump: Source | Path | str
     _: KW_ONLY
     layers: Sequence[int] | None = None
     heads: Sequence[int] | None = None
@@ -79,14 +85,16 @@ class DumpRequest:
     device: str = "auto"
     devices: Sequence[str] | str | None = None
 
-    def choose(self) -> tuple[Dump, tuple[HeadUnit, ...]]:
-        """The open dump, and its heads that are asked for, by prompt, layer and head.
+    def choose(self) -> tuple[Source, tuple[HeadUnit, ...]]:
+        """The open source, and its heads that are asked for, by prompt, layer and head.
 
         Raises:
             InputError: an unknown prompt, layer or head, or nothing left.
             DumpError: the dump is missing or damaged.
         """
-        source = self.dump if isinstance(self.dump, Dump) else open_dump(self.dump)
+        source = open_source(self.dump)
+        if isinstance(source, InFlight) and len(resolve_devices(self.device, self.devices)) > 1:
+            raise InputError(DEVICES)
         return source, choose_heads(source, self.prompts, self.layers, self.heads)
 
 
@@ -95,19 +103,20 @@ def choose_heads(
 ) -> tuple[HeadUnit, ...]:
     """See `DumpRequest.choose`."""
     names = [p.name for p in source.prompts]
+    refuse_layers(source, layers)
     for name in prompts or ():
         if name not in names:
-            raise InputError(f"the dump has no prompt {name!r}; it has {', '.join(names)}")
+            raise InputError(f"{called(source)} has no prompt {name!r}; it has {', '.join(names)}")
     chosen = set(names if prompts is None else prompts)
     all_layers = sorted({e.layer for e in source.entries})
     for layer in layers or ():
         if layer not in all_layers:
-            raise InputError(f"the dump has no layer {layer}; it has {describe_indices(all_layers)}")
+            raise InputError(f"{called(source)} has no layer {layer}; it has {describe_indices(all_layers)}")
     entries = [e for e in source.entries if e.prompt in chosen and (layers is None or e.layer in layers)]
     all_heads = sorted({h for e in entries for h in e.query_heads})
     for head in heads or ():
         if head not in all_heads:
-            raise InputError(f"the dump has no query head {head}; it has {describe_indices(all_heads)}")
+            raise InputError(f"{called(source)} has no query head {head}; it has {describe_indices(all_heads)}")
     units = tuple(
         HeadUnit(names.index(e.prompt), e, h)
         for e in sorted(entries, key=lambda e: (names.index(e.prompt), e.layer))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from families import prompt, tiny
 from toy_command import squares
 
 from anchorscope import (
+    ModelSource,
     analyze,
     calibrate,
     compare_methods,
@@ -49,6 +51,12 @@ class Inputs:
     model: Any
     reader: Any
     tokens: int
+
+    @functools.cached_property
+    def running(self) -> ModelSource:
+        """The model on two prompts, in place of a dump."""
+        prompts = [prompt(min(70, self.tokens), "a"), prompt(50, "b", seed=1)]
+        return ModelSource(self.model, prompts, notify=lambda _: None)
 
     @classmethod
     def make(cls, folder: Path, tokens: int) -> Inputs:
@@ -100,6 +108,11 @@ def _capture(x: Inputs, out: Path, *, other: bool = False, figures: bool = True,
 def _analyze(x: Inputs, out: Path, *, other: bool = False, **how: Any) -> Any:
     thetas = (5.0,) if other else (4.0, 8.0)
     return analyze(x.dump, out, thetas=thetas, params=PARAMS, device="cpu", heatmaps=[(2, 0)], diagnose=True, **how)
+
+
+def _in_flight(x: Inputs, out: Path, *, other: bool = False, **how: Any) -> Any:
+    what: dict[str, Any] = {"layers": [1, 2], "heads": [0], "heatmaps": [(2, 0)], "diagnose": True}
+    return analyze(x.running, out, thetas=(5.0 if other else 4.0,), params=PARAMS, device="cpu", **what, **how)
 
 
 def _compare(x: Inputs, out: Path, *, other: bool = False, **how: Any) -> Any:
@@ -156,6 +169,7 @@ TOY = Command("squares", _squares, "squares.json", _sum, "parts/*.json")
 COMMANDS = (
     Command("capture", _capture, "manifest.json", _whole_dump, "*.safetensors"),
     Command("analyze", _analyze, "report.json", load_report, "profile/*.safetensors"),
+    Command("analyze-in-flight", _in_flight, "report.json", load_report, "profile/*.safetensors"),
     Command("compare", _compare, "compare.json", load_comparison, "scores/*.json"),
     Command("heads", _heads, "heads.json", load_diagnosis, "parts/*.json"),
     Command("calibrate", _calibrate, "calibration.json", _calibration, "analysis/*/profile/*.safetensors"),

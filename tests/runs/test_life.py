@@ -105,6 +105,7 @@ class Model:
 
     def __init__(self, dump):
         self.identity, self.model, self.prompts, self.entries = dump.identity, dump.model, dump.prompts, dump.entries
+        self.vocabulary = dump.vocabulary
         self._dump, self.asked = dump, []
 
     def stream(self, wanted):
