@@ -195,6 +195,13 @@ class BaseCommand(Sharing[U], Flying[U], ABC, Generic[U, T]):
         """Who measures on one device, if the caller does not say."""
         return Threads(self.plan.device, self.plan.workers)
 
+    def handed_over(self) -> Any:
+        """What a process found besides the parts, for the command that it works for; None where that is nothing."""
+        return None
+
+    def take_over(self, found: Any) -> None:
+        """Take what a process found besides the parts, see `handed_over`; it is lost where that process dies."""
+
     def workforce(self) -> Executor:
         """Who measures: whom the caller says, or `executor`."""
         return self.options.executor or self.executor()

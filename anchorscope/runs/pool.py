@@ -180,6 +180,8 @@ class Devices:
             share.finish(worker, rest[0])
         elif kind == "rested":
             worker.under_way -= 1
+            if rest[0] is not None:
+                share.work.measure.command.take_over(rest[0])  # type: ignore[attr-defined]
         elif kind == "gone":
             self._lose(worker, share, worker.fate())
         else:

@@ -81,7 +81,7 @@ def _work(inbox: queue.Queue[Any], answer: Callable[..., None]) -> None:
             return rest[0] if word == "units" else None
 
         make.command.executor().run(Incoming.of(message[0], more, make, source, answer))
-        answer("rested")
+        answer("rested", make.command.handed_over())
 
 
 def describe(error: BaseException) -> tuple[str, Any, str]:

@@ -52,7 +52,19 @@ class Fault:
 
 
 class FaultyCommand(SquaresCommand):
+    def __init__(self, plan, options=None):
+        super().__init__(plan, options)
+        self.seen = []
+
+    def handed_over(self):
+        found, self.seen = self.seen, []
+        return found
+
+    def take_over(self, found):
+        self.seen.extend(found)
+
     def measure(self, unit, context):
+        self.seen.append(unit.value)
         time.sleep(0.02)  # so that both workers get some
         context.tick(1)
         unit.strike()

@@ -103,8 +103,9 @@ def squares(units: list[Fault], out: Path, executor: Devices, said: list[str] | 
 def test_any_number_of_units_and_threads(units, workers, pool, tmp_path):
     """Nobody waits for more before it says what is done."""
     plan = toy_faults.plan([Fault(n) for n in range(1, units + 1)], workers)
-    done = run(FaultyCommand(plan, RunOptions(figures=False, executor=pool)), tmp_path)
-    assert done.report == {"sum": sum(n * n for n in range(1, units + 1))}
+    command = FaultyCommand(plan, RunOptions(figures=False, executor=pool))
+    assert run(command, tmp_path).report == {"sum": sum(n * n for n in range(1, units + 1))}
+    assert sorted(command.seen) == list(range(1, units + 1)), "what they found besides the parts"
 
 
 def with_fault(place: int, kind: str, once: Path | None) -> list[Fault]:
