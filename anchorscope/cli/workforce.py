@@ -19,8 +19,6 @@ def takes_ray(command: F) -> F:
         if given["ray"] is None:
             command(**given)
             return
-        if given.get("model") is not None:
-            raise InputError("--ray measures what is in a dump: capture the model, and give the dump instead")
         for option in ("devices", "shard"):
             if given[option] is not None:
                 raise InputError(f"--ray and --{option} contradict each other: give one of them")

@@ -29,7 +29,7 @@ from anchorscope.runs.executors import Work
 from anchorscope.runs.life import Make
 from anchorscope.runs.remote import Answer, measure, probe
 from anchorscope.runs.spread import batches
-from anchorscope.runs.units import HeadUnit, Unit
+from anchorscope.runs.units import Unit
 from anchorscope.shown import counted
 
 if TYPE_CHECKING:
@@ -206,10 +206,7 @@ def _portable(make: Make[Any]) -> Make[Any]:
 
 def _layers(dump: Dump, batch: Sequence[Unit]) -> Iterator[tuple[Entry, LayerTensors]]:
     """The layers that a batch needs, with all their heads."""
-    entries: dict[Entry, None] = {}
-    for unit in batch:
-        found = (unit.entry,) if isinstance(unit, HeadUnit) else (unit.entry, unit.previous)  # type: ignore[attr-defined]
-        entries.update(dict.fromkeys(entry for entry in found if entry is not None))
+    entries = dict.fromkeys(entry for unit in batch for entry, _ in unit.needs)  # type: ignore[attr-defined]
     return ((entry, dump.load(entry)) for entry in entries)
 
 

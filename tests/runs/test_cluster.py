@@ -230,3 +230,13 @@ def test_the_extra_is_named_where_it_is_missing(command, inputs, tmp_path, capsy
         assert main([*words, *more]) == 2
         assert f"--ray and {more[0]} contradict each other" in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("option", [("--ray", "auto"), ("--shard", "1/2"), ("--devices", "all")])
+@pytest.mark.parametrize("command", ["analyze", "heads", "compare", "calibrate"])
+def test_a_model_that_runs_is_not_shared(command, option, tmp_path, capsys):
+    (tmp_path / "p.txt").write_text("words")
+    words = [command, "--model", "smollm2", "--prompt", str(tmp_path / "p.txt"), "--out", str(tmp_path / "o"), *option]
+    assert main(words) == 2
+    assert f"error: --model and {option[0]} contradict each other: the layers" in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
