@@ -53,6 +53,10 @@ STATE = "analysis.json"
 REPORT = "report.json"
 PROFILES = "profile"
 FIGURES = "figures"
+AGAIN = (
+    "the kinds of heads are told by the theta of the figures, which is known only now, so the prompts run once more"
+    " where that is not done yet; --figure-theta or --no-diagnose saves that"
+)
 FOLDER = RunFolder(
     what="an analysis",
     command="analyze",
@@ -232,6 +236,8 @@ class AnalyzeCommand(BaseCommand[HeadUnit, HeadProfile]):
             clear_diagnosis(run.path / HEADS)
             return None
         shown = None if self._shown is None else self._shown.theta
+        if isinstance(self.plan.source, InFlight) and not self.companions(run):
+            self.options.tell(AGAIN)
         return diagnose_plan(*diagnosis_of(self.plan, run, self.options, shown))
 
     def companions(self, run: Run) -> Sequence[tuple[BaseCommand[Any, Any], Path]]:

@@ -173,7 +173,8 @@ class ModelSource(InFlight):
         own = model_device(self._plan.loaded.model)
         largest = max(entries, key=lambda e: e.bytes)
         at_once = self._passes([e for e in dict.fromkeys(entries) if e.prompt == largest.prompt])
-        held = max(sum(e.bytes for e in group) for group in at_once)
+        whole = not self._in_chunks(largest)
+        held = largest.bytes if whole else max(sum(e.bytes for e in group) for group in at_once)
         self._say(largest, [len(group) for group in at_once], held)
         found = self._forecast
         prefill = 0 if found is None else found.needed

@@ -111,7 +111,6 @@ class ModelChoice:
         """
         assert self.model is not None
         check_dtypes(self.dtype, self.model_dtype)
-        quiet_loading(self.model)
         from anchorscope.models.load import quiet_transformers, require_transformers
 
         inputs = prompt_inputs(self.prompt or [], self.text or [], self.token_ids or [])
@@ -155,6 +154,8 @@ def runs_models(command: Callable[..., None]) -> Callable[..., None]:
                     f"--model and --{option} contradict each other: the layers of a running model are measured where it"
                     " runs; capture the prompts and give the dump"
                 )
+        if own["model"] is not None:
+            quiet_loading(own["model"])  # before anything imports tqdm
         command(**given, run=ModelChoice(**own))
 
     call.__signature__ = inspect.Signature(shown, return_annotation=None)  # type: ignore[attr-defined]

@@ -19,7 +19,9 @@ from resumable import contents, still_clock
 
 from anchorscope import ModelSource, analyze, calibrate, capture_model, compare_methods, diagnose
 from anchorscope.cli.app import main
+from anchorscope.compare import plan_compare
 from anchorscope.errors import InputError, Interrupted, RunFailure
+from anchorscope.files import human_bytes
 from anchorscope.methods import line_up
 from anchorscope.params import AnchorParams
 from anchorscope.runs.flight import Job
@@ -157,11 +159,13 @@ def test_one_pass_serves_the_analysis_and_its_diagnosis_and_all_kinds_of_groups(
 def test_a_diagnosis_by_a_theta_that_is_found_takes_a_second_pass(sources, through_dump, tmp_path):
     source = sources("llama")
 
-    def run(given, out):
-        return run_analyze(given, out, figure_theta=None)
+    def run(given, out, **how):
+        return run_analyze(given, out, figure_theta=None, **how)
 
     want = through_dump(run, "llama", source, chunk=None)
-    assert prefills(source, lambda: run(source, tmp_path / "o")) == 2 * len(source.prompts)
+    told = []
+    assert prefills(source, lambda: run(source, tmp_path / "o", notify=told.append)) == 2 * len(source.prompts)
+    assert [x for x in told if "the prompts run once more" in x]
     assert results(tmp_path / "o") == want
 
 
@@ -204,7 +208,7 @@ def test_interrupted_at_each_layer_it_continues_to_the_same_bytes(command, sourc
 
         with monkeypatch.context() as patch:
             patch.setattr(Job, "visit", visit)
-            with pytest.raises(Interrupted, match=r"interrupted.*keeps \d+ .*give the same command again"):
+            with pytest.raises(Interrupted, match=r"interrupted; [\d,]+ of [\d,]+ .*give the same command again"):
                 command(source, tmp_path / str(stop))
         seen = []
         with monkeypatch.context() as patch:
@@ -302,6 +306,18 @@ def test_nothing_of_a_layer_outlives_its_measurement(sources, tmp_path, monkeypa
     one = {p: 4 * (6 + 2 + 2) * 8 * n for p, n in (("a", 60), ("b", 41))}  # float32; 6 query heads, 2 kv heads, d 8
     left = [sum(x.prompt == e.prompt and x.layer >= e.layer for x in source.entries) for e in layers]
     assert most == [one[e.prompt] * (1 if chunk is None else n) for e, n in zip(layers, left, strict=True)]
+
+
+@pytest.mark.parametrize(("chunk", "layers"), [(None, 1), (CHUNK, 3)])
+def test_the_plan_says_how_much_is_held(models, chunk, layers):
+    told = []
+    source = ModelSource(models("llama"), prompts(), notify=told.append, chunk=chunk)
+    one = source.entries[0].bytes
+    assert one - 1024 == 4 * (6 + 2 + 2) * 8 * 60
+    everything = plan_compare(source, lineup=line_up("streaming"), device="cpu").memory
+    alone = plan_compare(source, lineup=line_up("streaming"), layers=[1], device="cpu").memory
+    assert everything - alone == (layers - 1) * one
+    assert sum("memory: " in x and human_bytes(layers * one) in x for x in told) == 1
 
 
 def test_chunks_pass_as_often_as_the_memory_asks(models, sources, through_dump, tmp_path):
