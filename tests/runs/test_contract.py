@@ -199,7 +199,7 @@ def test_ctrl_c_says_what_is_kept(command, inputs, whole, tmp_path, monkeypatch)
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", replace)
-        with pytest.raises(Interrupted, match=r"keeps \d+ .*give the same command again") as caught:
+        with pytest.raises(Interrupted, match=r"\d+ of \d+ .*kept in .*give the same command again") as caught:
             command.run(inputs, tmp_path / "o")
     assert str(tmp_path / "o") in str(caught.value)
     assert not list((tmp_path / "o").rglob("*.tmp"))
