@@ -36,6 +36,7 @@ class Found:
         done: how much of an unfinished run is done, in words.
         facts: lines on what it holds.
         damage: what is wrong with it, or None.
+        shard: which share of a run it is, like "1 of 4", or None.
     """
 
     kind: str
@@ -45,6 +46,7 @@ class Found:
     done: str = ""
     facts: Facts = field(default_factory=dict)
     damage: str | None = None
+    shard: str | None = None
 
     @property
     def lines(self) -> Facts:
@@ -53,6 +55,8 @@ class Found:
         if self.done:
             state += f": {self.done} done"
         lines = {"folder" if self.path.is_dir() else "file": str(self.path), "kind": self.kind, **self.facts}
+        if self.shard is not None:
+            lines["shard"] = f"{self.shard}; `anchorscope merge` puts all together"
         return lines if self.command is None else {**lines, "state": state}
 
     def to_json(self) -> dict[str, Any]:
@@ -64,6 +68,7 @@ class Found:
             "finished": self.finished,
             "done": self.done or None,
             "damage": self.damage,
+            "shard": self.shard,
             "content": dict(self.facts),
         }
 
@@ -76,6 +81,11 @@ class Found:
         if self.damage is not None:
             again = "" if self.command is None else f": run `anchorscope {self.command}` again"
             raise DumpError(f"{self.path} is damaged ({self.damage}){again}")
+        if self.shard is not None:
+            raise DumpError(
+                f"{self.path} is shard {self.shard} of {self.kind}: give its command again if units are missing,"
+                " and put all shards together with `anchorscope merge`"
+            )
         if not self.finished:
             raise DumpError(
                 f"{self.path} is {self.kind}, unfinished: give the same `anchorscope {self.command}` command, with"
@@ -128,7 +138,11 @@ def _run(path: Path, folder: RunFolder, state: object, describe: Callable[[Mappi
     whole = (path / folder.report).is_file()
     if not whole:
         done = folder.progress(path).rsplit(" ", 1)[0]
-        return Found(folder.what, path, folder.command, finished=False, done=done)
+        from anchorscope.runs.shards import shard_of
+
+        shard = shard_of(state) if isinstance(state, dict) else None
+        named = None if shard is None else f"{shard.index} of {shard.of}"
+        return Found(folder.what, path, folder.command, finished=False, done=done, shard=named)
     try:
         report = read_json(path / folder.report, MAX_JSON_BYTES, "report")
         if state is None and not str(report.get("format", "")).startswith("anchorscope-"):

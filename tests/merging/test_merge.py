@@ -262,6 +262,11 @@ def test_from_the_command_line(inputs, tmp_path, capsys):
     for i in (1, 2):
         assert main([*words, "--out", str(tmp_path / f"s{i}"), "--shard", f"{i}/2"]) == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith("shard 2 of 2 is complete in ")
+    assert main(["info", str(tmp_path / "s1")]) == 2
+    shown = capsys.readouterr()
+    assert "shard    1 of 2; `anchorscope merge` puts all together" in shown.out
+    assert "unfinished: 1 of 1 " in shown.out
+    assert "s1 is shard 1 of 2 of a diagnosis of heads: give its command again if units are missing" in shown.err
     merged = ["merge", str(tmp_path / "s1"), str(tmp_path / "s2"), "--out"]
     assert main([*merged, str(tmp_path / "o"), "--json"]) == 0
     assert capsys.readouterr().out == want
