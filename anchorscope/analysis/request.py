@@ -197,8 +197,9 @@ def _disk_bytes(units: Sequence[HeadUnit], params: AnchorParams, thetas: int) ->
         groups, positions = params.groups(n), -(-n // -(-n // POSITION_BINS))
         rows, columns = (-(-count // -(-count // limit)) for count, limit in ((groups, MAX_ROWS), (n, MAX_COLUMNS)))
         total += 8 * rows * columns + 8 * (rows + columns) + (4 * thetas + 8) * positions
-        if thetas > 1:  # the steps of half the cells, of which few add keys at more than three thetas
-            total += 2 * rows * columns + 6 * min(MAX_STEPS, rows * columns // 2 * min(thetas, 3))
+        if thetas > 1:  # the steps of visible cells beyond the anchor region; few add keys at more than three thetas
+            beyond = 1 - anchor_pairs(n, params, unit.entry.window) / visible_pairs(n, unit.entry.window)
+            total += 2 * rows * columns + 6 * min(MAX_STEPS, int(beyond * rows * columns / 2) * min(thetas, 3))
         total += 24 * len(CURVE_THETAS) + 8_500 + 80 * thetas  # curves; the oracle, the header; numbers per theta
         total += 6_000 + 200 * thetas  # rows of curves.csv and heads.csv
     return total

@@ -40,7 +40,7 @@ class SquaresCommand(Command[Number, int]):
         version=1,
         report="squares.json",
         tables=("squares.csv",),
-        kept=("squares", "parts/*.json"),
+        kept=("square", "parts/*.json"),
     )
 
     def measure(self, unit, context):
