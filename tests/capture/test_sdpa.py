@@ -67,7 +67,7 @@ def test_chosen_calls_only(tmp_path: Path) -> None:
     assert calls == [1]
     assert [e.layer for e in open_dump(tmp_path / "d").entries] == [1]
     with (
-        pytest.raises(InputError, match="call 5 was not made: the code made 1 calls"),
+        pytest.raises(InputError, match="call 5 was not made: the code made 1 call"),
         capture_sdpa(tmp_path / "e", layers=[0, 5]),
     ):
         attend(0)

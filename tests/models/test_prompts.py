@@ -146,8 +146,9 @@ def test_the_command_line(tmp_path: Path, model_folder: Path, monkeypatch: pytes
     dump = open_dump(tmp_path / "a")
     assert {p.name: p.token_ids for p in dump.prompts} == {"stdin": [5, 6], "text": [3, 4], "ids": [5, 6, 7]}
     assert dump.manifest["capture"]["special_tokens"] is False
-    assert command(monkeypatch, model_folder, tmp_path / "b", "--token-ids", "-", "--chat", stdin=b"3 4 5") == 0
+    assert command(monkeypatch, model_folder, tmp_path / "b", "--token-ids", "-", stdin=b"3 4 5") == 0
     assert open_dump(tmp_path / "b").prompts[0].token_ids == [3, 4, 5]
+    assert command(monkeypatch, model_folder, tmp_path / "e", "--token-ids", "-", "--chat", stdin=b"3 4 5") == 2
     assert command(monkeypatch, model_folder, tmp_path / "c", "--text", "one", "--chat") == 0
     assert open_dump(tmp_path / "c").prompts[0].token_ids == [7, 3, 8, 9]
 
