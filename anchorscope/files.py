@@ -32,6 +32,7 @@ MAX_DIGITS = 300  # of a whole number in JSON: more would not even fit a float64
 SEAL = "sha256"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _FORMULA = re.compile("'*[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")  # what makes a spreadsheet compute a field
+_QUOTED = re.compile('[,"\r\n]')
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*([eE][+-]?\d+)?|inf)")
 
 
@@ -77,9 +78,9 @@ def csv_text(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 def _field(value: object) -> str:
     """A CSV field. The library's writer leaves a carriage return unquoted where lines end in a line feed."""
     text = str(value)
-    if _FORMULA.match(text) is not None and _NUMBER.fullmatch(text) is None:
+    if not text[:1].isalnum() and _FORMULA.match(text) is not None and _NUMBER.fullmatch(text) is None:
         text = f"'{text}"
-    if any(c in text for c in ',"\r\n'):
+    if _QUOTED.search(text) is not None:
         text = '"' + text.replace('"', '""') + '"'
     return text
 

@@ -68,22 +68,36 @@ def working_dtype(q: Tensor, k: Tensor, v: Tensor | None, scale: float, softcap:
         InputError: scores that overflow float32, NaN or infinity in a tensor, a scale or soft-cap that is not a
             positive finite number.
     """
+    return working_dtypes(q[None], k[None], None if v is None else v[None], (0,), scale, softcap)[0]
+
+
+def working_dtypes(
+    q: Tensor, k: Tensor, v: Tensor | None, kv_rows: Sequence[int], scale: float, softcap: float | None = None
+) -> list[torch.dtype]:
+    """`working_dtype` of every head of q (H, N, d), which read the rows `kv_rows` of k and v (Hkv, N, d).
+
+    Raises:
+        InputError: as `working_dtype`.
+    """
     for name, value in (("scale", scale), ("softcap", softcap)):
         if value is not None and not (math.isfinite(value) and value > 0):
             raise InputError(f"{name} must be a positive finite number, not {value!r}")
-    peaks = {name: _peaks(x[None])[0] for name, x in (("q", q), ("k", k), ("v", v)) if x is not None}
-    for name, peak in peaks.items():
-        if not math.isfinite(peak):
+    peaks = {name: _peaks(x) for name, x in (("q", q), ("k", k), ("v", v)) if x is not None}
+    for name, found in peaks.items():
+        if not all(map(math.isfinite, found)):
             raise InputError(f"{name} holds NaN or infinity")
-    if found := overflowing_head(q[None], k[None], (0,), scale):
-        raise InputError(overflow_sentence("this head", found[1]))
-    magnitudes = [x for x in (*peaks.values(), scale, softcap) if x]
-    plain = all(1 / FLOAT32_RANGE <= x <= FLOAT32_RANGE for x in magnitudes)
-    if plain and (
-        scale * peaks["q"] * peaks["k"] * q.shape[-1] <= FLOAT32_SCORES or _norm_bound(q, k, scale) <= FLOAT32_SCORES
-    ):
-        return torch.float32
-    return torch.float64
+    if overflowing := overflowing_head(q, k, kv_rows, scale):
+        raise InputError(overflow_sentence("this head", overflowing[1]))
+    needed = []
+    for row, kv in enumerate(kv_rows):
+        others = [values[kv] for name, values in peaks.items() if name != "q"]
+        magnitudes = [x for x in (peaks["q"][row], *others, scale, softcap) if x]
+        plain = all(1 / FLOAT32_RANGE <= x <= FLOAT32_RANGE for x in magnitudes) and (
+            scale * peaks["q"][row] * peaks["k"][kv] * q.shape[-1] <= FLOAT32_SCORES
+            or _norm_bound(q[row], k[kv], scale) <= FLOAT32_SCORES
+        )
+        needed.append(torch.float32 if plain else torch.float64)
+    return needed
 
 
 def check_float32_sums(

@@ -143,3 +143,17 @@ def margins(state: AnchorState, k: Tensor, *, queries: int, **place: Unpack[Plac
     """
     geo = checked_pooled(state.q_bar, k, queries, **place)
     return margins_op(state.q_bar.contiguous(), state.a_bar.contiguous(), k, *geo.flat())
+
+
+def margins_apart(state: AnchorState, k: Tensor, *, queries: int, **place: Unpack[Placement]) -> Tensor:
+    """`margins`, of one query head per kv head at a time: those of a head have the same bits whatever heads are beside
+    it, since what else is stacked into a tile changes how its products are summed.
+
+    Raises:
+        ValueError: as `margins`.
+    """
+    repeats = state.a_bar.shape[1] // k.shape[1]
+    if repeats == 1:
+        return margins(state, k, queries=queries, **place)
+    each = [state._replace(q_bar=state.q_bar[:, r::repeats], a_bar=state.a_bar[:, r::repeats]) for r in range(repeats)]
+    return torch.stack([margins(one, k, queries=queries, **place) for one in each], 2).flatten(1, 2)

@@ -157,7 +157,7 @@ def sweep_op(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Launch `sweep_kernel`: LSE (B, H, T, n) and sums (B, H, T, 3) float64; see `sweep`."""
     geo = Geometry.unflat(sizes, scale, cap)
-    c = launch("anchor_precise", q.device, q.element_size(), geo.dim_pad)
+    c = launch("sweep", q.device, q.element_size(), geo.dim_pad)
     bm = min(c["BM"], max(16, triton.next_power_of_2(geo.group)))
     tiles = triton.cdiv(geo.group, bm)
     lse = q.new_empty(geo.batch, geo.heads, thetas, geo.queries, dtype=torch.float32)
@@ -174,7 +174,9 @@ def sweep_op(
             SOFTCAP=geo.cap > 0, SPLIT=q.dtype != torch.float32, PRECISION="ieee",
             num_warps=c["num_warps"], num_stages=c["num_stages"],
         )  # fmt: skip
-    return lse, sums.double().sum(2)
+    # One head after the other: how torch adds up several at once depends on their number.
+    total = torch.stack([part.double().sum(0) for part in sums.flatten(0, 1)])
+    return lse, total.view(geo.batch, geo.heads, thetas, 3)
 
 
 @sweep_op.register_fake

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anchorscope.analysis.accumulate import HeadAccumulator, HeadShape
+from anchorscope.analysis.accumulate import Accumulator, HeadShape
 from anchorscope.kernels.geometry import Geometry
 from anchorscope.kernels.torch_backend import anchor_scores, block_means, capped, margins
 from anchorscope.moved import moved
@@ -89,7 +89,7 @@ class _Head(NamedTuple):
     q: Tensor
     keys: Tensor
     values: Tensor | None
-    sums: HeadAccumulator
+    sums: Accumulator
 
     @property
     def geo(self) -> Geometry:
@@ -134,12 +134,12 @@ class _Stripes(NamedTuple):
 
 def _profile_head(q: Tensor, k: Tensor, v: Tensor | None, shape: HeadShape) -> Measured:
     # Products and gathers of keys run faster on the transposed layout.
-    head = _Head(q * shape.scale, k.T.contiguous(), v, HeadAccumulator(shape, v is not None, q.device))
+    head = _Head(q * shape.scale, k.T.contiguous(), v, Accumulator(shape, v is not None, q.device))
     for group in range(shape.geometry.groups):
         if shape.cancelled():
             raise Cancelled
         _profile_group(head, group)
-    return head.sums.result()
+    return head.sums.results()[0]
 
 
 def _profile_group(head: _Head, group: int) -> None:
@@ -166,7 +166,9 @@ def _profile_group(head: _Head, group: int) -> None:
         mass.index_add_(0, at, near_mass)
         stripe_mass += far_mass
     mass.index_add_(0, stripes.columns, stripe_mass)
-    head.sums.add_group(group, mass, start, margin.float(), level)
+    spread = margin.new_full((last,), math.inf)
+    spread[start:stop] = margin
+    head.sums.add_groups(group, mass[None, None], spread[None, None])
 
 
 def _chunks(geo: Geometry, group: int, device: torch.device) -> list[tuple[int, int]]:

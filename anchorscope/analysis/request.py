@@ -122,7 +122,8 @@ class AnalyzeRequest(DumpRequest):
 
 @dataclass(frozen=True, kw_only=True)
 class AnalysisPlan(Plan[HeadUnit]):
-    """The plan of an analysis; memory on a GPU is its own, and the host then holds one layer's tensors.
+    """The plan of an analysis; memory on a GPU is its own, and the host then holds the
+    tensors of three layers: the one that is measured and those read meanwhile.
 
     Attributes:
         params, thetas, target_recall: of the request.
@@ -175,7 +176,8 @@ def heat_map_count(heatmaps: HeatMaps, heads: int, prompts: int) -> int:
 
 def _workspace(units: Sequence[HeadUnit], backend: Backend, params: AnchorParams, thetas: Sequence[float]) -> int:
     largest = max(units, key=lambda u: u.entry.tokens * u.entry.head_dim).entry
-    return backend.workspace(largest.tokens, largest.head_dim, len(set(thetas)), params)
+    heads = sum(u.entry == largest for u in units)
+    return backend.workspace(largest, len(set(thetas)), params, heads)
 
 
 def _check_heatmaps(heatmaps: HeatMaps, units: Sequence[HeadUnit]) -> None:

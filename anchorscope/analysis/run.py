@@ -15,8 +15,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from anchorscope import views
-from anchorscope.analysis.accumulate import HeadShape
 from anchorscope.analysis.kinds import HEADS, diagnosis_of
+from anchorscope.analysis.measuring import Measuring
 from anchorscope.analysis.outcome import REPORT_VERSION, report_json
 from anchorscope.analysis.request import AnalysisPlan, AnalyzeRequest, HeatMaps, asked_of, heat_map_count
 from anchorscope.analysis.tables import (
@@ -151,23 +151,16 @@ class AnalyzeCommand(BaseCommand[HeadUnit, HeadProfile]):
     plan: AnalysisPlan
     _shown: FigureTheta | None = None  # known once the heads are summed up
 
+    def __init__(self, plan: AnalysisPlan, options: RunOptions | None = None) -> None:
+        super().__init__(plan, options)
+        self._measuring = Measuring(plan)
+
     def make(self, root: Path, unit: HeadUnit, context: Context) -> None:
         self._measure(unit, context).save(self.files(root, unit)[0])
 
     def _measure(self, unit: HeadUnit, context: Context) -> HeadProfile:
         plan, entry = self.plan, unit.entry
-        shape = HeadShape(
-            entry.tokens,
-            entry.head_dim,
-            plan.params,
-            plan.thetas,
-            entry.scale,
-            entry.window,
-            entry.softcap,
-            cancelled=context.stop.is_set,
-        )
-        q, k, v = context.head(unit.head)
-        result = plan.backend.engine(q, k, v, shape)
+        result = self._measuring.head(unit, context)
         assert context.tensors is not None
         return HeadProfile(
             prompt=entry.prompt,
@@ -238,7 +231,8 @@ class AnalyzeCommand(BaseCommand[HeadUnit, HeadProfile]):
         shown = None if self._shown is None else self._shown.theta
         if isinstance(self.plan.source, InFlight) and not self.companions(run):
             self.options.tell(AGAIN)
-        return diagnose_plan(*diagnosis_of(self.plan, run, self.options, shown))
+        plan, folder, how = diagnosis_of(self.plan, run, self.options, shown)
+        return diagnose_plan(plan, folder, how, self._measuring.rows(plan.theta))
 
     def companions(self, run: Run) -> Sequence[tuple[BaseCommand[Any, Any], Path]]:
         """The diagnosis, in the same pass of a running model; where its theta is not known yet, in a second one."""

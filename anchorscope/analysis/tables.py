@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,28 +113,32 @@ class HeadLine:
         )
 
 
-def _mean(values: Iterable[float]) -> float | None:
-    known = [float(v) for v in values if not math.isnan(v)]
-    return float(np.mean(known)) if known else None
+def _means(lines: Sequence[HeadLine], name: str) -> list[float | None]:
+    """Means over heads of a number that each has for every theta; None where no head has one."""
+    table = np.stack([getattr(line, name) for line in lines], 1)  # (thetas, heads)
+    known = ~np.isnan(table)
+    return [float(row[seen].mean()) if seen.any() else None for row, seen in zip(table, known, strict=True)]
 
 
 def summarize(lines: Sequence[HeadLine], thetas: Sequence[float]) -> list[dict[str, Any]]:
     """Means over heads and the worst head, one object per theta asked for."""
     out = []
+    names = ("recall", "recall_p05", "recall_last", "density", "stripe_density", "output_error")
+    means = {name: _means(lines, name) for name in names}
     for t, theta in enumerate(thetas):
         worst = min(lines, key=lambda x: (x.recall[t], x.prompt, x.layer, x.head))
-        density = _mean(x.density[t] for x in lines)
+        density = means["density"][t]
         out.append(
             {
                 "theta": jsonable(theta),
                 "heads": len(lines),
-                "recall_mean": _mean(x.recall[t] for x in lines),
-                "recall_p05_mean": _mean(x.recall_p05[t] for x in lines),
-                "recall_last_mean": _mean(x.recall_last[t] for x in lines),
+                "recall_mean": means["recall"][t],
+                "recall_p05_mean": means["recall_p05"][t],
+                "recall_last_mean": means["recall_last"][t],
                 "density_mean": density,
                 "sparsity_mean": None if density is None else 1 - density,
-                "stripe_density_mean": _mean(x.stripe_density[t] for x in lines),
-                "output_error_mean": _mean(x.output_error[t] for x in lines),
+                "stripe_density_mean": means["stripe_density"][t],
+                "output_error_mean": means["output_error"][t],
                 "worst": {
                     "prompt": worst.prompt,
                     "layer": worst.layer,

@@ -33,6 +33,7 @@ from anchorscope.shown import counted
 THETAS = "-inf,0:16:0.25,inf"  # where the row statistics are measured; the mean has its own, finer curve
 TARGET = 0.95
 DENSE_ABOVE = 0.9
+TIMED_HEADS = 8  # of a layer, before the run
 PICTURE_BYTES = 400_000  # of all figures together, as measured
 
 
@@ -232,20 +233,30 @@ def _check_budget(budget: float, sources: Sources, held: Sequence[bool]) -> None
 
 
 def _seconds(plans: Sequence[AnalysisPlan]) -> float:
-    """Time the analyses take, about: one head of random tensors is timed and scaled by pairs and head size."""
+    """Time the analyses take, about: a head of random tensors is timed and scaled by pairs and head size; where layers
+    are measured together, some heads.
+    """
     if not plans or elsewhere() is not None:
         return 0.0
     plan = plans[0]
     entry = max((j.entry for j in plan.units), key=lambda e: e.tokens)
     n = min(entry.tokens, 4096 if plan.backend.device.type == "cpu" else 32768)
     g = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(n, entry.head_dim, generator=g).to(plan.backend.device) for _ in range(3))
+    together = plan.backend.layer_engine
+    heads = 1 if together is None else min(len(entry.query_heads), TIMED_HEADS)
+    dtype = torch.float32 if together is None else torch.bfloat16
+    q, k, v = (
+        torch.randn(count, n, entry.head_dim, generator=g).to(plan.backend.device, dtype) for count in (heads, 1, 1)
+    )
     shape = HeadShape(n, entry.head_dim, plan.params, plan.thetas, entry.head_dim**-0.5)
     took = []
     for _ in range(2):  # the first one warms up
         begin = time.perf_counter()
-        plan.backend.engine(q, k, v, shape)
-        took.append(time.perf_counter() - begin)
+        if together is None:
+            plan.backend.engine(q[0], k[0], v[0], shape)
+        else:
+            together(q, k, v, [0] * heads, shape, None, None)
+        took.append((time.perf_counter() - begin) / heads)
     work = sum(j.work * j.entry.head_dim / p.workers for p in plans for j in p.units) / max(1, len(plan.devices))
     return took[-1] * work / (n * (n + 1) / 2 * entry.head_dim)
 

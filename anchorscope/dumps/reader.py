@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -140,10 +142,25 @@ class Dump(InNotebook):
         if not wanted:
             raise InputError("heads must name at least one query head")
         path = self.path / entry.file
-        if entry.sha256 is not None and entry.file not in self._hashed:
-            if file_sha256(path) != entry.sha256:
+        if entry.sha256 is None or entry.file in self._hashed:
+            return self._checked(path, entry, wanted)
+        with ThreadPoolExecutor(1) as beside:  # the checksum takes longer than everything else
+            digest = beside.submit(file_sha256, path)
+            failed: DumpError | None = None
+            try:
+                result = self._checked(path, entry, wanted)
+            except DumpError as error:
+                failed = error
+            if digest.result() != entry.sha256:
                 raise damaged(f"{path} does not match its checksum: it is damaged; capture this dump again")
-            self._hashed.add(entry.file)
+        if failed is not None:
+            raise failed
+        self._hashed.add(entry.file)
+        return result
+
+    def _checked(self, path: Path, entry: Entry, wanted: tuple[int, ...]) -> LayerTensors:
+        """The tensors of a file, whose numbers are looked at; see `load`."""
+
         tensors = _read_tensors(path, entry, wanted)
         group = len(entry.query_heads) // len(entry.kv_heads)
         rows = tuple(entry.query_heads.index(h) // group for h in wanted)
@@ -163,9 +180,24 @@ class Dump(InNotebook):
             raise damaged(f"{path}: {sentence}")
         return result
 
-    def stream(self, wanted: Iterable[tuple[Entry, Sequence[int]]]) -> Iterator[LayerTensors]:
-        """Layer after layer, each with the query heads asked for; see `load`."""
-        return (self.load(entry, heads) for entry, heads in wanted)
+    def stream(self, wanted: Iterable[tuple[Entry, Sequence[int]]], *, ahead: int = 0) -> Iterator[LayerTensors]:
+        """Layer after layer, each with the query heads asked for; see `load`. `ahead` layers are read beforehand, while
+        the one before is worked on.
+        """
+        if not ahead:
+            yield from (self.load(entry, heads) for entry, heads in wanted)
+            return
+        pool = ThreadPoolExecutor(ahead)
+        try:
+            under_way: deque[Future[LayerTensors]] = deque()
+            for entry, heads in wanted:
+                under_way.append(pool.submit(self.load, entry, heads))
+                if len(under_way) > ahead:
+                    yield under_way.popleft().result()
+            while under_way:
+                yield under_way.popleft().result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
 def open_dump(path: str | os.PathLike[str], *, allow_incomplete: bool = False) -> Dump:

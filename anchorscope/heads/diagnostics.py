@@ -104,11 +104,11 @@ def diagnose_head(head: Head, *, cancelled: Callable[[], bool] = lambda: False) 
         Cancelled: `cancelled` returned true.
     """
     with torch.inference_mode(), full_precision():
-        return _finish(head, *_sums(head, cancelled))
+        return finish(head.n, head.window, *_sums(head, cancelled))
 
 
 @dataclass
-class _Sums:
+class Sums:
     """Totals of the weights over all queries, float64 but for the blocks."""
 
     columns: Tensor  # (N,)
@@ -118,9 +118,9 @@ class _Sums:
     entropy: Tensor  # (N,), nats, per query
 
 
-def _sums(head: Head, cancelled: Callable[[], bool]) -> tuple[_Sums, Tensor]:
+def _sums(head: Head, cancelled: Callable[[], bool]) -> tuple[Sums, Tensor]:
     n = head.n
-    totals = _Sums(*(torch.zeros(n, dtype=torch.float64, device=head.device) for _ in range(5)))
+    totals = Sums(*(torch.zeros(n, dtype=torch.float64, device=head.device) for _ in range(5)))
     tiles: list[Tensor] = []
     rows = chunk_rows(head.device, n)
     for first in range(0, n, rows):
@@ -132,7 +132,7 @@ def _sums(head: Head, cancelled: Callable[[], bool]) -> tuple[_Sums, Tensor]:
     return totals, torch.cat(tiles)
 
 
-def _add_chunk(head: Head, totals: _Sums, first: int, last: int, low: int) -> Tensor:
+def _add_chunk(head: Head, totals: Sums, first: int, last: int, low: int) -> Tensor:
     """Add queries first..last-1 (keys low..last-1) to the totals; returns the mass of their visible blocks."""
     x = head.scores(first, last, low, last)
     r, e = x.shape
@@ -181,66 +181,98 @@ def _add_between(into: Tensor, p: Tensor, first: int, low: int, near: int, far: 
 
 def _visible_tiles(head: Head, tiles: Tensor, first: int, low: int) -> Tensor:
     """Those blocks of (query blocks, key blocks) that hold a visible pair, flat."""
+    return tiles[visible_blocks(head.n, head.window, tiles, first, low)]
+
+
+def visible_blocks(n: int, window: int | None, tiles: Tensor, first: int = 0, low: int = 0) -> Tensor:
+    """Which blocks of (query blocks, key blocks) from query `first` and key `low` on hold a visible pair, bool."""
     start = first + torch.arange(len(tiles), device=tiles.device)[:, None] * TILE
-    end = (start + TILE).clamp_max(head.n)
+    end = (start + TILE).clamp_max(n)
     key = low + torch.arange(tiles.shape[1], device=tiles.device) * TILE
     seen = key < end
-    if head.window is not None:
-        seen &= start - (key + TILE - 1) < head.window
-    return tiles[seen]
+    if window is not None:
+        seen &= start - (key + TILE - 1) < window
+    return seen
 
 
-def _finish(head: Head, sums: _Sums, tiles: Tensor) -> HeadDiagnostics:
-    n = head.n
-    columns, far, horizon, diagonals, entropy = (x.cpu().numpy() for x in vars(sums).values())
-    position = np.arange(n)
-    reach = n if head.window is None else head.window
-
-    # Queries that see key j from 256 tokens behind and more; and from within the horizon.
-    later = np.clip(np.minimum(n, position + reach) - (position + STREAM_RECENT), 0, None)
-    many = max(STREAM_RECENT, -(-n // HIDDEN_QUERIES))
-    mean = far / np.maximum(later, 1)
-    hidden = np.flatnonzero((position >= HIDDEN_FROM) & (later >= many) & (mean >= HIDDEN_MASS))
-    hidden = hidden[np.argsort(-mean[hidden], kind="stable")]
-
-    near, end = HORIZON
-    asked = np.clip(np.minimum(n - 1, position + min(end, reach - 1)) - (position + near) + 1, 0, None)
-    judged = np.flatnonzero(asked >= LEAST_QUERIES)
-    influence = horizon[judged] / asked[judged] if judged.size else np.zeros(0)
-    top = np.argsort(-influence, kind="stable")[:INFLUENTIAL]
+def finish(n: int, window: int | None, sums: Sums, tiles: Tensor) -> HeadDiagnostics:
+    """The diagnostics of a head from its totals and the mass of its visible blocks, flat; on their device."""
+    columns, far, diagonals = sums.columns, sums.far, sums.diagonals
+    position = torch.arange(n, device=columns.device)
+    reach = n if window is None else window
+    hidden, hidden_masses = _hidden_sinks(n, reach, far)
+    influential, influences = _influential(n, reach, sums.horizon)
 
     kept_all = STREAM_SINKS + STREAM_RECENT
-    recall = math.nan if n <= kept_all else _share(1 - far[STREAM_SINKS:].sum() / (n - kept_all))
-    keys = np.exp(entropy)
+    keys = sums.entropy.exp()
+    middle = [keys.kthvalue(k).values for k in ((n + 1) // 2, n // 2 + 1)]
+    # One transfer for all of them; a GPU is waited for once.
+    found = torch.stack(
+        [
+            *(columns[:first].sum() / n for first in SINKS),
+            columns[hidden].sum() / n,
+            *(diagonals[:near].sum() / n for near in LOCAL),
+            (diagonals * position).sum() / n,
+            (diagonals * position.clamp_max(CLIP)).sum() / n,
+            keys.mean(),
+            (middle[0] + middle[1]) / 2,
+            _heaviest(columns, n),
+            _heaviest(diagonals[:reach], n),
+            _heaviest(tiles, n),
+            1 - far[STREAM_SINKS:].sum() / max(n - kept_all, 1),
+        ]
+    ).tolist()
+    recall = math.nan if n <= kept_all else _share(found[12])
     return HeadDiagnostics(
-        sink_1=_share(columns[: SINKS[0]].sum() / n),
-        sink_4=_share(columns[: SINKS[1]].sum() / n),
-        hidden_sinks=tuple(int(j) for j in hidden),
-        hidden_sink_masses=tuple(_share(mean[j]) for j in hidden),
-        hidden_sink_mass=_share(columns[hidden].sum() / n),
-        local_128=_share(diagonals[: LOCAL[0]].sum() / n),
-        local_1024=_share(diagonals[: LOCAL[1]].sum() / n),
-        distance=float(diagonals @ position / n),
-        distance_1024=float(diagonals @ np.minimum(position, CLIP) / n),
-        effective_keys_mean=float(keys.mean()),
-        effective_keys_median=float(np.median(keys)),
-        influence=_share(influence[top].mean()) if top.size else math.nan,
-        influential=tuple(int(judged[t]) for t in top),
-        influences=tuple(_share(influence[t]) for t in top),
-        vertical_mass=_heaviest(columns, n),
-        slash_mass=_heaviest(diagonals[:reach], n),
-        block_mass=_heaviest(tiles.double().cpu().numpy(), n),
+        sink_1=_share(found[0]),
+        sink_4=_share(found[1]),
+        hidden_sinks=tuple(hidden),
+        hidden_sink_masses=tuple(map(_share, hidden_masses)),
+        hidden_sink_mass=_share(found[2]),
+        local_128=_share(found[3]),
+        local_1024=_share(found[4]),
+        distance=found[5],
+        distance_1024=found[6],
+        effective_keys_mean=found[7],
+        effective_keys_median=found[8],
+        influence=_share(math.fsum(influences) / len(influences)) if influences else math.nan,
+        influential=tuple(influential),
+        influences=tuple(map(_share, influences)),
+        vertical_mass=_share(found[9]),
+        slash_mass=_share(found[10]),
+        block_mass=_share(found[11]),
         window_recall=recall,
         kind=classify(recall),
-        column_mass=columns,
-        far_mass=far,
+        column_mass=columns.cpu().numpy(),
+        far_mass=far.cpu().numpy(),
     )
 
 
-def _heaviest(mass: np.ndarray, n: int) -> float:
+def _hidden_sinks(n: int, reach: int, far: Tensor) -> tuple[list[int], list[float]]:
+    """Positions of the hidden sinks, heaviest first, and the mean mass each gets from far behind."""
+    position = torch.arange(n, device=far.device)
+    # Queries that see key j from 256 tokens behind and more.
+    later = ((position + reach).clamp_max(n) - (position + STREAM_RECENT)).clamp_min(0)
+    many = max(STREAM_RECENT, -(-n // HIDDEN_QUERIES))
+    mean = far / later.clamp_min(1)
+    hidden = ((position >= HIDDEN_FROM) & (later >= many) & (mean >= HIDDEN_MASS)).nonzero().squeeze(1)
+    masses, order = mean[hidden].sort(descending=True, stable=True)
+    return hidden[order].tolist(), masses.tolist()
+
+
+def _influential(n: int, reach: int, horizon: Tensor) -> tuple[list[int], list[float]]:
+    """Positions of the tokens with most influence on later queries, most first, and how much."""
+    near, end = HORIZON
+    position = torch.arange(n, device=horizon.device)
+    asked = ((position + min(end, reach - 1)).clamp_max(n - 1) - (position + near) + 1).clamp_min(0)
+    judged = (asked >= LEAST_QUERIES).nonzero().squeeze(1)
+    influence, order = (horizon[judged] / asked[judged]).sort(descending=True, stable=True)
+    return judged[order[:INFLUENTIAL]].tolist(), influence[:INFLUENTIAL].tolist()
+
+
+def _heaviest(mass: Tensor, n: int) -> Tensor:
     """Share of the mass on the heaviest 1/64 of the lines, rounded up."""
-    k = -(-mass.size // TOP_SHARE)
-    return _share(np.partition(mass, mass.size - k)[mass.size - k :].sum() / n)
+    return mass.topk(-(-mass.numel() // TOP_SHARE)).values.sum(dtype=torch.float64) / n
 
 
 def _share(value: float) -> float:

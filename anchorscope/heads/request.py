@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from anchorscope.devices import resolve_devices
+from anchorscope.devices import resolve_backend_name, resolve_devices
 from anchorscope.dumps import Entry
 from anchorscope.errors import InputError
 from anchorscope.heads import diagnostics
+from anchorscope.heads.layer import layer_bytes
 from anchorscope.methods.head import chunk_rows
 from anchorscope.params import AnchorParams
 from anchorscope.runs.executors import threads_for
@@ -70,6 +71,8 @@ class HeadsRequest(DumpRequest):
         at_once = max((x.jobs for x in units), key=len)
         kept = 2 * len(at_once) * params.groups(largest.tokens) * (largest.tokens // 8 + 16)
         workers = threads_for(at_once, each) if where.type == "cpu" else 1
+        if where.type == "cuda" and resolve_backend_name("auto", where) == "triton":
+            each = max(each, layer_bytes(largest.tokens, largest.head_dim, params, len(at_once)))
         return HeadsPlan(
             request=self,
             units=units,

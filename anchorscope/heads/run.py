@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
+from torch import Tensor
 
 from anchorscope import views
 from anchorscope.dumps import Entry
@@ -22,8 +21,10 @@ from anchorscope.errors import DumpError
 from anchorscope.files import csv_text, human_bytes, member, read_part
 from anchorscope.heads import diagnostics
 from anchorscope.heads.diagnostics import HeadDiagnostics, diagnose_head
+from anchorscope.heads.layer import Rule, diagnose_layer, suits
 from anchorscope.heads.request import HeadsPlan, HeadsRequest, LayerUnit
-from anchorscope.heads.stripes import HeadStripes, head_stripes, overlap
+from anchorscope.heads.rows import layer_rows
+from anchorscope.heads.stripes import HeadStripes, head_stripes
 from anchorscope.heads.tables import (
     COLUMNS,
     ROW_SHAPE,
@@ -31,7 +32,6 @@ from anchorscope.heads.tables import (
     TokenText,
     report_row,
     row_from_json,
-    row_json,
     summarize,
     table_row,
 )
@@ -67,7 +67,6 @@ FOLDER = RunFolder(
     parts=((PARTS, "prompt*-layer*.json"), *picture_patterns(FIGURES)),
     kept=("layer", f"{PARTS}/prompt*-layer*.json"),
 )
-STRIPE_TOKENS = 12
 
 # Everything a reader needs to know about the definitions, as heads.json states it.
 DEFINITIONS: dict[str, Any] = {
@@ -135,9 +134,14 @@ def asked_of(pictures: Mapping[str, Any], pieces: Vocabulary | Sequence[str] | N
     return {**pictures, "tokens": None if pieces is None else _digest(pieces)}
 
 
-def diagnose_plan(plan: HeadsPlan, out: Path | str, options: RunOptions) -> Diagnosis:
-    """Carry out a plan; see `diagnose`."""
-    done = run(HeadsCommand(plan, options), out)
+def diagnose_plan(
+    plan: HeadsPlan,
+    out: Path | str,
+    options: RunOptions,
+    given: Mapping[str, list[dict[str, Any]]] | None = None,
+) -> Diagnosis:
+    """Carry out a plan; see `diagnose`. `given` are rows that need no measuring (`Beside.rows`)."""
+    done = run(HeadsCommand(plan, options, given), out)
     return Diagnosis(done.path, done.report, done.summary.value, done.figures)
 
 
@@ -152,22 +156,32 @@ class HeadsCommand(Command[LayerUnit, list[HeadRow]]):
     known: ClassVar[Kinds | None] = GROUPS
     plan: HeadsPlan
 
-    def __init__(self, plan: HeadsPlan, options: RunOptions | None = None) -> None:
+    def __init__(
+        self,
+        plan: HeadsPlan,
+        options: RunOptions | None = None,
+        given: Mapping[str, list[dict[str, Any]]] | None = None,
+    ) -> None:
+        """`given`: the rows of some units by name, from `Beside`: these are not measured again."""
         super().__init__(plan, options)
+        self._given = given or {}
         self._last: tuple[Entry | None, dict[int, HeadStripes]] = (None, {})  # what the layer before selected
 
     def executor(self) -> Executor:
         return InTurn(self.plan.device)
 
     def measure(self, unit: LayerUnit, context: Context) -> dict[str, Any]:
-        previous = self._previous(unit, context)
-        found, selections = self._go_through(unit.jobs, unit.heads, context, context.tick)
-        self._last = unit.entry, selections
+        rows = self._given.get(unit.name)
+        if rows is None:
+            previous = self._previous(unit, context)
+            found, selections = self._go_through(unit.jobs, unit.heads, context, context.tick)
+            self._last = unit.entry, selections
+            rows = layer_rows(unit, found, selections, previous)
         return {
             "format": "anchorscope-heads-part",
             "version": VERSION,
             "dump": self.plan.dump.identity,
-            "heads": [row_json(_row(unit, h, found[h], selections, previous)) for h in unit.heads],
+            "heads": rows,
         }
 
     def look(self, unit: LayerUnit, context: Context) -> None:
@@ -192,15 +206,52 @@ class HeadsCommand(Command[LayerUnit, list[HeadRow]]):
 
         def measure(job: HeadUnit, within: Context) -> None:
             within.check()
+            layer = within.tensors
+            if layer is not None and suits(layer.q, within.device):
+                if job.head not in selections:  # all of the layer with the first
+                    self._together(job.entry, heads, within, found, selections)
+                return
             q, k, _ = within.head(job.head)
-            head = Head(q, k, scale=job.entry.scale, window=job.entry.window, softcap=job.entry.softcap)
-            if job.head in heads:
-                found[job.head] = diagnose_head(head, cancelled=within.stop.is_set)
-            selections[job.head] = head_stripes(head, self.plan.params, self.plan.theta)
+            found_one, selections[job.head] = self._alone(job.entry, q, k, job.head in heads, within)
+            if found_one is not None:
+                found[job.head] = found_one
 
         work = Work(jobs, measure, lambda job: tick(job.work, job.label), self.plan.source)
         Threads(context.device, self.plan.workers).run(work)
         return found, selections
+
+    def _alone(
+        self, entry: Entry, q: Tensor, k: Tensor, diagnosed: bool, context: Context
+    ) -> tuple[HeadDiagnostics | None, HeadStripes]:
+        """One head, q and k (N, d), in plain torch."""
+        head = Head(q, k, scale=entry.scale, window=entry.window, softcap=entry.softcap)
+        found = diagnose_head(head, cancelled=context.stop.is_set) if diagnosed else None
+        return found, head_stripes(head, self.plan.params, self.plan.theta)
+
+    def _together(
+        self,
+        entry: Entry,
+        heads: Sequence[int],
+        context: Context,
+        found: dict[int, HeadDiagnostics],
+        selections: dict[int, HeadStripes],
+    ) -> None:
+        """The heads of a layer on a GPU, added to `found` and `selections`."""
+        layer = context.tensors
+        assert layer is not None
+        each = diagnose_layer(
+            layer,
+            Rule(entry.scale, entry.window, entry.softcap, self.plan.params, self.plan.theta),
+            wanted=[row for row, head in enumerate(layer.query_heads) if head in heads],
+            device=context.device,
+            alone=lambda q, k, diagnosed: self._alone(entry, q, k, diagnosed, context),
+            cancelled=context.stop.is_set,
+        )
+        for row, diagnosis, stripes in each:
+            head = layer.query_heads[row]
+            selections[head] = stripes
+            if diagnosis is not None:
+                found[head] = diagnosis
 
     def read(self, unit: LayerUnit, saved: dict[str, Any]) -> list[HeadRow] | None:
         rows = _rows(saved, self.plan.dump.identity)
@@ -277,57 +328,6 @@ def _digest(pieces: Vocabulary | Sequence[str]) -> str:
     """Names a vocabulary, so that a run with another one is not taken for the same."""
     known = pieces.to_json() if isinstance(pieces, Vocabulary) else list(pieces)
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()
-
-
-def _row(
-    unit: LayerUnit,
-    head: int,
-    found: HeadDiagnostics,
-    selections: dict[int, HeadStripes],
-    previous: dict[int, HeadStripes],
-) -> HeadRow:
-    entry, mine = unit.entry, selections[head]
-    owner = entry.kv_head(head)
-    others = [s for h, s in sorted(selections.items()) if h != head and entry.kv_head(h) == owner]
-    shared = [x for x in (overlap(mine, s) for s in others) if not math.isnan(x)]
-    before = previous.get(head)
-    return HeadRow(
-        prompt=entry.prompt,
-        layer=entry.layer,
-        head=head,
-        kv_head=owner,
-        kind=found.kind,
-        window_recall=found.window_recall,
-        sink_1=found.sink_1,
-        sink_4=found.sink_4,
-        hidden_sinks=tuple(zip(found.hidden_sinks, found.hidden_sink_masses, strict=True)),
-        hidden_sink_mass=found.hidden_sink_mass,
-        local_128=found.local_128,
-        local_1024=found.local_1024,
-        distance=found.distance,
-        distance_1024=found.distance_1024,
-        effective_keys_mean=found.effective_keys_mean,
-        effective_keys_median=found.effective_keys_median,
-        influence=found.influence,
-        influential=tuple(zip(found.influential, found.influences, strict=True)),
-        vertical_mass=found.vertical_mass,
-        slash_mass=found.slash_mass,
-        block_mass=found.block_mass,
-        stripe_density=mine.density,
-        stripe_tokens=_stripe_tokens(mine, found.far_mass),
-        overlap_groups=overlap(mine, mine, shift=1),
-        overlap_heads=math.fsum(shared) / len(shared) if shared else math.nan,
-        overlap_layer=math.nan if before is None else overlap(mine, before),
-        previous_layer=None if before is None or unit.previous is None else unit.previous.layer,
-    )
-
-
-def _stripe_tokens(stripes: HeadStripes, far_mass: np.ndarray) -> tuple[tuple[int, float, int, int], ...]:
-    """The stripes that later queries attend to most, see `HeadRow.stripe_tokens`."""
-    selected, candidate = stripes.chosen()
-    columns = np.flatnonzero((selected > 0) & (far_mass > 0))
-    top = columns[np.argsort(-far_mass[columns], kind="stable")[:STRIPE_TOKENS]]
-    return tuple((int(j), float(far_mass[j] / stripes.tokens), int(selected[j]), int(candidate[j])) for j in top)
 
 
 def _texts(plan: HeadsPlan) -> dict[str, TokenText]:

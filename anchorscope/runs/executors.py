@@ -16,12 +16,13 @@ from typing import Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from anchorscope.dumps import LayerTensors
+from anchorscope.dumps import Dump, LayerTensors
 from anchorscope.runs.environment import full_precision
 from anchorscope.runs.progress import Cancelled
 from anchorscope.runs.sources import Source
 from anchorscope.runs.units import HeadUnit, Unit
 
+AHEAD = 2  # layers read while a GPU measures one: reading and its checksum take as long
 MEMORY_BUDGET = 8 << 30  # bytes that units measured at the same time may take together
 
 U = TypeVar("U", bound=Unit)
@@ -91,14 +92,18 @@ class Work(Generic[U]):
     tick: Tick = no_tick
     tell: Callable[[str], None] = lambda sentence: None
 
-    def with_tensors(self) -> Iterator[tuple[U, LayerTensors | None]]:
-        """Every head with its layer's tensors, which heads of one layer share; other units find their own."""
+    def with_tensors(self, ahead: int = 0) -> Iterator[tuple[U, LayerTensors | None]]:
+        """Every head with its layer's tensors, which heads of one layer share; other units find their own. Of a dump
+        so many layers are read ahead.
+        """
         heads = [unit for unit in self.units if isinstance(unit, HeadUnit)]
         if self.source is None or len(heads) < len(self.units):
             yield from ((unit, None) for unit in self.units)
             return
         layers = [(entry, list(units)) for entry, units in groupby(heads, key=lambda unit: unit.entry)]
-        tensors = self.source.stream((entry, [unit.head for unit in units]) for entry, units in layers)
+        wanted = ((entry, [unit.head for unit in units]) for entry, units in layers)
+        source = self.source
+        tensors = source.stream(wanted, ahead=ahead) if isinstance(source, Dump) else source.stream(wanted)
         for (_, units), loaded in zip(layers, tensors, strict=True):
             for unit in units:
                 yield unit, loaded
@@ -161,7 +166,7 @@ class Threads:
         pool = ThreadPoolExecutor(self.workers, initializer=prepare)
         with full_precision():  # of the process: set around all workers, so that none's end changes it under another
             try:
-                for unit, tensors in work.with_tensors():
+                for unit, tensors in work.with_tensors(AHEAD if self.device.type == "cuda" else 0):
                     pending[pool.submit(work.measure, unit, Context(self.device, tensors, stop))] = unit
                     while len(pending) >= self.workers:
                         collect()

@@ -31,9 +31,11 @@ from anchorscope.kernels import (
     column_mass,
     common,
     dense_lse,
+    diagonals,
     hopper,
     identify,
     identify_hopper,
+    late_mass,
     margins,
     sparse,
     sweep,
@@ -51,6 +53,7 @@ BUDGET = Path(__file__).with_name("spills.json")
 PLAIN = {"WINDOW": False, "SOFTCAP": False, "PRECISION": "ieee"}
 POINTERS = {
     "Lse": "*fp32", "RowMax": "*fp32", "ABar": "*fp32", "Theta": "*fp32", "Mass": "*fp32", "Margin": "*fp32",
+    "Entropy": "*fp32", "Late": "*fp32", "Between": "*fp32", "Sums": "*fp32", "Blocks": "*fp32",
     "QSum": "*fp32", "Need": "*fp32", "ASum": "*fp32", "Bits": "*i16", "Columns": "*i32", "Offsets": "*i64",
 }  # fmt: skip
 # op of the launch table -> kernel, further constants; None stands for a tile size of the table
@@ -63,10 +66,15 @@ KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
         margins.margin_kernel,
         {"RC": 2, "SP": 16, "SUB": False, "WINDOW": False, "SOFTCAP": False, "EXACT": False, "SHIFT": 8},
     ),
-    "dense_lse": (dense_lse.dense_kernel, {"HAS_V": False, "SPLIT": False, **PLAIN}),
+    "dense_lse": (dense_lse.dense_kernel, {"HAS_V": False, "SPLIT": False, "ENTROPY": False, **PLAIN}),
+    "dense_precise": (dense_lse.dense_kernel, {"HAS_V": True, "SPLIT": True, "ENTROPY": True, **PLAIN}),
     "column_mass": (column_mass.mass_kernel, PLAIN),
+    "late_mass": (late_mass.late_kernel, PLAIN),
+    "diagonals": (diagonals.diagonal_kernel, PLAIN),
     "sweep": (sweep.sweep_kernel, {"HAS_V": True, "SPLIT": True, **PLAIN}),
 }
+# ops that take the launch configurations of another
+SHARED_TABLE = {"late_mass": "column_mass"}
 HOPPER = ("anchor_hopper", "identify_hopper", "sparse_hopper")
 # kernels without an entry in the launch table: configuration, architectures, head dimensions
 ANY = tuple(TARGETS)
@@ -102,7 +110,7 @@ def signature(kernel: Any, constants: dict[str, Any], own: dict[str, str]) -> tu
 def build(op: str, arch: str, dim: int) -> tuple[int, int]:
     """Compile one specialisation; its bytes of shared memory, and of stack (or spilled registers)."""
     target, _ = TARGETS[arch]
-    table = "anchor_precise" if op == "sweep" else op
+    table = SHARED_TABLE.get(op, op)
     config = dict(FIXED[op][1]) if op in FIXED else common.launch_for(table, arch, 2, dim)
     options = {name: config.pop(name) for name in ("num_warps", "num_stages") if name in config}
     own: dict[str, str] = {}
@@ -138,8 +146,10 @@ def build(op: str, arch: str, dim: int) -> tuple[int, int]:
         constants = {"DIM": dim, "D": dim, **config, **extra}
         if rows is not None:
             constants["TG"] = rows // (extra["RC"] * extra["SP"])
-        if op in ("anchor_precise", "dense_lse"):
+        if op in ("anchor_precise", "dense_lse", "dense_precise"):
             own["Out"] = "*fp32"
+        if op == "diagonals":
+            constants |= {"SUB": min(constants["T"], diagonals.BLOCK), "LINES": diagonals.LINES}
         if op == "sweep":
             own = dict.fromkeys(("OutA", "LseA", "OutD", "Sums"), "*fp32") | {"Bins": "*i32"}
         source = ASTSource(kernel, *signature(kernel, constants, own))

@@ -9,7 +9,9 @@ import torch
 
 from anchorscope.kernels import anchor, common, identify, pipeline, sparse
 from anchorscope.kernels.column_mass import column_mass
-from anchorscope.kernels.dense_lse import dense_lse
+from anchorscope.kernels.dense_lse import dense_entropy
+from anchorscope.kernels.diagonals import diagonals
+from anchorscope.kernels.late_mass import late_mass
 from anchorscope.kernels.margins import margins
 from anchorscope.kernels.sweep import bin_columns, sweep
 
@@ -26,9 +28,11 @@ def main() -> None:
         stripes = identify.identify((q_bar, a_bar), k, theta=4.0, queries=n, **grid)
         sparse.portable(out, lse, q, k, v, stripes.columns, stripes.offsets, geo)
         state = anchor.anchor(q, k, v, precise=True, **grid)
-        full, dense = dense_lse(q, k, v)
+        full, dense, _ = dense_entropy(q, k, v)
         margin = margins(state, k, queries=n, **grid)
-        column_mass(q, k, dense, **grid)
+        mass = column_mass(q, k, dense, **grid)
+        late_mass(q, k, dense, mass, 64, (32, 200), **grid)
+        diagonals(q, k, dense)
         columns, bins = bin_columns(margin, torch.tensor([2.0, 4.0]))
         sweep(q, k, v, state, full, columns, bins, thetas=2, **grid)
     torch.cuda.synchronize()

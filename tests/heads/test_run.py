@@ -20,6 +20,7 @@ from anchorscope.dumps import open_dump, write_dump
 from anchorscope.errors import AnchorScopeError, DumpError, InputError, RunFailure
 from anchorscope.files import read_part, write_part
 from anchorscope.heads import diagnose, diagnose_head, head_stripes, load_diagnosis, overlap, plan_heads
+from anchorscope.heads import rows as rows_module
 from anchorscope.heads import run as run_module
 from anchorscope.heads.figures import class_map, draw_all, metric_maps
 from anchorscope.heads.tables import COLUMNS, METRICS, HeadRow, TokenText, by_token, places
@@ -223,7 +224,7 @@ def test_layers_with_other_heads(tmp_path):
 
 def test_a_run_that_continues_selects_the_layer_before_again(dump, finished, tmp_path, monkeypatch):
     """Stopped after layer 2 of the first prompt, whose stripes layer 7 is compared with."""
-    rows, real = [], run_module._row
+    rows, real = [], rows_module._row
 
     def stops(layer, *rest):
         rows.append(layer)
@@ -232,7 +233,7 @@ def test_a_run_that_continues_selects_the_layer_before_again(dump, finished, tmp
         return real(layer, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "_row", stops)
+        patch.setattr(rows_module, "_row", stops)
         with pytest.raises(KeyboardInterrupt):
             diagnose(dump, tmp_path / "o", params=PARAMS, theta=THETA, figures=False)
     assert [p.name for p in (tmp_path / "o" / "parts").iterdir()] == ["prompt00-layer002.json"]

@@ -150,7 +150,7 @@ def test_custom_ops() -> None:
     )
     torch.library.opcheck(torch.ops.anchorscope.sparse_, args)
     lse = dense_lse(q, k, None)[1]
-    torch.library.opcheck(torch.ops.anchorscope.dense_lse, (q, k, v, *flat))
+    torch.library.opcheck(torch.ops.anchorscope.dense_lse, (q, k, v, True, *flat))
     torch.library.opcheck(torch.ops.anchorscope.column_mass, (q, k, lse, *flat))
     plain = anchor_attention(q, k, v, theta=4.0, capacity=100_000, **case.params)
     compiled = torch.compile(anchor_attention, fullgraph=True)(q, k, v, theta=4.0, capacity=100_000, **case.params)

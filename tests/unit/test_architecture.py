@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "analysis": {"kernels", "plots", "runs", "heads"},
     "methods": {"kernels"},
     "compare": {"methods", "plots", "runs"},
-    "heads": {"dumps", "methods", "plots", "runs"},
+    "heads": {"dumps", "kernels", "methods", "plots", "runs"},
     "bench": {"dumps", "kernels", "plots", "runs"},
     "calibration": {"dumps", "analysis", "plots", "runs"},
     "merging": {"analysis", "calibration", "compare", "heads", "runs"},
