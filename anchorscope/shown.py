@@ -10,7 +10,7 @@ MOST_DIGITS = 7
 
 
 def share_text(value: float | None, digits: int = 3, *, below: float = 1.0) -> str:
-    """A share with `digits` decimals, and more where rounding would make it 0, or `below` or more, and it is not.
+    """A share with `digits` decimals, and more where rounding would make it 0, 1, or `below` or more, and it is not.
 
     0.9996 is not "1.000", 0.0002 not "0.000", and 0.94997 that falls short of `below` 0.95 not "0.950"; "-" for None
     and NaN.
@@ -19,7 +19,8 @@ def share_text(value: float | None, digits: int = 3, *, below: float = 1.0) -> s
         return "-"
     for more in range(digits, MOST_DIGITS + 1):
         text = f"{value:.{more}f}"
-        if (value >= below or float(text) < below) and (value <= 0 or float(text) > 0):
+        risen = any(value < limit <= float(text) for limit in {below, max(below, 1.0)})
+        if not risen and (value <= 0 or float(text) > 0):
             return text
     return f"{value:.1e}" if 0 < value < 0.1 else f"{value:.{digits}f}"
 

@@ -38,6 +38,8 @@ def test_ink_can_be_read_on_any_color():
         (0.9496, 0.95, "0.9496"),
         (0.9499999, 0.95, "<0.95"),
         (0.95, 0.95, "0.95"),
+        (0.9998, 0.95, "0.9998"),
+        (1.0, 0.95, "1.00"),
     ],
 )
 def test_shares_in_cells_are_never_rounded_to_what_they_are_not(value, below, shown):

@@ -34,6 +34,8 @@ def test_a_share_below_its_target_looks_so():
     assert share_text(0.94997, below=0.95) == "0.94997"
     assert share_text(0.95, below=0.95) == "0.950"
     assert share_text(0.951, below=0.95) == "0.951"
+    assert share_text(0.99996, below=0.95) == "0.99996"
+    assert share_text(99.97, 1, below=100) == "99.97"
 
 
 @pytest.mark.parametrize(
