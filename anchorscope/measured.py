@@ -60,7 +60,7 @@ _ASCENDING = {
     *("curve_theta", "curve_pairs", "oracle_pairs", "heat_rows", "heat_columns", "position_edges"),
     *("step_rows", "step_columns"),
 }
-STEPS = tuple(name for name in ARRAYS if name.startswith("step_"))  # earlier versions saved none
+STEPS = tuple(name for name in ARRAYS if name.startswith("step_"))  # `calibrate` and earlier versions save none
 HEAT = tuple(name for name in ARRAYS if name.startswith("heat_")) + STEPS
 PER_THETA = tuple(name for name, (_, shape) in ARRAYS.items() if shape[0] == "T")
 _CLOSE = 1e-3  # float32 sums of exponentials may exceed 1 a little
@@ -92,7 +92,8 @@ class Measured:
         heat_stripes: (R, C) float16, share of the cell's candidate (group, column) pairs that are stripes at
             thetas[0].
         step_rows, step_columns: (S+1,), (D+1,) int64, edges of the cells whose contents are kept for every theta: those
-            of the heat map, or coarser; one edge and no cells where only one theta was asked for.
+            of the heat map, or coarser; one edge and no cells where only one theta was asked for, and in profiles that
+            `calibrate` saves.
         step_count: (S, D) uint16, how many of the steps below are of each cell, row by row.
         step_theta: (E,) uint16, ascending in a cell: the rank, among the distinct thetas in ascending order, of the
             smallest theta that selects candidates of the cell; the number of distinct thetas for those none selects.

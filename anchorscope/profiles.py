@@ -168,7 +168,9 @@ class HeadProfile(InNotebook, Measured):
 
     @property
     def drawn_at_any_theta(self) -> bool:
-        """Whether the heat map can be drawn at every theta measured; earlier versions saved that of the first alone."""
+        """Whether the heat map can be drawn at every theta measured, or, as `calibrate` and earlier versions saved it,
+        at the first alone.
+        """
         return bool(self.step_count.size) or len(np.unique(self.thetas)) == 1
 
     def led_by(self, theta: float) -> HeadProfile:
@@ -177,8 +179,8 @@ class HeadProfile(InNotebook, Measured):
         The heat map becomes that of this theta, in the cells of its steps.
 
         Raises:
-            InputError: the theta was not measured; or an earlier version saved this profile, with the heat map of the
-                first theta alone.
+            InputError: the theta was not measured; or `calibrate` or an earlier version saved this profile, with the
+                heat map of the first theta alone.
         """
         index = find_theta(self.thetas.tolist(), theta, "theta")
         if self.thetas[index] == self.thetas[0]:
@@ -195,8 +197,9 @@ class HeadProfile(InNotebook, Measured):
         """The heat map at a theta, in the cells of the steps."""
         if not self.step_count.size:
             raise InputError(
-                f"the heat map of layer {self.layer}, head {self.head} was saved by an earlier version, for theta"
-                f" {exact_theta(float(self.thetas[0]))} alone: run analyze again to draw it at others"
+                f"the heat map of layer {self.layer}, head {self.head} was saved for theta"
+                f" {exact_theta(float(self.thetas[0]))} alone, as calibrate and earlier versions do: run analyze"
+                " again to draw it at others"
             )
         cells = np.repeat(np.arange(self.step_count.size), self.step_count.ravel())
         kept = self.step_theta <= np.searchsorted(np.unique(self.thetas), theta)

@@ -49,8 +49,9 @@ _SLICE = 1 << 23  # (head, group, key) triples that are looked at together: abou
 class HeadShape:
     """What the engine must know about a head besides its tensors: sizes, parameters, thetas.
 
-    `thetas` are in nats, in the order asked; they may repeat and may hold +-inf, never NaN. `cancelled` is asked
-    before every group; once true, the engine stops by raising `Cancelled`.
+    `thetas` are in nats, in the order asked; they may repeat and may hold +-inf, never NaN. `steps` is whether the heat
+    map is wanted at each of them, or at the first alone. `cancelled` is asked before every group; once true, the engine
+    stops by raising `Cancelled`.
     """
 
     tokens: int
@@ -60,6 +61,7 @@ class HeadShape:
     scale: float
     window: int | None = None
     softcap: float | None = None
+    steps: bool = True
     cancelled: Callable[[], bool] = field(default=lambda: False, compare=False)
 
     @cached_property
@@ -121,7 +123,7 @@ class Accumulator:
         self._heat_mass, self._heat_kept = zeros(*cells), zeros(*cells)
         self._heat_stripes, self._heat_candidates = zeros(*cells), zeros(*cells)
         # One theta needs no more than its heat map.
-        several = levels > 1
+        several = shape.steps and levels > 1
         self._steps = HeatSteps(levels, cells, self._groups_per_row, self._width, device, heads) if several else None
         above = np.searchsorted(shape.sorted_thetas, np.append(self._edges, np.inf))
         above[-1] = levels

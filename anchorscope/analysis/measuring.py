@@ -35,6 +35,7 @@ class Measuring:
             entry.scale,
             entry.window,
             entry.softcap,
+            plan.steps,
             cancelled=context.stop.is_set,
         )
         measure_layer, found = plan.backend.layer_engine, self._found

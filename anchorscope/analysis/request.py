@@ -52,8 +52,11 @@ class AnalyzeRequest(DumpRequest):
     figure_theta: float | None = None
     diagnose: bool = False
 
-    def plan(self) -> AnalysisPlan:
+    def plan(self, *, steps: bool = True) -> AnalysisPlan:
         """Check the request and say what it will take.
+
+        Args:
+            steps: whether profiles hold the heat map at every theta, which figures need; or at the first alone.
 
         Raises:
             InputError: thetas empty or NaN, an unknown layer, head or prompt, a target outside (0, 1].
@@ -96,7 +99,7 @@ class AnalyzeRequest(DumpRequest):
             devices=devices if len(devices) > 1 else (),
             workers=workers,
             memory=max(memory, kinds.memory if kinds else 0),
-            disk=_disk_bytes(units, params, len(thetas)) + (kinds.disk if kinds else 0),
+            disk=_disk_bytes(units, params, len(thetas), steps) + (kinds.disk if kinds else 0),
             pictures=_picture_bytes(units, self.heatmaps) + (kinds.pictures if kinds else 0),
             warnings=tuple(_anchor_warnings(units, params)),
             settings=settings,
@@ -105,6 +108,7 @@ class AnalyzeRequest(DumpRequest):
             target_recall=self.target_recall,
             backend=backend,
             kinds=kinds,
+            steps=steps,
         )
 
     def _kinds(
@@ -129,6 +133,8 @@ class AnalysisPlan(Plan[HeadUnit]):
         params, thetas, target_recall: of the request.
         backend: which engine measures, and where.
         kinds: the plan of the diagnosis, if that is asked for.
+        steps: whether profiles hold the heat map at every theta. It is no part of the identity, since tables and report
+            do not depend on it: profiles without are measured again by a run that needs them.
     """
 
     params: AnchorParams
@@ -136,6 +142,7 @@ class AnalysisPlan(Plan[HeadUnit]):
     target_recall: float
     backend: Backend
     kinds: HeadsPlan | None = None
+    steps: bool = True
 
     def known_kinds(self) -> HeadsPlan | None:
         """The diagnosis by a theta that is known before the heads are measured: the one named, or the first."""
@@ -191,7 +198,7 @@ def _check_heatmaps(heatmaps: HeatMaps, units: Sequence[HeadUnit]) -> None:
             raise InputError(f"heat map {layer}:{head}: that layer and head are not analyzed here")
 
 
-def _disk_bytes(units: Sequence[HeadUnit], params: AnchorParams, thetas: int) -> int:
+def _disk_bytes(units: Sequence[HeadUnit], params: AnchorParams, thetas: int, steps: bool) -> int:
     """What tables and profiles will take; profiles are mostly their heat maps, the rest is as measured."""
     total = 4_000
     for unit in units:
@@ -199,7 +206,7 @@ def _disk_bytes(units: Sequence[HeadUnit], params: AnchorParams, thetas: int) ->
         groups, positions = params.groups(n), -(-n // -(-n // POSITION_BINS))
         rows, columns = (-(-count // -(-count // limit)) for count, limit in ((groups, MAX_ROWS), (n, MAX_COLUMNS)))
         total += 8 * rows * columns + 8 * (rows + columns) + (4 * thetas + 8) * positions
-        if thetas > 1:  # the steps of visible cells beyond the anchor region; few add keys at more than three thetas
+        if steps and thetas > 1:  # of visible cells beyond the anchor region; few add keys at more than three thetas
             beyond = 1 - anchor_pairs(n, params, unit.entry.window) / visible_pairs(n, unit.entry.window)
             total += 2 * rows * columns + 6 * min(MAX_STEPS, int(beyond * rows * columns / 2) * min(thetas, 3))
         total += 24 * len(CURVE_THETAS) + 8_500 + 80 * thetas  # curves; the oracle, the header; numbers per theta

@@ -190,7 +190,7 @@ class AnalyzeCommand(BaseCommand[HeadUnit, HeadProfile]):
         return saved if saved.dump_identity == self.plan.dump.identity else None
 
     def holds(self, root: Path, unit: HeadUnit) -> bool:
-        return self.load(root, unit) is not None and is_whole(self.files(root, unit)[0], at_any_theta=True)
+        return self.load(root, unit) is not None and is_whole(self.files(root, unit)[0], at_any_theta=self.plan.steps)
 
     def summarize(self, parts: Parts[HeadUnit, HeadProfile], run: Run) -> Summary:
         lines, head_rows, curve_rows = [], [], []
@@ -285,7 +285,7 @@ def redraw(
     Raises:
         DumpError: the folder holds no analysis, or a profile is damaged.
         InputError: an unknown format, a resolution out of range, a heat map of a head or a theta that was not measured,
-            or an earlier version saved the heat maps of the first theta alone.
+            or the heat maps were saved for the first theta alone, by `calibrate` or an earlier version.
     """
     pictures = picture_formats(formats, dpi)
     path = Path(out)
@@ -295,6 +295,7 @@ def redraw(
     if theta is not None:
         thetas = [float(t) for t in state["settings"]["theta"]]
         shown = choose_figure_theta(thetas, thetas, shown.target_recall, thetas[find_theta(thetas, theta, "--theta")])
+    if heatmaps is None or len(heatmaps):
         for name in state["profiles"][:1]:  # refused before any picture is replaced
             HeadProfile.load(path / PROFILES / name).led_by(shown.theta)
     how: dict[str, Any] = {"theta": shown, "model": report["dump"].get("model"), "formats": pictures}

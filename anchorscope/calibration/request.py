@@ -169,7 +169,7 @@ class CalibrateRequest:
             device=self.device,
             devices=self.devices,
             heatmaps=[],
-        ).plan()
+        ).plan(steps=False)  # no heat map is drawn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,7 +248,7 @@ def _seconds(plans: Sequence[AnalysisPlan]) -> float:
     q, k, v = (
         torch.randn(count, n, entry.head_dim, generator=g).to(plan.backend.device, dtype) for count in (heads, 1, 1)
     )
-    shape = HeadShape(n, entry.head_dim, plan.params, plan.thetas, entry.head_dim**-0.5)
+    shape = HeadShape(n, entry.head_dim, plan.params, plan.thetas, entry.head_dim**-0.5, steps=plan.steps)
     took = []
     for _ in range(2):  # the first one warms up
         begin = time.perf_counter()

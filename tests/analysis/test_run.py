@@ -227,7 +227,7 @@ def test_profiles_of_an_earlier_version(dump, tmp_path):
     report.pop("figure_theta")
     (tmp_path / "o" / "report.json").write_text(json.dumps(report))
     before = files(tmp_path / "o")
-    with pytest.raises(InputError, match=r"an earlier version, for theta 1 alone: run analyze again"):
+    with pytest.raises(InputError, match=r"for theta 1 alone, as calibrate and earlier versions do: run analyze again"):
         redraw(tmp_path / "o", theta=4.0)
     assert files(tmp_path / "o") == before
     redraw(tmp_path / "o")

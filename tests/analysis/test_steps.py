@@ -95,7 +95,7 @@ def test_profile_of_an_earlier_version(tmp_path, monkeypatch):
     again = HeadProfile.load(tmp_path / "old.safetensors")
     assert again.step_count.size == 0
     assert again.led_by(4.0) is again
-    with pytest.raises(InputError, match="saved by an earlier version, for theta 4 alone: run analyze again"):
+    with pytest.raises(InputError, match="saved for theta 4 alone, as calibrate and earlier versions do: run"):
         again.led_by(1.0)
     assert HeadProfile.load(tmp_path / "old.safetensors", heat=False).led_by(1.0).recall[0] == old.recall[2]
 

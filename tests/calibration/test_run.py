@@ -15,13 +15,14 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from anchorscope.analysis.run import analyze, iter_profiles
+from anchorscope.analysis.run import analyze, iter_profiles, redraw
 from anchorscope.anchors import AnchorConfig
 from anchorscope.calibration import calibrate, parse_groups, plan_calibration
 from anchorscope.calibration.tables import COLUMNS
 from anchorscope.cli.calibrate import calibrate as command
 from anchorscope.dumps import write_dump
 from anchorscope.errors import AnchorScopeError, DumpError, InputError
+from anchorscope.measured import STEPS
 from anchorscope.params import AnchorParams
 
 ROOT = Path(__file__).parents[2]
@@ -64,9 +65,13 @@ def write(path, names=("story", "code", "mail"), *, n=N, layers=(2, 7), heads=4,
 
 @pytest.fixture(scope="module", autouse=True)
 def reports_keep_to_their_schema(tmp_path_factory):
-    """Every calibration.json that a test of this file wrote, whatever its options, when the last one is over."""
+    """Every calibration.json that a test of this file wrote, whatever its options, when the last one is over.
+
+    Tests of other files, which the same process may have run before, damage theirs on purpose.
+    """
+    before = set(tmp_path_factory.getbasetemp().rglob("calibration.json"))
     yield
-    for path in tmp_path_factory.getbasetemp().rglob("calibration.json"):
+    for path in set(tmp_path_factory.getbasetemp().rglob("calibration.json")) - before:
         keeps_to_its_schema(json.loads(path.read_text()))
 
 
@@ -394,6 +399,29 @@ def test_command(dump, folders, tmp_path):
     low = invoke(*again, "--budget-density", "0.01")
     assert isinstance(low.exception, InputError)
     assert "give at least 0." in str(low.exception)
+
+
+def test_heat_maps_are_kept_at_one_theta_and_measured_again_where_others_are_drawn(tmp_path):
+    """What else an analysis holds is that of a plain one, byte for byte."""
+    dump = write(tmp_path / "toy", ("story",), layers=(2,), heads=2)
+    params, plain, mine = GROUPS[0], tmp_path / "plain", tmp_path / "o" / "analysis" / "toy-16x2"
+    analyze(dump, plain, thetas=THETAS, params=params, figures=False)
+    calibrate(dump, tmp_path / "o", holdout=0, **HOW)
+    for table in ("heads.csv", "curves.csv", "thetas.csv"):
+        assert (plain / table).read_bytes() == (mine / table).read_bytes(), table
+    for lean, whole in zip(iter_profiles(mine), iter_profiles(plain), strict=True):
+        assert lean.step_theta.size == 0 < whole.step_theta.size
+        for key in set(vars(whole)) - set(STEPS):
+            assert np.array_equal(getattr(lean, key), getattr(whole, key), equal_nan=key.startswith("output")), key
+    with pytest.raises(InputError, match=r"for theta -inf alone, as calibrate and earlier versions do: run analyze"):
+        redraw(mine, theta=2.0)
+    with pytest.raises(InputError, match=r"for theta -inf alone"):
+        redraw(mine)
+    assert not list((mine / "figures").glob("*"))
+    assert len(redraw(mine, heatmaps=[])) == 3  # these need no heat map
+    analyze(dump, mine, thetas=THETAS, params=params, figure_theta=2.0, heatmaps=[(2, 0)])
+    assert files(mine / "profile") == files(plain / "profile")
+    assert len(list((mine / "figures").glob("*heatmap.png"))) == 1
 
 
 def test_many_heads_and_lengths_fit_80_columns(tmp_path):
