@@ -101,7 +101,7 @@ class AnalyzeRequest(DumpRequest):
             memory=max(memory, kinds.memory if kinds else 0),
             disk=_disk_bytes(units, params, len(thetas), steps) + (kinds.disk if kinds else 0),
             pictures=_picture_bytes(units, self.heatmaps) + (kinds.pictures if kinds else 0),
-            warnings=tuple(_anchor_warnings(units, params)),
+            warnings=tuple(anchor_warnings(units, params)),
             settings=settings,
             params=params,
             thetas=thetas,
@@ -221,8 +221,13 @@ def _picture_bytes(units: Sequence[HeadUnit], heatmaps: HeatMaps) -> int:
     return 55_000 * prompts + 135_000 * layers + 150_000 * heat_map_count(heatmaps, len(units), prompts)
 
 
-def _anchor_warnings(units: Sequence[HeadUnit], params: AnchorParams) -> Iterator[str]:
-    """Say where the anchor region alone costs more than a quarter of the pairs, and which groups would not."""
+def anchor_warnings(
+    units: Sequence[HeadUnit], params: AnchorParams, flags: str = "--block {block} --step {step}"
+) -> Iterator[str]:
+    """Say where the anchor region alone costs more than a quarter of the pairs, and which groups would not.
+
+    `flags` is how groups are asked for on the command line.
+    """
     for n, window in sorted({(u.entry.tokens, u.entry.window) for u in units}, key=lambda x: (x[0], x[1] or 0)):
         share = anchor_pairs(n, params, window) / visible_pairs(n, window)
         if share <= ANCHOR_BUDGET:
@@ -230,7 +235,8 @@ def _anchor_warnings(units: Sequence[HeadUnit], params: AnchorParams) -> Iterato
         better = recommend_groups(n, window, ANCHOR_BUDGET) or cheapest_groups(n, window)
         least = anchor_pairs(n, better, window) / visible_pairs(n, window)
         if least < share:
-            hint = f"--block {better.block} --step {better.step} would keep {share_text(least, 2)} of them"
+            asked = flags.format(block=better.block, step=better.step)
+            hint = f"{asked} would keep {share_text(least, 2)} of them"
         elif share < 1:
             hint = "no customary groups keep fewer"
         else:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from anchorscope.analysis.accumulate import HeadShape
-from anchorscope.analysis.request import AnalysisPlan, AnalyzeRequest
+from anchorscope.analysis.request import AnalysisPlan, AnalyzeRequest, anchor_warnings
 from anchorscope.calibration.choose import BY
 from anchorscope.calibration.costs import Costs, costs_json
 from anchorscope.calibration.curves import STATISTICS
@@ -282,5 +282,6 @@ def _warnings(sources: Sources, held: Sequence[bool], analyses: Sequence[Analysi
                 f"layer {layer} holds {have} of {counted(model_heads, 'query head')}; the others will run dense"
             )
     if analyses and all(plan.warnings for plan in analyses):  # one kind of group that suits is enough
-        found += dict.fromkeys(sentence for plan in analyses for sentence in plan.warnings)
+        flags = "--groups {block}x{step}"
+        found += dict.fromkeys(x for plan in analyses for x in anchor_warnings(plan.units, plan.params, flags))
     return found

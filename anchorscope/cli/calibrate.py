@@ -209,6 +209,13 @@ def print_summary(result: Calibration) -> None:
     console.print(f"{aim(s)}; {counted(len(report['prompts']) - held, 'prompt')} fitted, {held} held out")
     console.print(_layer_table(report))
     console.print(_pooled_table(report))
+    if report["dense_heads"] == len(report["heads"]):
+        console.print(
+            f"Every head runs dense: none keeps the target below density {s['dense_above']:g}. Longer prompts or other"
+            " --groups may save something."
+            if s["target"] is not None
+            else "Every head runs dense, and nothing is saved."
+        )
     _print_promise(console, report)
     _print_comparison(console, report)
     if report["lengths"]:

@@ -121,6 +121,7 @@ def print_summary(result: Diagnosis) -> None:
     """The tables a run ends with, at most 80 columns wide."""
     console = stdout_console()
     report = result.report
+    far = False  # whether an overlap is with a layer that is not the one before
     prompts = [p["name"] for p in report["prompts"]]
     for prompt in prompts:
         rows = [h for h in report["heads"] if h["prompt"] == prompt]
@@ -140,13 +141,15 @@ def print_summary(result: Diagnosis) -> None:
             key += [str(first["head"]), first["class"] or "-"] if single else [kinds]
             shares = [_mean(group, m) for m in ("sink_4", "hidden_sink_mass", "local_128", "window_recall")]
             overlaps = [_mean(group, m) for m in ("overlap_groups", "overlap_heads")]
+            over = _layer_overlap(group)
+            far = far or "<" in over
             table.add_row(
                 *key,
                 *map(_share, shares),
                 optional(_mean(group, "effective_keys_median"), ",.0f"),
                 *([] if single else [optional(_mean(group, "distance"), ",.0f")]),
                 *map(_share, overlaps),
-                _layer_overlap(group),
+                over,
             )
         console.print(table)
         if lines := token_lines(rows, console.width):
@@ -154,8 +157,13 @@ def print_summary(result: Diagnosis) -> None:
     console.print(
         "sink: mass on the first 4 tokens; hidden: on sinks further in; last 128: on the last 128 keys; window: recall"
         " of the first 64 and last 256 keys; keys: effective number, median. next group, same kv, prev. layer: Jaccard"
-        " overlap of stripes with the next group, the kv head's other heads, the same head one layer before; 0.40 <5:"
-        " no such layer is in the dump, it is with layer 5, which says little about consecutive layers."
+        " overlap of stripes with the next group, the kv head's other heads, the same head one layer before"
+        + (
+            "; 0.40 <5: no such layer is in the dump, it is with layer 5, which says little about consecutive layers"
+            if far
+            else ""
+        )
+        + "."
     )
     print_places(console, "Tables", result.path, result.figures)
 

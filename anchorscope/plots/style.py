@@ -256,8 +256,10 @@ def token_ticks(axes: Axes, *, x: bool = False, y: bool = False, count: int = 6)
 
 
 def plain_log(axis: Axis, locator: LogLocator | None = None) -> None:
-    """Plain numbers on a logarithmic axis instead of powers of ten."""
-    axis.set_major_locator(locator or LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
+    """Plain numbers on a logarithmic axis instead of powers of ten; every tenth where few of them are on it."""
+    low, high = sorted(axis.get_view_interval())
+    few = high < 5 * low
+    axis.set_major_locator(locator or LogLocator(subs=range(1, 10) if few else (1.0, 2.0, 5.0), numticks=12))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 

@@ -77,7 +77,8 @@ def _plan(analyses: Analyses, calibrated: Sequence[Any]) -> dict[str, Any] | Non
         part = report[calibrations.part_of(report)]
         dense = _sparse_part(report)
         groups = calibrations.kinds_of_groups(report)
-        return {"theta": "a theta per head", "groups": groups, "density": part["density"], "note": dense}
+        theta = "dense" if report["dense_heads"] == len(report["heads"]) else "a theta per head"
+        return {"theta": theta, "groups": groups, "density": part["density"], "note": dense}
     for run, profiles, grid in analyses:
         target = float(run.report["settings"]["target_recall"])
         recall, density = np.mean([curve_at(p, grid) for p in profiles], axis=0)

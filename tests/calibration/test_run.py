@@ -13,17 +13,21 @@ import numpy as np
 import pytest
 import torch
 import typer
+from looking import drawn_texts
 from typer.testing import CliRunner
 
 from anchorscope.analysis.run import analyze, iter_profiles, redraw
 from anchorscope.anchors import AnchorConfig
 from anchorscope.calibration import calibrate, parse_groups, plan_calibration
+from anchorscope.calibration.figures import fitted_held_out
 from anchorscope.calibration.tables import COLUMNS
 from anchorscope.cli.calibrate import calibrate as command
+from anchorscope.cli.calibrate import print_summary
 from anchorscope.dumps import write_dump
 from anchorscope.errors import AnchorScopeError, DumpError, InputError
 from anchorscope.measured import STEPS
 from anchorscope.params import AnchorParams
+from anchorscope.report.html import build_data, open_sources
 
 ROOT = Path(__file__).parents[2]
 N, D = 512, 8
@@ -272,6 +276,27 @@ def test_windowed_layers_are_left_out(tmp_path):
     assert plan_calibration(folder).sources.layers == (7,)
     with pytest.raises(InputError, match="sliding window and run dense"):
         plan_calibration(mixed, layers=[2])
+
+
+def test_where_every_head_runs_dense_it_is_said(folders, tmp_path, capsys):
+    done = calibrate(folders, tmp_path / "o", target_recall=0.9, dense_above=1e-3, figures=False)
+    assert done.report["dense_heads"] == len(done.report["heads"])
+    print_summary(done)
+    assert "Every head runs dense: none keeps the target below density 0.001." in capsys.readouterr().out
+    said = [text.get_text() for text, _ in drawn_texts(fitted_held_out(done.report))]
+    assert said.count("every head runs dense") == 2, "no empty axes"
+    (card,) = [c for c in build_data(open_sources([tmp_path / "o"]))["summary"][0]["items"] if c[0] == "recommended"]
+    assert card[1] == "dense"
+
+
+def test_a_hint_at_other_groups_is_an_option_of_this_command(dump):
+    plan = plan_calibration(dump, target_recall=0.9, groups=(AnchorParams(128, 4),))
+    (hint,) = [w for w in plan.warnings if "the anchor region alone" in w]
+    assert re.search(r"; --groups \d+x\d+ would keep", hint)
+    found = re.search(r"--groups (\S+)", hint)
+    assert found is not None
+    asked = plan_calibration(dump, target_recall=0.9, groups=parse_groups(found[1]))
+    assert not any("the anchor region alone" in w for w in asked.warnings)
 
 
 def test_nothing_held_out_is_said(folders, tmp_path):

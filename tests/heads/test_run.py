@@ -467,6 +467,9 @@ def test_overlap_across_a_gap_of_layers_says_so(dump, finished, capsys):
     assert re.search(r"\d <7\b", out)
     assert "says little" in out
     assert max(map(len, out.splitlines()[:20])) <= 80
+    near = [{**h, "previous_layer": h["layer"] - 1} for h in finished.report["heads"]]
+    print_summary(dataclasses.replace(finished, report={**finished.report, "heads": near}))
+    assert "says little" not in capsys.readouterr().out, "no note to what the table does not show"
     rows = [r for r in finished.rows if r.prompt == "story"]
     assert _gaps(rows) == "  |  layers not consecutive: 7 with 2, 9 with 7"
     assert _gaps([dataclasses.replace(r, previous_layer=r.layer - 1) for r in rows]) == ""

@@ -13,7 +13,7 @@ from matplotlib.colors import to_hex
 from anchorscope.calibration.figures import theta_map
 from anchorscope.plots import text
 from anchorscope.plots.maps import cell_share, ink_on, theta_cells
-from anchorscope.plots.style import ALONE, DENSE, KINDS, MISSED, ORANGE, RED, THETA, new_figure, setting_text
+from anchorscope.plots.style import ALONE, DENSE, KINDS, MISSED, ORANGE, RED, THETA, new_figure, plain_log, setting_text
 from anchorscope.plots.text import drawable, name_text, text_width, wrapped
 
 
@@ -39,6 +39,7 @@ def test_ink_can_be_read_on_any_color():
         (0.9499999, 0.95, "<0.95"),
         (0.95, 0.95, "0.95"),
         (0.9998, 0.95, "0.9998"),
+        (0.99999, 0.95, ">0.99"),
         (1.0, 0.95, "1.00"),
     ],
 )
@@ -84,3 +85,22 @@ def test_lines_that_are_too_long_go_on_below():
         setting_text({"name": "/home/me/models/Mine-7B/"}, [("a", 3), ("b", 9)])
         == "Mine-7B  |  2 prompts, 3 to 9 tokens"
     )
+
+
+@pytest.mark.parametrize(
+    ("ends", "numbers"),
+    [
+        ((0.78, 1.1), ["0.8", "0.9", "1"]),
+        ((0.45, 1.1), ["0.5", "0.6", "0.7", "0.8", "0.9", "1"]),
+        ((0.09, 1.1), ["0.1", "0.2", "0.5", "1"]),
+    ],
+)
+def test_a_short_logarithmic_axis_has_more_than_one_number(ends, numbers):
+    figure = new_figure(6, 4, "Title", "setting", "")
+    axes = figure.subplots()
+    axes.set(xscale="log", xlim=ends)
+    plain_log(axes.xaxis)
+    figure.canvas.draw()
+    low, high = ends
+    places = zip(axes.xaxis.get_majorticklocs(), axes.xaxis.get_majorticklabels(), strict=True)
+    assert [text.get_text() for at, text in places if low <= at <= high] == numbers
