@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -57,13 +58,20 @@ def same(a, b):
 
 
 @pytest.mark.parametrize(
-    ("n", "window", "softcap"),
-    [(1, None, None), (129, 40, None), (321, None, 3.0), (450, 300, None)],
+    ("heads", "n", "window", "softcap"),
+    [
+        (1, 1, None, None),
+        (2, 65, 40, None),
+        (1, 129, None, 3.0),
+        (1, 200, 140, None),  # a window of more than two blocks of 64
+        pytest.param(2, 321, None, 3.0, marks=pytest.mark.slow),
+        pytest.param(2, 450, 300, None, marks=pytest.mark.slow),
+    ],
 )
-def test_equals_plain_torch(n, window, softcap):
-    q, k = layer(2, 1, n)
+def test_equals_plain_torch(heads, n, window, softcap):
+    q, k = layer(heads, 1, n)
     asked = rule(0.4, window, softcap)
-    for row, got, stripes in found(q, k, [0, 0], asked):
+    for row, got, stripes in found(q, k, [0] * heads, asked):
         head = Head(q[row], k[0], **asked.scores)
         same(got, diagnose_head(head))
         want = head_stripes(head, PARAMS, 2.0)
@@ -72,14 +80,14 @@ def test_equals_plain_torch(n, window, softcap):
         assert (stripes.stop == want.stop).all()
 
 
-@pytest.mark.parametrize("repeats", [1, 3])
-def test_a_head_does_not_depend_on_its_neighbors(repeats, monkeypatch):
-    q, k = layer(2 * repeats, 2, 90)
-    rows = [row // repeats for row in range(2 * repeats)]
+@pytest.mark.parametrize(("kv_heads", "repeats"), [(2, 1), (1, 3), pytest.param(2, 3, marks=pytest.mark.slow)])
+def test_a_head_does_not_depend_on_its_neighbors(kv_heads, repeats, monkeypatch):
+    q, k = layer(kv_heads * repeats, kv_heads, 66)
+    rows = [row // repeats for row in range(kv_heads * repeats)]
     together = found(q, k, rows, rule(0.4, None, None))
     monkeypatch.setattr(module, "BATCH", 1)
     apart = found(q, k, rows, rule(0.4, None, None))
-    assert [x.row for x in together] == [x.row for x in apart] == list(range(2 * repeats))
+    assert [x.row for x in together] == [x.row for x in apart] == list(range(kv_heads * repeats))
     for a, b in zip(together, apart, strict=True):
         assert (a.stripes.bits == b.stripes.bits).all()
         for name, value in vars(a.diagnostics).items():
@@ -106,7 +114,7 @@ def test_a_run_through_the_kernels(tmp_path, monkeypatch):
     """The same table, head for head, siblings and layers before included."""
     entries = []
     for index in range(2):
-        q, k = (x.cpu() for x in layer(4, 2, 110))
+        q, k = (x.cpu() for x in layer(4, 2, 66))
         entries.append({"prompt": "p", "layer": index, "q": q.roll(index, 0), "k": k, "scale": 0.4})
     write_dump(tmp_path / "dump", entries)
     asked = {"params": PARAMS, "theta": 2.0, "heads": [0, 2, 3], "figures": False, "device": DEVICE.type}
@@ -136,19 +144,19 @@ def test_beside_an_analysis(tmp_path, monkeypatch):
     """The same bytes as a diagnosis of its own, whole or continued; nothing is measured twice."""
     entries = []
     for index in range(2):
-        q, k = (x.cpu() for x in layer(4, 2, 70))
+        q, k = (x.cpu() for x in layer(2, 1, 70))
         entries.append({"prompt": "p", "layer": index, "q": q.roll(index, 0), "k": k, "v": k.flip(1), "scale": 0.4})
     write_dump(tmp_path / "dump", entries)
     monkeypatch.setattr(run_module, "suits", lambda *_: True)
     chosen = {"params": PARAMS, "figures": False, "device": DEVICE.type}
     diagnose(tmp_path / "dump", tmp_path / "alone", theta=2.0, **chosen)
     asked = {"thetas": (2.0, 1.0), "backend": "triton", "diagnose": True, **chosen}
-    analyze(tmp_path / "dump", tmp_path / "again", **asked)  # continued below: layer 1 is measured by itself there
     calls = []
     real = run_module.diagnose_layer
     monkeypatch.setattr(run_module, "diagnose_layer", lambda *a, **b: calls.append(1) or real(*a, **b))
     analyze(tmp_path / "dump", tmp_path / "beside", **asked)
     assert not calls
+    shutil.copytree(tmp_path / "beside", tmp_path / "again")  # continued: layer 1 is measured by itself there
     for part in (tmp_path / "again" / "heads" / "parts").glob("*layer001.json"):
         part.unlink()
     analyze(tmp_path / "dump", tmp_path / "again", resume=True, **asked)
