@@ -113,6 +113,11 @@ def recognize(path: Path) -> Found:
             return found
     except OSError as error:
         raise DumpError(f"{path} cannot be looked at: {error.strerror or error}") from None
+    if (path / "config.json").is_file():
+        raise DumpError(
+            f"{path} is not a folder of AnchorScope: its config.json says that it is a model, for `anchorscope analyze"
+            f" --model {path}` or `anchorscope capture --model {path}`"
+        )
     raise DumpError(f"{path} is not a folder of AnchorScope: name {KINDS}")
 
 

@@ -100,9 +100,11 @@ def test_anchors_and_profiles(capsys, folders):
     assert "story, layer 2, head 0, 96 tokens" in out
 
 
-@pytest.mark.parametrize("place", ["nowhere", "empty", "text", "json"])
+@pytest.mark.parametrize("place", ["nowhere", "empty", "text", "json", "model"])
 def test_anything_else_is_said_to_be_something_else(capsys, tmp_path, place):
     (tmp_path / "empty").mkdir()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
     (tmp_path / "text").write_text("words")
     (tmp_path / "json").write_text('{"format": 3}')
     code, out, err = info(capsys, tmp_path / place)
@@ -112,6 +114,7 @@ def test_anything_else_is_said_to_be_something_else(capsys, tmp_path, place):
         "empty": "is not a folder of AnchorScope",
         "text": "no anchors.json",
         "json": "name the folder it is in",
+        "model": f"`anchorscope analyze --model {tmp_path / 'model'}`",
     }[place] in err
 
 

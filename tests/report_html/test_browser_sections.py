@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 
 import pytest
 
@@ -89,6 +90,17 @@ def test_times_are_drawn_against_the_lengths_timed(whole):
     chart = "document.querySelector('#bench-0 .chart')"
     drawn = whole.js(f"return [{chart}.layout.xaxis.tickvals, {chart}.data.length]")
     assert drawn == [[256, 512], 3]
+
+
+def test_shares_that_are_all_1_have_no_axis_beyond_it(driver, tmp_path):
+    folder = evaluated(tmp_path, arms={"all": math.inf}, tasks=[], lengths=[400])
+    shown = Page(driver, write_report([folder], tmp_path / "dense.html"), ready=NO_ANALYSIS)
+    drawn = shown.js("return [...document.querySelectorAll('.chart')].map((x) => [x.data[0].y, x.layout.yaxis.range])")
+    assert len(drawn) == 2, "density and recall by layer"
+    for values, span in drawn:
+        assert values == pytest.approx([1.0] * len(values))
+        assert span == [0, 1.05]
+    shown.check()
 
 
 def test_the_grid_uses_the_width(alone):

@@ -68,7 +68,9 @@ function drawCharts() {
     const layers = (i) => (b.axes[i] === "layer" ? { dtick: Math.ceil(Math.max(1, ...b.lines.flatMap((l) => l.x)) / 20), tickformat: "d" } : {});
     const lengths = [...new Set(b.lines.flatMap((l) => l.x))];
     const counted = (i) => (b.axes[i] === "tokens" && lengths.length <= 12 ? { tickvals: lengths, ticktext: lengths.map(whole) } : {});
-    const axis = (i) => ({ ...layers(i), ...counted(i), title: { text: plain(b.axes[i]) }, type: b.log[i] ? "log" : "linear", ...(b.axes[i] === "density" && b.log[i] ? DENSITY_TICKS : {}) });
+    const values = b.lines.flatMap((l) => l.y);  // shares alike but for rounding: no axis beyond 1
+    const alike = (i) => (i === 1 && !b.log[1] && ["density", "recall"].includes(b.axes[1]) && Math.max(...values) - Math.min(...values) < 1e-6 ? { range: [0, 1.05] } : {});
+    const axis = (i) => ({ ...layers(i), ...counted(i), ...alike(i), title: { text: plain(b.axes[i]) }, type: b.log[i] ? "log" : "linear", ...(b.axes[i] === "density" && b.log[i] ? DENSITY_TICKS : {}) });
     const traces = b.lines.map((line, i) => ({ x: line.x, y: line.y, name: plain(line.name), mode: "lines+markers", line: { color: COLORS[i % COLORS.length], width: 2 },
       marker: { size: 5, symbol: i % 24 }, hovertemplate: `${plain(line.name)}<br>${plain(b.axes[0])} %{x:.4~g}<br>${plain(b.axes[1])} %{y:.4~g}<extra></extra>` }));
     Plotly.react(box, traces, layout({ ...widthOf(box), showlegend: true, xaxis: axis(0), yaxis: axis(1), margin: { l: 60, r: 12, t: 28, b: 92 } }), CONFIG);
