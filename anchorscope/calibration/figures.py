@@ -164,7 +164,7 @@ def fitted_held_out(report: Report) -> Figure:
                     x[mask], y[mask], s=30, color=color, marker=marker, edgecolor="white", linewidth=0.5, label=text
                 )
         if not rows:
-            axes.text(0.5, 0.6, "every head runs dense", transform=axes.transAxes, ha="center", color=INK, size=TEXT)
+            axes.text(0.04, 0.9, "every head runs dense", transform=axes.transAxes, color=INK, size=TEXT)
         if name == key and target is not None:
             axes.axhline(target, color=INK, linewidth=0.9, linestyle=":", zorder=1)
         axes.set_xlim(low - pad, high + pad)

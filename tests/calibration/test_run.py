@@ -283,8 +283,11 @@ def test_where_every_head_runs_dense_it_is_said(folders, tmp_path, capsys):
     assert done.report["dense_heads"] == len(done.report["heads"])
     print_summary(done)
     assert "Every head runs dense: none keeps the target below density 0.001." in capsys.readouterr().out
-    said = [text.get_text() for text, _ in drawn_texts(fitted_held_out(done.report))]
-    assert said.count("every head runs dense") == 2, "no empty axes"
+    said = [(x, box) for x, box in drawn_texts(fitted_held_out(done.report)) if x.get_text() == "every head runs dense"]
+    assert len(said) == 2, "no empty axes"
+    for text, box in said:
+        right, below = text.axes.transAxes.inverted().transform((box.x1, box.y0))
+        assert below > right + 0.05, "above the diagonal"
     (card,) = [c for c in build_data(open_sources([tmp_path / "o"]))["summary"][0]["items"] if c[0] == "recommended"]
     assert card[1] == "dense"
 
