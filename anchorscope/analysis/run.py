@@ -36,7 +36,7 @@ from anchorscope.files import MAX_JSON_BYTES, csv_text, human_bytes, member, rea
 from anchorscope.heads.run import Diagnosis, HeadsCommand, clear_diagnosis, diagnose_plan
 from anchorscope.locks import folder_lock
 from anchorscope.notebook import InNotebook
-from anchorscope.pictures import DPI, Formats, picture_formats, picture_patterns
+from anchorscope.pictures import DPI, Formats, picture_formats, picture_patterns, pictures_in
 from anchorscope.profiles import HeadProfile, is_whole
 from anchorscope.runs.executors import Context
 from anchorscope.runs.folder import Run, RunFolder
@@ -278,7 +278,7 @@ def redraw(
         out: the folder of the analysis.
         heatmaps: (layer, head) pairs, "all", or None for the worst, the median and the best head.
         theta: what to draw, one of the thetas measured; None means the one that report.json names. Heat maps of other
-            heads that an earlier call drew at another theta are removed.
+            heads, and figures in other formats, that an earlier call drew at another theta are removed.
         formats, dpi: as of `RunOptions`.
         progress: called as work proceeds.
 
@@ -302,8 +302,10 @@ def redraw(
     with folder_lock(path):
         drawn = _draw(path, state, heatmaps, progress or (lambda _: None), **how)
         if theta is not None:
-            for stale in set((path / FIGURES).glob("*-heatmap.*")) - set(drawn):
-                stale.unlink(missing_ok=True)
+            stems = {picture.stem for picture in drawn}
+            for other in set(pictures_in(path / FIGURES)) - set(drawn):
+                if other.stem in stems or other.stem.endswith("-heatmap"):
+                    other.unlink(missing_ok=True)
         return drawn
 
 

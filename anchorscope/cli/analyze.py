@@ -210,9 +210,10 @@ def print_summary(result: Analysis) -> None:
         console.print(f"Every head reaches recall {target:g} at theta {theta}.")
     else:
         more = f"; the worst {SHORT_ROWS}:" if len(short) > SHORT_ROWS else ":"
-        heads = report["target"]["heads"]
+        heads, prompts = report["target"]["heads"], len(report["by_prompt"])
+        over = "" if prompts == 1 else f" over {prompts} prompts"
         console.print(
-            f"{len(short)} of {counted(heads, 'head')} {'falls' if len(short) == 1 else 'fall'} short of recall"
+            f"{len(short)} of {counted(heads, 'head')}{over} {'falls' if len(short) == 1 else 'fall'} short of recall"
             f" {target:g} at theta {theta}{more}"
         )
         console.print(_short_table(short[:SHORT_ROWS], target))

@@ -33,6 +33,7 @@ def report(
         Path | None,
         typer.Option(
             "--html",
+            "--out",
             help="The file to write. (default: report.html in the first analysis, or first folder)",
             metavar="FILE",
         ),

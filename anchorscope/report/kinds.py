@@ -79,7 +79,8 @@ def open_sources(folders: Sequence[Path | str]) -> Sources:
     paths = list(dict.fromkeys(Path(f) for f in folders))
     for folder in paths:
         if not folder.is_dir():
-            raise DumpError(f"no folder {folder}: name folders written by {_COMMANDS}")
+            what = "is no folder" if folder.exists() else "does not exist"
+            raise DumpError(f"{folder} {what}: name folders written by {_COMMANDS}")
         is_analysis = (folder / "analysis.json").exists()
         if is_analysis:
             runs.append(open_run(folder))

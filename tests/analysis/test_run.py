@@ -196,6 +196,11 @@ def test_redraw_at_any_theta_measured(dump, tmp_path):
     assert sum("heatmap" in x.name for x in (out / "figures").iterdir()) == 4
     redraw(out, theta=2.0)
     assert files(out / "figures") == two  # heat maps of other heads at another theta are gone
+    redraw(out, formats="svg")
+    assert {x.suffix for x in (out / "figures").iterdir()} == {".png", ".svg"}
+    redraw(out, theta=1.0, formats="svg")
+    assert {x.suffix for x in (out / "figures").iterdir()} == {".svg"}  # no picture of another theta beside them
+    redraw(out, theta=2.0)
     redraw(out)
     assert files(out / "figures") == two
     with pytest.raises(InputError, match=r"--theta must be one of those measured, not 3; there are 1, 2, i"):

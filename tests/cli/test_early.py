@@ -15,6 +15,7 @@ from anchorscope import write_dump
 from anchorscope.anchors import AnchorConfig
 from anchorscope.cli.app import main
 from anchorscope.params import AnchorParams, anchor_pairs, visible_pairs
+from anchorscope.pictures import asked_pictures
 
 TOKENS = 300
 
@@ -140,7 +141,7 @@ DUMPS = [
     ("bench --against no.json", "no.json cannot be read"),
     ("bench --overwrite", "give the folder with --out"),
     ("report FULL", "holds no result"),
-    ("report nowhere", "no folder nowhere"),
+    ("report nowhere", "nowhere does not exist"),
     ("figures FULL", "FULL"),
     ("info nowhere", "nowhere"),
 ]
@@ -236,7 +237,7 @@ def test_the_table_of_bad_values_reaches_what_it_guards(capsys, places, guarded)
 )
 def test_a_finished_folder_is_refused_first(capsys, places, guarded, tmp_path, line, home):
     own = importlib.import_module(f"anchorscope.{home}").FOLDER
-    asked = {"figures": True, "heatmaps": "default", "diagnose": True, "tokens": None}
+    asked = {**asked_pictures(True), "heatmaps": "default", "diagnose": True, "tokens": None}
     (tmp_path / own.state).write_text(json.dumps({"format": own.format, "started": "", "asked": asked}))
     (tmp_path / own.report).write_text("{}")
     assert main([*(places.get(x, x) for x in line.split()), "--out", str(tmp_path)]) == 2

@@ -125,7 +125,7 @@ def test_words_of_the_analysis_need_no_dump(tmp_path):
 def test_mistakes_are_one_sentence(run, tmp_path):
     make_dump(tmp_path / "dump", tokens=16)
     for arguments, words in (
-        ([tmp_path / "nowhere"], "no folder"),
+        ([tmp_path / "nowhere"], "does not exist"),
         ([run, "--tokenizer", tmp_path], "add --dump"),
         ([run, "--html", tmp_path], "is a folder"),
         ([run, "--dump", tmp_path / "nowhere"], "nowhere"),

@@ -87,7 +87,7 @@ def test_results_in_the_same_folder_are_found(tmp_path, profiles):
 
 
 def test_folders_that_hold_no_finished_analysis(tmp_path, profiles):
-    with pytest.raises(DumpError, match="no folder"):
+    with pytest.raises(DumpError, match="does not exist"):
         open_sources([tmp_path / "nowhere"])
     (tmp_path / "empty").mkdir()
     with pytest.raises(DumpError, match="holds no result"):
