@@ -158,7 +158,8 @@ def live_bar(*columns: Any) -> Progress:
     from rich.progress import Progress
 
     console = stderr_console()
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    console.quiet = not console.is_terminal  # rich before 13.9 ends even a bar that is switched off with an empty line
+    return Progress(*columns, console=console, transient=True, disable=console.quiet)
 
 
 @contextmanager

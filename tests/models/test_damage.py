@@ -203,6 +203,7 @@ def test_models_of_the_hub(monkeypatch: pytest.MonkeyPatch, offered: str, words:
         return transformers.LlamaConfig()
 
     monkeypatch.setattr(hub, "reachable", lambda: True)
+    monkeypatch.setattr(hub, "is_offline", lambda: False)  # whatever the environment says
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", config)
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", say)
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", say)
