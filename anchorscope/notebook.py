@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import html
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,15 +77,15 @@ class View:
         return f'<table style="border-collapse: collapse; {_LOOK}">{head}<tbody>{body}</tbody></table>{end}'
 
 
-class InNotebook:
+class InNotebook(ABC):
     """A result that a notebook shows as a table, and that prints as one line.
 
     A subclass says `look = views.SOMETHING`, a function of the result that gives its `View`.
     """
 
+    @abstractmethod
     def look(self) -> View:
         """What is seen of this result."""
-        raise NotImplementedError
 
     def _repr_html_(self) -> str | None:
         view = self._view()
@@ -99,7 +100,8 @@ class InNotebook:
     def _view(self) -> View | None:
         try:
             return self.look()
-        except Exception:  # a result made by hand, or edited: being looked at must not fail
+        except (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError):
+            # a result made by hand, or a folder that was edited: being looked at must not fail
             return None
 
 

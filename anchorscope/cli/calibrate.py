@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +10,7 @@ import typer
 from anchorscope.cli import options as opt
 from anchorscope.cli.common import announce, drawn, progress_bar, stdout_console, warn, warn_of_model
 from anchorscope.cli.help import completes
-from anchorscope.cli.merge import parse_shard, print_shard
+from anchorscope.cli.merge import parse_shard, print_result
 from anchorscope.cli.source import ModelChoice, runs_models
 from anchorscope.cli.tables import FittingTable, new_table, print_places
 from anchorscope.cli.workforce import executor, takes_ray
@@ -165,13 +164,7 @@ def calibrate(
             shard=part,
             executor=executor(ray),
         )
-    if part is not None:
-        print_shard(result.path, part, as_json)
-        return
-    if as_json:
-        sys.stdout.write((result.path / "calibration.json").read_text(encoding="utf-8"))
-        return
-    print_summary(result)
+    print_result(result, "calibration.json", part, as_json, print_summary)
 
 
 def _what(plan: CalibrationPlan, beside: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,7 +19,7 @@ from anchorscope.cli.common import (
     warn_of_model,
 )
 from anchorscope.cli.help import completes
-from anchorscope.cli.merge import parse_shard, print_shard
+from anchorscope.cli.merge import parse_shard, print_result
 from anchorscope.cli.source import ModelChoice, runs_models
 from anchorscope.cli.tables import clean_name, new_table, print_places
 from anchorscope.cli.workforce import executor, takes_ray
@@ -144,13 +143,7 @@ def compare(
             shard=part,
             executor=executor(ray),
         )
-    if part is not None:
-        print_shard(result.path, part, as_json)
-        return
-    if as_json:
-        sys.stdout.write((result.path / "compare.json").read_text(encoding="utf-8"))
-        return
-    print_summary(result)
+    print_result(result, "compare.json", part, as_json, print_summary)
 
 
 def print_summary(result: Comparison) -> None:

@@ -18,7 +18,7 @@ from anchorscope.cli.common import (
     warn,
     warn_of_model,
 )
-from anchorscope.cli.merge import parse_shard, print_shard
+from anchorscope.cli.merge import parse_shard, print_result
 from anchorscope.cli.source import ModelChoice, runs_models
 from anchorscope.cli.tables import clean_name, new_table, optional, print_places
 from anchorscope.cli.workforce import executor, takes_ray
@@ -108,13 +108,7 @@ def heads(
             shard=part,
             executor=executor(ray),
         )
-    if part is not None:
-        print_shard(result.path, part, as_json)
-        return
-    if as_json:
-        sys.stdout.write((result.path / "heads.json").read_text(encoding="utf-8"))
-        return
-    print_summary(result)
+    print_result(result, "heads.json", part, as_json, print_summary)
 
 
 def print_summary(result: Diagnosis) -> None:

@@ -6,7 +6,7 @@ import importlib
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,6 +15,8 @@ from anchorscope.cli.common import drawn, note, progress_bar, warn
 from anchorscope.files import visible
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from anchorscope.runs.shards import Shard
 
 
@@ -62,7 +64,25 @@ def parse_shard(text: str | None) -> Shard | None:
     return Shard.parse(text)
 
 
-def print_shard(out: Path, shard: Shard, as_json: bool) -> None:
+def print_result(result: Any, file: str, part: Shard | None, as_json: bool, summary: Callable[[Any], None]) -> None:
+    """Print what a run came to: its shard, its report as JSON, or its summary.
+
+    Args:
+        result: the run; its `path` is the folder.
+        file: the name of the report in it.
+        part: the shard measured, if it is no whole run.
+        as_json: print JSON.
+        summary: prints a whole run's summary.
+    """
+    if part is not None:
+        _print_shard(result.path, part, as_json)
+    elif as_json:
+        sys.stdout.write((result.path / file).read_text(encoding="utf-8"))
+    else:
+        summary(result)
+
+
+def _print_shard(out: Path, shard: Shard, as_json: bool) -> None:
     """Say that a shard is complete, and what to do with it."""
     if as_json:
         sys.stdout.write(json.dumps({"shard": shard.index, "of": shard.of, "out": str(out)}) + "\n")

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
-from resumable import COMMANDS, PARAMS, Command, Inputs, contents, still_clock
+from resumable import COMMANDS, PARAMS, Command, Inputs, contents
 
 from anchorscope import Shard, analyze, calibrate, merge, run_bench
 from anchorscope.bench import BenchConfig
@@ -18,6 +16,7 @@ from anchorscope.cli.app import main
 from anchorscope.errors import DumpError, InputError, Interrupted
 from anchorscope.runs.life import Make
 
+pytestmark = pytest.mark.usefixtures("quiet")
 ANALYZE, COMPARE, HEADS, CALIBRATE = (c for c in COMMANDS if c.name in ("analyze", "heads", "compare", "calibrate"))
 
 
@@ -28,20 +27,6 @@ def _analyze(x: Inputs, out: Path, *, other: bool = False, run=ANALYZE.run, **ho
 
 ANALYZE = replace(ANALYZE, run=_analyze)
 on_heads = pytest.mark.parametrize("command", [ANALYZE, COMPARE, HEADS, CALIBRATE], ids=lambda c: c.name)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quiet() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with still_clock():
-        yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
-    return Inputs.make(tmp_path_factory.mktemp("inputs"), 96)
 
 
 @pytest.fixture(scope="module")

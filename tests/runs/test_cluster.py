@@ -13,14 +13,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
-from resumable import COMMANDS, Command, Inputs, contents, still_clock
+from resumable import COMMANDS, Command, Inputs, contents
 
 from anchorscope.cli.app import main
 from anchorscope.errors import InputError, MissingBackendError, RunFailure
 from anchorscope.runs import cluster
 from anchorscope.runs.cluster import RayTasks
 
+pytestmark = pytest.mark.usefixtures("quiet")
 ON_HEADS = [c for c in COMMANDS if c.name in ("analyze", "heads", "compare", "calibrate")]
 on_heads = pytest.mark.parametrize("command", ON_HEADS, ids=lambda c: c.name)
 HEADS = ON_HEADS[2]
@@ -28,20 +28,6 @@ needs_ray = [
     pytest.mark.cluster,
     pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs the extra ray"),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quiet() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with still_clock():
-        yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
-    return Inputs.make(tmp_path_factory.mktemp("inputs"), 96)
 
 
 @pytest.fixture(scope="module")

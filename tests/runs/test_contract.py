@@ -47,11 +47,6 @@ def quick() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
-    return Inputs.make(tmp_path_factory.mktemp("inputs"), 96)
-
-
-@pytest.fixture(scope="module")
 def whole(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory):
     """What an uninterrupted run leaves, by command."""
     made: dict[str, dict[str, bytes]] = {}

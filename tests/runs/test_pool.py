@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import toy_faults
-from resumable import COMMANDS, Command, Inputs, contents, still_clock
+from resumable import COMMANDS, Command, contents
 from toy_faults import Fault, FaultyCommand
 
 from anchorscope import RunOptions, analyze, open_dump
@@ -23,24 +23,13 @@ from anchorscope.errors import DumpError, Interrupted, RunFailure
 from anchorscope.runs.life import Make, run
 from anchorscope.runs.pool import Devices
 
-pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals and process groups")
+pytestmark = [
+    pytest.mark.usefixtures("quiet"),
+    pytest.mark.skipif(os.name == "nt", reason="signals and process groups"),
+]
 CPU = torch.device("cpu")
 ON_HEADS = [c for c in COMMANDS if c.name in ("analyze", "heads", "compare", "calibrate")]
 on_heads = pytest.mark.parametrize("command", ON_HEADS, ids=lambda c: c.name)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quiet() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with still_clock():
-        yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
-    return Inputs.make(tmp_path_factory.mktemp("inputs"), 96)
 
 
 @pytest.fixture(scope="module")
